@@ -1,0 +1,118 @@
+"""The closed vocabulary of what a node may call: ATen and dialect operators, and a few functions on sizes.
+
+A name resolves through a dictionary built from torch's own operator list, never by attribute access, so text that names
+`torch.ops.load_library` or a dunder is unknown like any other misspelling. Operators that touch files or raw storage are
+left out: `aten.from_file` reads any path that it is given.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+GETITEM = operator.getitem
+
+# Arithmetic on sizes, as torch.export writes it between SymInts.
+SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem,
+    "sym.add": operator.add,
+    "sym.sub": operator.sub,
+    "sym.mul": operator.mul,
+    "sym.floordiv": operator.floordiv,
+    "sym.truediv": operator.truediv,
+    "sym.mod": operator.mod,
+    "sym.neg": operator.neg,
+    "sym.pow": operator.pow,
+    "sym.eq": operator.eq,
+    "sym.ne": operator.ne,
+    "sym.lt": operator.lt,
+    "sym.le": operator.le,
+    "sym.gt": operator.gt,
+    "sym.ge": operator.ge,
+    "sym.and": operator.and_,
+    "sym.or": operator.or_,
+    "sym.abs": operator.abs,
+    "sym.max": torch.sym_max,
+    "sym.min": torch.sym_min,
+    "sym.not": torch.sym_not,
+    "sym.float": torch.sym_float,
+    "sym.int": torch.sym_int,
+    "sym.ite": torch.sym_ite,
+    "sym.sqrt": torch._sym_sqrt,
+    "sym.ceil": math.ceil,
+    "sym.floor": math.floor,
+    "sym.trunc": math.trunc,
+    "sym.round": round,
+}
+_SIZE_FUNCTION_NAMES = {function: name for name, function in SIZE_FUNCTIONS.items()}
+
+_NAMESPACES = ("aten", "gw", "prims", "quantized_decomposed")
+_FORBIDDEN = {"from_file", "save", "set_", "set", "_from_file", "resize_", "_resize_output_", "data"}
+
+
+@functools.cache
+def _operator_names(generation: int) -> frozenset[str]:
+    names = set()
+    for qualified in torch._C._dispatch_get_all_op_names():
+        namespace, _, rest = qualified.partition("::")
+        packet, _, overload = rest.partition(".")
+        if namespace in _NAMESPACES and packet not in _FORBIDDEN:
+            names.add(f"{namespace}.{packet}.{overload or 'default'}")
+    return frozenset(names)
+
+
+def name_of(target: Callable[..., Any]) -> str:
+    """The name under which `target` is written: `aten.linear.default`, `gw.norm_stats.default`, `sym.mul`.
+
+    Raises:
+        KeyError: `target` is outside the vocabulary.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "sliced":
+        return "gw.sliced"
+    return _SIZE_FUNCTION_NAMES[target]
+
+
+def target_of(name: str) -> Callable[..., Any]:
+    """The callable that `name` stands for.
+
+    Raises:
+        KeyError: the name is outside the vocabulary.
+    """
+    if name in SIZE_FUNCTIONS:
+        return SIZE_FUNCTIONS[name]
+    if name == "gw.sliced":
+        from .region import sliced
+
+        return sliced
+    if name not in _operator_names(len(torch._C._dispatch_get_all_op_names())):
+        raise KeyError(name)
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+
+def is_random(target: Callable[..., Any]) -> bool:
+    """Whether two calls with the same operands may differ because `target` draws from a generator."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def is_mutating(target: Callable[..., Any]) -> bool:
+    """Whether `target` writes to an operand."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+_ASSERTIONS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
+
+
+def is_assertion(target: Callable[..., Any]) -> bool:
+    """Whether `target` computes nothing and only checks its operands."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name.partition("::")[2] in _ASSERTIONS
+
+
+def is_pure(target: Callable[..., Any]) -> bool:
+    """Whether a call may be dropped when unused, and shared when repeated."""
+    return not (is_random(target) or is_mutating(target) or is_assertion(target))

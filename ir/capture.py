@@ -1,0 +1,371 @@
+"""From an `nn.Module` or an `ExportedProgram` to a Program.
+
+torch.export traces the module; `run_decompositions({})` makes it functional and keeps composites (linear, attention, norms,
+convolutions) whole. Its graph is then rebuilt node by node in the program's own symbols, which gives metadata whose fake
+storages show aliasing, canonical arguments and sizes under the user's names.
+"""
+
+import functools
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+
+from .build import add_call, add_placeholder, add_weight, set_outputs
+from .calls import is_assertion, name_of
+from .errors import CaptureError, InputError
+from .infer import InferenceError, fake_like
+from .program import Function, Node, Program, Weight, Where
+from .symbols import UNBOUNDED, Symbol, SymbolTable
+from .tree import Tree
+
+_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_TORCH_ROOT = os.path.dirname(os.path.abspath(torch.__file__))
+
+
+def capture(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """The program that `model(*args, **kwargs)` runs, in the module's present train/eval mode. Weights are shared, not copied.
+
+    `dynamic_shapes` is torch.export's: `{"x": {0: torch.export.Dim("batch", max=64)}}`.
+
+    Raises:
+        CaptureError: with every blocker found, the user's line for each, and what to do.
+        InputError: the example inputs do not fit the module.
+    """
+    if not isinstance(args, tuple):
+        raise InputError(f"example inputs are a tuple of positional arguments, not a {type(args).__name__}: write (x,)")
+    try:
+        with _undisturbed():
+            exported = torch.export.export(model, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise _explain(error, model, args, kwargs or {}, dynamic_shapes) from error
+    return from_exported(exported, dim_names=_dim_names(model, args, kwargs or {}, dynamic_shapes))
+
+
+def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int], str] | None = None) -> Program:
+    """The program of an ExportedProgram; `dim_names` maps (input leaf, dim) to a symbol's name."""
+    with _undisturbed():
+        functional = exported.run_decompositions({})
+    return _Importer(functional, dim_names or {}).program()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Tracing may draw random numbers and warn; the caller's generator, filters and grad mode stay as they were."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Importer:
+    """Rebuilds one exported graph as a Program."""
+
+    def __init__(self, exported: ExportedProgram, dim_names: Mapping[tuple[int, int], str]):
+        self.exported = exported
+        self.dim_names = dim_names
+        self.symbols = SymbolTable()
+        self.sizes: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.weights: dict[str, Weight] = {}
+        self.graph = fx.Graph()
+        self.copies: dict[Node, Any] = {}
+        self.origin = 0
+
+    def program(self) -> Program:
+        signature = self.exported.graph_signature
+        placeholders = [node for node in self.exported.graph.nodes if node.op == "placeholder"]
+        specs = list(zip(placeholders, signature.input_specs, strict=True))
+        inputs = [(node, spec) for node, spec in specs if spec.kind == InputKind.USER_INPUT]
+        self._declare_symbols([node for node, _ in inputs])
+        for node, spec in inputs:
+            self.copies[node] = add_placeholder(self.graph, _input_name(node), self._rebase(node, spec))
+        mutated = set(signature.buffers_to_mutate.values())
+        for node, spec in specs:
+            if spec.kind != InputKind.USER_INPUT:
+                self._import_weight(node, spec, mutated)
+        blockers = [problem for node in self.exported.graph.nodes if node.op == "call_function" for problem in self._import_call(node)]
+        if blockers:
+            raise CaptureError(_list_blockers(blockers))
+        self._import_outputs()
+        call_spec = self.exported.call_spec
+        main = Function("main", self.graph, Tree.from_spec(call_spec.in_spec), Tree.from_spec(call_spec.out_spec))
+        return Program([main], self.weights, self.symbols)
+
+    def _declare_symbols(self, inputs: list[Node]) -> None:
+        ranges = self.exported.range_constraints
+        for leaf, node in enumerate(inputs):
+            value = node.meta.get("val")
+            sizes = list(value.shape) if isinstance(value, torch.Tensor) else [value]
+            for dim, size in enumerate(sizes):
+                if not isinstance(size, torch.SymInt):
+                    continue
+                for symbol in sorted(size.node.expr.free_symbols, key=str):
+                    if symbol in self.sizes:
+                        continue
+                    given = self.dim_names.get((leaf, dim)) if size.node.expr == symbol else None
+                    name = given if given and given not in self.symbols else self._next_name()
+                    bounds = ranges.get(symbol)
+                    low, high = (0, UNBOUNDED) if bounds is None else (_bound(bounds.lower, 0), _bound(bounds.upper, UNBOUNDED))
+                    hint = _hint_of(symbol, size.node.shape_env)
+                    self.sizes[symbol] = self.symbols.declare(Symbol(name, low, high, hint)).node.expr
+
+    def _next_name(self) -> str:
+        return next(name for k in range(len(self.symbols) + 1) if (name := f"s{k}") not in self.symbols)
+
+    def _rebase(self, node: Node, spec: InputSpec) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            return fake_like(self.symbols, value.dtype, map(self._size, value.shape), map(self._size, value.stride()), value.device)
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
+        return getattr(spec.arg, "value", value)
+
+    def _size(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expr = size.node.expr.xreplace(self.sizes)
+        return self.symbols.env.create_symintnode(expr, hint=size.node.hint)
+
+    def _import_weight(self, node: Node, spec: InputSpec, mutated: set[str]) -> None:
+        if spec.kind == InputKind.CUSTOM_OBJ or spec.kind == InputKind.TOKEN or spec.target is None:
+            raise CaptureError(f"the model holds {node.name}, an object that is not a tensor: pass what it computes as an input")
+        name = spec.target
+        tensor = self.exported.state_dict.get(name)
+        if tensor is None:
+            tensor = self.exported.constants[name]
+        if name in mutated:
+            self.weights[name] = Weight.of(name, tensor, "state")
+            fake = fake_like(self.symbols, tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+            self.copies[node] = add_placeholder(self.graph, name, fake, role="state")
+            return
+        if not node.users:
+            return
+        kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(spec.kind, "constant")
+        self.weights[name] = Weight.of(name, tensor.detach() if kind == "parameter" else tensor, kind)
+        self.copies[node] = add_weight(self.graph, self.weights[name], self.symbols)
+
+    def _import_call(self, node: Node) -> list[tuple[Where, str]]:
+        """Adds the call; returns the reasons why it cannot be."""
+        where = where_of(node)
+        try:
+            name_of(node.target)
+        except KeyError:
+            return [(where, f"{node.target} has no place in the IR: replace it by ATen operations")]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.copies.get)
+        if _is_tautology(node):
+            return []
+        try:
+            copy = add_call(self.graph, self.symbols, node.target, args, kwargs, origin=(self.origin,), where=where)
+        except InferenceError as error:
+            return [(where, f"{name_of(node.target)} does not type-check: {error}")]
+        self.copies[node] = copy
+        self.origin += 1
+        return []
+
+    def _import_outputs(self) -> None:
+        specs = self.exported.graph_signature.output_specs
+        leaves = list(self.exported.graph.output_node().args[0])
+        user, states, names = [], [], []
+        for spec, leaf in zip(specs, leaves, strict=True):
+            value = self.copies[leaf] if isinstance(leaf, fx.Node) else leaf
+            if spec.kind == OutputKind.BUFFER_MUTATION:
+                states.append(value)
+                names.append(spec.target)
+            elif spec.kind == OutputKind.USER_INPUT_MUTATION:
+                states.append(value)
+                names.append(f"input:{spec.target}")
+            elif spec.kind == OutputKind.USER_OUTPUT:
+                user.append(value)
+            else:
+                raise CaptureError(f"the exported program has an output of kind {spec.kind.name}, which only training needs: export for inference")
+        set_outputs(self.graph, [*user, *states], tuple(names))
+
+
+def _hint_of(symbol: sympy.Symbol, env: Any) -> int:
+    hints = getattr(env, "backed_var_to_val", None)  # torch 2.11 calls it var_to_val
+    return int((env.var_to_val if hints is None else hints)[symbol])
+
+
+def _input_name(node: Node) -> str:
+    return str(node.target)
+
+
+def _is_tautology(node: Node) -> bool:
+    # Exported graphs assert dtype and device on every cast; the IR's own metadata states and verifies the same.
+    return is_assertion(node.target) and "_assert_tensor_metadata" in str(node.target)
+
+
+def _bound(value: Any, unbounded: int) -> int:
+    return int(value) if isinstance(value, sympy.Integer | int) and abs(int(value)) < UNBOUNDED else unbounded
+
+
+# --- the user's line -------------------------------------------------------------------------------------------------------
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def where_of(node: Node) -> Where:
+    """The innermost frame of the user's own code, and the path of the module that ran it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    module = next((path for path, _ in reversed(list(stack.values()))), "")
+    file, line = _user_frame(node.meta.get("stack_trace") or "")
+    module = re.sub(r"^L\['self'\]\.?|@\d+$", "", str(module))
+    # Nodes that torch itself inserts (size queries) carry the name of the hook that made them.
+    return Where(file, line, "" if module.startswith("_empty_nn_module_stack") else module)
+
+
+@functools.lru_cache(maxsize=4096)
+def _user_frame(trace: str) -> tuple[str, int]:
+    for file, line in reversed(_FRAME.findall(trace)):
+        if not os.path.abspath(file).startswith(_TORCH_ROOT) and os.path.basename(file) != "runtime_assert.py":
+            return relative_file(file), int(line)
+    return "", 0
+
+
+@functools.lru_cache(maxsize=4096)
+def relative_file(file: str) -> str:
+    """`file` from the root of the package that holds it, so that dumps do not depend on where it is installed."""
+    path = os.path.abspath(file)
+    if path.startswith(_PACKAGE_ROOT + os.sep):
+        return "graphwright/" + os.path.relpath(path, _PACKAGE_ROOT).replace(os.sep, "/")
+    root = os.path.dirname(path)
+    while os.path.exists(os.path.join(root, "__init__.py")):
+        root = os.path.dirname(root)
+    return os.path.relpath(path, root).replace(os.sep, "/")
+
+
+# --- names of dims ---------------------------------------------------------------------------------------------------------
+
+
+def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> dict[tuple[int, int], str]:
+    """(input leaf, dim) -> the name of the `Dim` that the user gave there."""
+    if not dynamic_shapes:
+        return {}
+    try:
+        import inspect
+
+        if isinstance(dynamic_shapes, Mapping):
+            bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+            pairs = [(value, dynamic_shapes.get(name)) for name, value in bound.items()]
+        else:
+            pairs = list(zip([*args, *kwargs.values()], dynamic_shapes, strict=False))
+    except TypeError:
+        return {}
+    names: dict[tuple[int, int], str] = {}
+    leaf = 0
+
+    def visit(value: Any, spec: Any) -> None:
+        nonlocal leaf
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                visit(item, spec.get(key) if isinstance(spec, Mapping) else None)
+        elif isinstance(value, tuple | list):
+            for index, item in enumerate(value):
+                visit(item, spec[index] if isinstance(spec, tuple | list) and index < len(spec) else None)
+        else:
+            if isinstance(value, torch.Tensor):
+                dims = dict(enumerate(spec)) if isinstance(spec, tuple | list) else spec or {}
+                for dim, given in dims.items():
+                    label = getattr(given, "__name__", None)
+                    if isinstance(label, str) and re.fullmatch(r"[a-z][a-z0-9_]*", label):
+                        names[leaf, dim] = label
+            leaf += 1
+
+    for value, spec in pairs:
+        visit(value, spec)
+    return names
+
+
+# --- failures --------------------------------------------------------------------------------------------------------------
+
+
+def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exception:
+    """What stopped torch.export: the example inputs if the module itself refuses them, else every blocker."""
+    try:
+        with _undisturbed():
+            model(*args, **kwargs)
+    except Exception as eager:
+        return InputError(f"the model itself fails on the example inputs ({type(eager).__name__}: {_first_line(eager)}): fix those first")
+    blockers = _blockers(model, args, kwargs, dynamic_shapes)
+    if not blockers:
+        file, line = _traceback_frame(error)
+        blockers = [(Where(file, line), f"{type(error).__name__}: {_first_line(error)}")]
+    return CaptureError(_list_blockers(blockers))
+
+
+def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[tuple[Where, str]]:
+    """Everything that torch's draft export had to guess, which is what the strict one refuses."""
+    import logging
+
+    advice = {
+        "DATA_DEPENDENT_ERROR": "control flow depends on tensor values: use torch.where or torch.cond, or make the value an input",
+        "GUARD_ADDED": "the code fixes a size that was declared dynamic: give that size, or widen the code",
+        "MISSING_FAKE_KERNEL": "a custom operator has no fake kernel: add one with torch.library.register_fake",
+        "MISMATCHED_FAKE_KERNEL": "a custom operator's fake kernel disagrees with the real one: mend it",
+    }
+    loggers = [logging.getLogger(name) for name in ("torch.export._draft_export", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with _undisturbed():
+            draft = torch.export.draft_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception:
+        return []
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    found = []
+    for failure in draft._report.failures:
+        stack = failure.data.get("stack") or failure.data.get("user_stack") or []
+        frames = [(frame.get("filename"), frame.get("line")) for frame in stack if isinstance(frame, dict)]
+        file, line = _innermost_user_frame(frames)
+        expression = failure.data.get("expr") or failure.data.get("op") or ""
+        found.append((Where(file, line), f"{advice.get(failure.failure_type.name, failure.failure_type.name)} ({expression})"))
+    return found
+
+
+def _innermost_user_frame(frames: list[tuple[Any, Any]]) -> tuple[str, int]:
+    from torch._logging._internal import LazyString  # noqa: F401
+    from torch._logging.structured import INTERN_TABLE
+
+    by_index = {index: name for name, index in INTERN_TABLE.items()}
+    for file, line in reversed(frames):
+        name = by_index.get(file, "") if isinstance(file, int) else str(file)
+        if name and not os.path.abspath(name).startswith(_TORCH_ROOT):
+            return relative_file(name), int(line)
+    return "", 0
+
+
+def _traceback_frame(error: BaseException) -> tuple[str, int]:
+    place, traceback = ("", 0), error.__traceback__
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if os.path.exists(file) and not os.path.abspath(file).startswith((_TORCH_ROOT, _PACKAGE_ROOT + os.sep + "ir")):
+            place = (relative_file(file), traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return place
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _list_blockers(blockers: list[tuple[Where, str]]) -> str:
+    unique = list(dict.fromkeys((str(where) or "unknown line", reason) for where, reason in blockers))
+    if len(unique) == 1:
+        return f"the model cannot be captured, at {unique[0][0]}: {unique[0][1]}"
+    return f"the model cannot be captured for {len(unique)} reasons:\n" + "\n".join(f"  {where}: {reason}" for where, reason in unique)

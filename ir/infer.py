@@ -1,0 +1,108 @@
+"""Metadata of a call, computed from the metadata of its operands by running it on fake tensors.
+
+Views share a fake storage with their source, so `val` also says what aliases what. Metadata is inferred when a node is
+created and never edited; a stale shape is the commonest defect of compilers that edit graphs freely.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from .region import Region
+from .symbols import SymbolTable, same_size
+
+
+class InferenceError(Exception):
+    """torch refuses the call for operands of these types; the message is torch's own first line."""
+
+
+def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The value of `target(*args, **kwargs)` in types only; operand nodes stand for their `meta["val"]`.
+
+    Raises:
+        InferenceError: the call does not type-check.
+    """
+    operands, keywords = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
+    try:
+        with symbols.inference(), torch.amp.autocast("cpu", enabled=False):
+            value = target(*operands, **keywords)
+    except Exception as error:
+        raise InferenceError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+    return tuple(value) if isinstance(value, list) else value
+
+
+def fake_like(symbols: SymbolTable, dtype: torch.dtype, shape: Any, stride: Any, device: torch.device) -> torch.Tensor:
+    """A tensor of that type in the program's mode, with a storage of its own."""
+    with symbols.inference():
+        return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+
+
+def contiguous_stride(shape: Any) -> tuple[Any, ...]:
+    """Row-major strides, with torch's convention that a dim of size 0 counts as 1."""
+    strides: list[Any] = []
+    step: Any = 1
+    for size in reversed(list(shape)):
+        strides.append(step)
+        step = step * (size if not isinstance(size, int) or size > 0 else 1)
+    return tuple(reversed(strides))
+
+
+def same_type(a: Any, b: Any) -> bool:
+    """Whether two metadata values are one type: dtype, device, shape and the strides of dims larger than 1."""
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(same_type(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return same_tensor_type(a, b) and same_strides(a, b)
+    if isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt):
+        return same_size(a, b)
+    if isinstance(a, torch.SymFloat | torch.SymBool) and isinstance(b, torch.SymFloat | torch.SymBool):
+        return type(a) is type(b)
+    return type(a) is type(b) and (a == b or a != a)
+
+
+def same_tensor_type(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether dtype, device and shape agree."""
+    return (
+        a.dtype == b.dtype
+        and a.device == b.device
+        and a.dim() == b.dim()
+        and all(same_size(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+    )
+
+
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether strides agree on every dim larger than 1 (the others address nothing)."""
+    if a.layout != torch.strided or b.layout != torch.strided or any(isinstance(n, int) and n == 0 for n in a.shape):
+        return a.layout == b.layout
+    return all(
+        (isinstance(n, int) and n == 1) or same_size(x, y) for n, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def storage_key(value: torch.Tensor) -> int:
+    """Equal for two metadata values exactly when one aliases the other."""
+    return value.untyped_storage()._cdata
+
+
+def operands_of(args: Any) -> list[Any]:
+    """Every node among nested arguments, in order, repeats kept."""
+    found: list[Any] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, fx.Node):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            for item in value:
+                visit(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, slice):
+            visit((value.start, value.stop, value.step))
+        elif isinstance(value, Region):
+            return
+
+    visit(args)
+    return found

@@ -1,0 +1,128 @@
+"""The region op `gw.sliced`: a functional sub-graph run over slices of its operands.
+
+Tensor t *carries* an axis of N units along dim d when size(t, d) = N*m; unit u is the index range [u*m, (u+1)*m). Slice k of
+n is the units [k*N//n, (k+1)*N//n): exactly n slices whose lengths differ by at most one.
+Source: "Fast and Memory-Efficient Video Diffusion Using Streamlined Inference" (arXiv 2411.01171), operator grouping.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._C import DispatchKey
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class Region:
+    """A sub-graph that is an operand: placeholders in order, one output tuple, nothing captured from outside.
+
+    Immutable once it is an operand of a node: to change a region, outline a new one.
+    """
+
+    def __init__(self, graph: fx.Graph):
+        self.graph = graph
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        return tuple(self.graph.output_node().args[0])
+
+    def __call__(self, *operands: Any) -> list[Any]:
+        """Runs the body once, as written."""
+        values: dict[fx.Node, Any] = dict(zip(self.placeholders, operands, strict=True))
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+        return [values[node] for node in self.outputs]
+
+
+def slice_bounds(units: int, count: int) -> list[tuple[int, int]]:
+    """The unit ranges of `count` slices of an axis of `units` units: [k*units//count, (k+1)*units//count)."""
+    return [(k * units // count, (k + 1) * units // count) for k in range(count)]
+
+
+def units_of(in_dims: Sequence[int], operands: Sequence[torch.Tensor], units: int | None) -> int:
+    """N: as declared, else the common size of the sliced dims."""
+    if units is not None:
+        return units
+    return next(operand.size(dim) for operand, dim in zip(operands, in_dims, strict=True) if dim >= 0)
+
+
+class Sliced(HigherOrderOperator):
+    """gw.sliced(body, in_dims, out_dims, count, *operands, units=None) -> list of tensors.
+
+    For k in 0..n-1 with n = min(count, N) the body runs on every operand i narrowed to slice k along in_dims[i] (-1: passed
+    whole), and output j is the concatenation of the n results along out_dims[j].
+    """
+
+    def __init__(self) -> None:
+        super().__init__("sliced")
+
+    def __call__(self, body, in_dims, out_dims, count, *operands, units=None):  # type: ignore[override]
+        return super().__call__(body, in_dims, out_dims, count, *operands, units=units)
+
+
+sliced = Sliced()
+for _key in (DispatchKey.Autograd, DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA, DispatchKey.ADInplaceOrView):
+    sliced.fallthrough(_key)
+
+
+def _narrow(operand: torch.Tensor, dim: int, begin: Any, end: Any, units: Any) -> torch.Tensor:
+    if dim < 0:
+        return operand
+    per_unit = operand.size(dim) // units
+    return operand.narrow(dim, begin * per_unit, (end - begin) * per_unit)
+
+
+def whole_size(part: torch.Tensor, dim: int, length: Any, units: Any, count: Any) -> list[Any]:
+    """The size of an output from that of one of its parts, made by a slice of `length` units.
+
+    A part of size 1 along `dim` is a partial result of its slice (statistics): there are `count` of them. Where the axis
+    itself has size 1 in a part, length is 1 and count equals units, so both readings agree.
+    """
+    size = list(part.shape)
+    size[dim] = count if isinstance(size[dim], int) and size[dim] == 1 else units * (size[dim] // length)
+    return size
+
+
+def empty_whole(part: torch.Tensor, size: list[Any]) -> torch.Tensor:
+    """A dense tensor of `size` whose dims lie in memory in the order in which those of `part` do."""
+    stride, step = [0] * len(size), 1
+    for dim in sorted(range(len(size)), key=lambda d: (_magnitude(part.stride(d)), -d)):
+        stride[dim], step = step, step * size[dim]
+    return part.new_empty_strided(size, stride)
+
+
+def _magnitude(stride: "int | torch.SymInt") -> int:
+    return stride if isinstance(stride, int) else stride.node.hint
+
+
+@sliced.py_impl(DispatchKey.CompositeExplicitAutograd)
+def sliced_reference(body, in_dims, out_dims, count, *operands, units=None):
+    """The meaning of `gw.sliced`, and its oracle: run every slice, concatenate."""
+    total = units_of(in_dims, operands, units)
+    parts = []
+    for begin, end in slice_bounds(total, min(count, total)):
+        parts.append(body(*[_narrow(x, d, begin, end, total) for x, d in zip(operands, in_dims, strict=True)]))
+    outputs = []
+    for j, dim in enumerate(out_dims):
+        joined = torch.cat([part[j] for part in parts], dim)
+        whole = empty_whole(parts[0][j], list(joined.shape))
+        outputs.append(joined if joined.stride() == whole.stride() else whole.copy_(joined))
+    return outputs
+
+
+@sliced.py_impl(FakeTensorMode)
+def _sliced_metadata(mode, body, in_dims, out_dims, count, *operands, units=None):
+    with mode:
+        total = units_of(in_dims, operands, units)
+        n = min(count, total) if isinstance(total, int) and isinstance(count, int) else count
+        length = -(-total // n)
+        parts = body(*[_narrow(x, d, 0, length, total) for x, d in zip(operands, in_dims, strict=True)])
+        return [empty_whole(part, whole_size(part, dim, length, total, n)) for part, dim in zip(parts, out_dims, strict=True)]

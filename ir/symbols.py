@@ -1,0 +1,127 @@
+"""Dynamic sizes by name: each symbol has a range and a hint, and lives in the ShapeEnv of one FakeTensorMode.
+
+torch names a symbol after a hash of its source; users see the names they gave (`batch`) or `s0, s1, ...` in order of
+appearance, so equal programs print equal bytes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+from torch.utils._sympy.value_ranges import ValueRanges
+
+UNBOUNDED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A size known only at call time: `low <= size <= high`; `hint` is the size at capture."""
+
+    name: str
+    low: int
+    high: int
+    hint: int
+
+
+class SymbolTable:
+    """The symbols of one program and the mode in which all its metadata lives."""
+
+    def __init__(self) -> None:
+        # duck_shape would merge two symbols with one hint; specialize_zero_one would turn a hint of 1 into a constant.
+        self.env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=False)
+        self._symbols: dict[str, Symbol] = {}
+        self._sizes: dict[str, torch.SymInt] = {}
+        self._names: dict[sympy.Symbol, str] = {}
+
+    def __iter__(self) -> Iterator[Symbol]:
+        return iter(self._symbols.values())
+
+    def __len__(self) -> int:
+        return len(self._symbols)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._symbols
+
+    def declare(self, symbol: Symbol) -> torch.SymInt:
+        """Adds `symbol` and returns it as a size."""
+        source = ConstantSource(f"graphwright_{symbol.name}")
+        expr = self.env.create_symbol(symbol.hint, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+        self.env.var_to_range[expr] = ValueRanges(max(symbol.low, 0), symbol.high if symbol.high < UNBOUNDED else sympy.oo)
+        size = self.env.create_symintnode(expr, hint=symbol.hint)
+        self._symbols[symbol.name], self._sizes[symbol.name], self._names[expr] = symbol, size, symbol.name
+        return size
+
+    def size(self, name: str) -> torch.SymInt:
+        """The symbol `name` as a size. Raises KeyError for an unknown name."""
+        return self._sizes[name]
+
+    def symbol(self, name: str) -> Symbol:
+        """The declaration of `name`. Raises KeyError for an unknown name."""
+        return self._symbols[name]
+
+    def text(self, size: "int | torch.SymInt | torch.SymFloat | torch.SymBool") -> str:
+        """The size as an expression over symbol names with `+ - * // %`."""
+        if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return str(size)
+        return _expression_text(self.env.simplify(size.node.expr), self._names)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Within it, calls compute metadata only; questions about sizes are answered by hints and leave no guard."""
+        with self.mode, torch.no_grad(), self.env.suppress_guards(), self.env.ignore_fresh_unbacked_symbols():
+            yield
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are provably one. Data-dependent sizes have no stable name and compare equal to each other."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        if free_unbacked_symbols(a) or free_unbacked_symbols(b):
+            return bool(free_unbacked_symbols(a)) == bool(free_unbacked_symbols(b))
+        return a.node.expr == b.node.expr or sympy.expand(a.node.expr - b.node.expr) == 0
+    return False
+
+
+_PRECEDENCE = {"or": 0, "cmp": 1, "+": 2, "*": 3, "atom": 4}
+
+
+def _expression_text(expr: sympy.Basic, names: dict[sympy.Symbol, str]) -> str:
+    text, _ = _render(expr, names)
+    return text
+
+
+def _wrap(expr: sympy.Basic, names: dict[sympy.Symbol, str], at_least: int) -> str:
+    text, level = _render(expr, names)
+    return text if level >= at_least else f"({text})"
+
+
+def _render(expr: sympy.Basic, names: dict[sympy.Symbol, str]) -> tuple[str, int]:
+    product, atom = _PRECEDENCE["*"], _PRECEDENCE["atom"]
+    if isinstance(expr, sympy.Symbol):
+        return names.get(expr, str(expr)), atom
+    if isinstance(expr, sympy.Integer | int):
+        return str(expr), atom if int(expr) >= 0 else product
+    if isinstance(expr, sympy.Add):
+        terms = sorted((_wrap(term, names, product) for term in expr.args), key=lambda t: (t.lstrip("-").isdigit(), t))
+        return " + ".join(terms).replace("+ -", "- "), _PRECEDENCE["+"]
+    if isinstance(expr, sympy.Mul):
+        number = [str(f) for f in expr.args if isinstance(f, sympy.Integer)]
+        rest = sorted(_wrap(f, names, atom) for f in expr.args if not isinstance(f, sympy.Integer))
+        return "*".join(number + rest), product
+    if isinstance(expr, FloorDiv):
+        return f"{_wrap(expr.args[0], names, atom)} // {_wrap(expr.args[1], names, atom)}", product
+    if isinstance(expr, Mod | PythonMod):
+        return f"{_wrap(expr.args[0], names, atom)} % {_wrap(expr.args[1], names, atom)}", product
+    if isinstance(expr, sympy.Pow) and isinstance(expr.exp, sympy.Integer) and 1 < int(expr.exp) <= 8:
+        return "*".join([_wrap(expr.base, names, atom)] * int(expr.exp)), product
+    arguments = ", ".join(_render(argument, names)[0] for argument in expr.args)
+    return f"{type(expr).__name__}({arguments})", atom

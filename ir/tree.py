@@ -1,0 +1,85 @@
+"""The nesting of a function's inputs and outputs, as plain data that needs no user class to print or compare.
+
+Classes that torch's pytree knows (dataclass outputs of transformers and diffusers among them) are kept by their registered
+name; the class is looked up only when a call has to build one.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch.utils._pytree as pytree
+
+from .errors import ArtifactError, CaptureError
+
+_BUILTIN: dict[type, str] = {tuple: "tuple", list: "list", dict: "dict"}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """`kind` is "leaf", "tuple", "list", "dict" or "object"; `keys` are a dict's keys, `type_name` and `context` an object's."""
+
+    kind: str
+    children: tuple["Tree", ...] = ()
+    keys: tuple[str | int, ...] = ()
+    type_name: str = ""
+    context: str = ""
+
+    @property
+    def num_leaves(self) -> int:
+        return 1 if self.kind == "leaf" else sum(child.num_leaves for child in self.children)
+
+    @staticmethod
+    def from_spec(spec: pytree.TreeSpec) -> "Tree":
+        """Raises CaptureError for a container class without a registered name."""
+        if spec.is_leaf():
+            return LEAF
+        children = tuple(Tree.from_spec(child) for child in _children(spec))
+        kind = _BUILTIN.get(spec.type)  # type: ignore[arg-type]
+        if kind == "dict":
+            return Tree("dict", children, keys=tuple(spec.context))
+        if kind is not None:
+            return Tree(kind, children)
+        registered = pytree.SUPPORTED_SERIALIZED_TYPES.get(spec.type)  # type: ignore[arg-type]
+        name = getattr(registered, "serialized_type_name", None)
+        if not isinstance(name, str) or name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
+            raise CaptureError(
+                f"the class {spec.type!r} in the model's inputs or outputs has no registered name: register it with "
+                "torch.utils._pytree.register_pytree_node(..., serialized_type_name=...) or return a dict"
+            )
+        dump = registered.to_dumpable_context  # type: ignore[union-attr]
+        return Tree("object", children, type_name=name, context=json.dumps(dump(spec.context) if dump else spec.context))
+
+    def to_spec(self) -> pytree.TreeSpec:
+        """Raises ArtifactError when an object's class is not imported in this process."""
+        if self.kind == "leaf":
+            return pytree.treespec_leaf() if hasattr(pytree, "treespec_leaf") else pytree.LeafSpec()
+        children = [child.to_spec() for child in self.children]
+        builtin = {name: cls for cls, name in _BUILTIN.items()}.get(self.kind)
+        if builtin is not None:
+            return pytree.TreeSpec(builtin, list(self.keys) if self.kind == "dict" else None, children)
+        cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(self.type_name)
+        if cls is None:
+            raise ArtifactError(
+                f"this program returns a {self.type_name}, which is not known in this process: import the module that defines it first"
+            )
+        load = pytree.SUPPORTED_SERIALIZED_TYPES[cls].from_dumpable_context
+        context = json.loads(self.context)
+        return pytree.TreeSpec(cls, load(context) if load else context, children)
+
+
+LEAF = Tree("leaf")
+
+
+def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    return spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+
+
+def flat(values: int) -> Tree:
+    """A plain tuple of `values` leaves."""
+    return Tree("tuple", tuple(LEAF for _ in range(values)))
+
+
+def unflatten(tree: Tree, leaves: list[Any]) -> Any:
+    """The nested value that `tree` describes, over `leaves`."""
+    return pytree.tree_unflatten(leaves, tree.to_spec())
