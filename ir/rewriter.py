@@ -1,0 +1,358 @@
+"""The only way to change a program: typed edits, grouped into steps that are recorded, timed and paid for with fuel.
+
+A step is one application of one rule. It spends one unit of fuel; when none is left it raises `OutOfFuel`, which the pass
+manager catches, so a bisection can stop the compiler after rewrite N with a program that is whole.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from .build import add_call, add_placeholder, add_weight, set_outputs
+from .calls import GETITEM, is_random, name_of
+from .capture import relative_file
+from .errors import VerifyError
+from .infer import InferenceError, same_strides, same_tensor_type, same_type
+from .program import Function, Node, Program, Weight, Where, region_of
+from .region import Region, sliced
+from .symbols import SymbolTable
+
+
+class OutOfFuel(Exception):
+    """No rewrite may happen any more; the program is as the last whole step left it."""
+
+
+@dataclass
+class Fuel:
+    """How many more rewrites may happen (None: any number), and how many did."""
+
+    left: int | None = None
+    spent: int = 0
+
+    def spend(self) -> None:
+        if self.left is not None and self.spent >= self.left:
+            raise OutOfFuel
+        self.spent += 1
+
+
+@dataclass(frozen=True)
+class RewriteRecord:
+    """One rewrite: which pass and rule, where the rule stands, what it took away and put there, and how long it took."""
+
+    pass_name: str
+    rule: str
+    file: str
+    line: int
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    microseconds: float
+
+
+class Rewriter:
+    """Edits one function of `program` in place.
+
+    Edits happen inside `with rewriter.step("rule"):`. With `checked=True` a step that changes the program without an edit, or
+    edits without a change, is a VerifyError.
+    """
+
+    def __init__(self, program: Program, *, pass_name: str = "", function: str = "main", fuel: Fuel | None = None, checked: bool = False):
+        self.program = program
+        self.function: Function = program.functions[function]
+        self.graph: fx.Graph = self.function.graph
+        self.pass_name = pass_name
+        self.fuel = fuel if fuel is not None else Fuel()
+        self.checked = checked
+        self.records: list[RewriteRecord] = []
+        self._removed: list[str] | None = None
+        self._added: list[Node] = []
+        self._erased: set[Node] = set()
+        self._weight_nodes: dict[str, Node] = {node.target: node for node in self.graph.nodes if node.op == "get_attr"}
+
+    @property
+    def symbols(self) -> SymbolTable:
+        return self.program.symbols
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.records)
+
+    def nodes(self) -> Iterator[Node]:
+        """The calls of the function in order; nodes erased or inserted while iterating are skipped."""
+        for node in list(self.graph.nodes):
+            if node.op == "call_function" and node not in self._erased:
+                yield node
+
+    @contextmanager
+    def step(self, rule: str) -> Iterator[None]:
+        """One application of `rule`.
+
+        Raises:
+            OutOfFuel: before anything changed.
+        """
+        if self._removed is not None:
+            raise VerifyError(f"rule {rule} starts inside another rule of {self.pass_name}: steps do not nest")
+        self.fuel.spend()
+        frame = sys._getframe(2)
+        fingerprint = str(self.program) if self.checked else ""
+        self._removed, self._added = [], []
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            removed, self._removed = self._removed, None
+        microseconds = (time.perf_counter() - start) * 1e6
+        after = tuple(label(node) for node in self._added if node not in self._erased)
+        if self.checked:
+            self._check_step(rule, fingerprint, bool(removed or after))
+        place = relative_file(frame.f_code.co_filename), frame.f_lineno
+        self.records.append(RewriteRecord(self.pass_name, rule, *place, tuple(removed), after, microseconds))
+
+    def _check_step(self, rule: str, fingerprint: str, claimed: bool) -> None:
+        changed = str(self.program) != fingerprint
+        if changed and not claimed:
+            raise VerifyError(f"rule {rule} of {self.pass_name} changed the program without the Rewriter")
+        if claimed and not changed:
+            raise VerifyError(f"rule {rule} of {self.pass_name} reports a rewrite but the program is the same")
+
+    def _in_step(self) -> list[str]:
+        if self._removed is None:
+            raise VerifyError(f"pass {self.pass_name} edits the program outside a step: write `with rewriter.step(rule):`")
+        return self._removed
+
+    # --- edits ---
+
+    def insert(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        before: Node,
+        origin: "Node | Sequence[Node]" = (),
+    ) -> Node:
+        """A new call placed before `before`, its metadata inferred. It descends from the node(s) `origin`.
+
+        Raises:
+            VerifyError: the call does not type-check.
+        """
+        self._in_step()
+        parents = [origin] if isinstance(origin, fx.Node) else list(origin)
+        try:
+            with self.graph.inserting_before(before):
+                node = add_call(
+                    self.graph, self.symbols, target, tuple(args), kwargs, origin=merged_origin(parents), where=first_where(parents)
+                )
+        except InferenceError as error:
+            raise VerifyError(f"pass {self.pass_name} inserts a {name_of(target)} that does not type-check: {error}") from error
+        self._added.append(node)
+        return node
+
+    def weight(self, weight: Weight) -> Node:
+        """A use of `weight`, which joins the program's table under its name.
+
+        Raises:
+            VerifyError: another weight has that name.
+        """
+        self._in_step()
+        known = self.program.weights.get(weight.name)
+        if known is not None and known is not weight and known.digest != weight.digest:
+            raise VerifyError(f"pass {self.pass_name} adds a weight {weight.name}, but the program has another of that name")
+        self.program.weights.setdefault(weight.name, weight)
+        if weight.name not in self._weight_nodes:
+            first = next(iter(self.graph.nodes))
+            with self.graph.inserting_before(first):
+                self._weight_nodes[weight.name] = add_weight(self.graph, self.program.weights[weight.name], self.symbols)
+        return self._weight_nodes[weight.name]
+
+    def replace(self, old: Node, new: Node, *, retype: bool = False) -> None:
+        """Redirects every use of `old` to `new` and erases `old` with what only it needed.
+
+        Raises:
+            VerifyError: the two differ in dtype, shape, device or strides (allowed with `retype` when all users were re-made).
+        """
+        removed = self._in_step()
+        if not retype and not same_type(old.meta["val"], new.meta["val"]):
+            raise VerifyError(
+                f"pass {self.pass_name} replaces {label(old)} of type {_shown(old, self.symbols)} by {label(new)} of type {_shown(new, self.symbols)}"
+            )
+        old.replace_all_uses_with(new)
+        if old.op == "call_function":
+            if new.op == "call_function":
+                new.meta["origin"] = tuple(sorted({*new.meta.get("origin", ()), *old.meta.get("origin", ())}))
+                if not str(new.meta.get("where") or ""):
+                    new.meta["where"] = old.meta.get("where", Where())
+            self._erase_dead(old, removed)
+
+    def erase(self, node: Node) -> None:
+        """Removes an unused call, and the calls that only it used.
+
+        Raises:
+            VerifyError: the node is used.
+        """
+        removed = self._in_step()
+        if node.users:
+            raise VerifyError(f"pass {self.pass_name} erases {label(node)}, which is still used")
+        self._erase_dead(node, removed)
+
+    def _erase_dead(self, root: Node, removed: list[str]) -> None:
+        from .calls import is_pure
+
+        stack = [root]
+        while stack:
+            node = stack.pop()
+            if node in self._erased or node.users or node.op == "placeholder":
+                continue
+            if node is not root and node.op == "call_function" and not is_pure(node.target):
+                continue
+            sources = node.all_input_nodes
+            if node.op == "call_function":
+                removed.append(label(node))
+            elif node.op == "get_attr":
+                self._weight_nodes.pop(node.target, None)
+            self._erased.add(node)
+            self.graph.erase_node(node)
+            stack += sources
+
+    def set_arguments(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Node:
+        """Replaces `node` by the same operation on other arguments, of the same type. Returns the new node."""
+        new = self.insert(node.target, args, kwargs, before=node, origin=node)
+        self.replace(node, new)
+        return new
+
+    def outline(self, members: Sequence[Node], body: "RegionBuilder", outputs: Sequence[tuple[Node, Node, int]], count: Any) -> Node:
+        """Replaces `members` by one `gw.sliced` call of `body` and returns it.
+
+        `outputs` holds, for each value used outside, (member, its node in the body, dim along which slices are laid). Nodes that
+        depend on members and stand between them move behind the region, in order.
+
+        Raises:
+            VerifyError: the members are not convex, or an output would change its type.
+        """
+        removed = self._in_step()
+        region = body.finish([inner for _, inner, _ in outputs])
+        anchor = self._make_room(members)
+        args = [region, body.in_dims, [dim for _, _, dim in outputs], count, *body.operands]
+        kwargs = {} if body.units is None else {"units": body.units}
+        call = self.insert(sliced, args, kwargs, before=anchor, origin=members)
+        results = [self.insert(GETITEM, (call, j), before=anchor, origin=member) for j, (member, _, _) in enumerate(outputs)]
+        for (member, _, _), result in zip(outputs, results, strict=True):
+            if not same_tensor_type(member.meta["val"], result.meta["val"]) or not same_strides(member.meta["val"], result.meta["val"]):
+                raise VerifyError(f"region output for {label(member)} is {_shown(result, self.symbols)}, not {_shown(member, self.symbols)}")
+            member.replace_all_uses_with(result)
+        for member in reversed(members):
+            removed.append(label(member))
+            self._erased.add(member)
+            self.graph.erase_node(member)
+        return call
+
+    def _make_room(self, members: Sequence[Node]) -> Node:
+        """Moves dependants that stand among the members behind the last one; returns the node before which the region goes."""
+        inside = set(members)
+        dependants: list[Node] = []
+        tainted = set(members)
+        node, last = members[0], members[-1]
+        while node is not last:
+            node = node.next
+            if not any(source in tainted for source in node.all_input_nodes):
+                continue
+            if node in inside:
+                if any(source in tainted and source not in inside for source in node.all_input_nodes):
+                    raise VerifyError(f"the members are not convex: {label(node)} needs a value computed outside from a member")
+                continue
+            if is_random(node.target):
+                raise VerifyError(f"{label(node)} draws random numbers and would move")
+            tainted.add(node)
+            dependants.append(node)
+        anchor = last.next
+        for node in dependants:
+            anchor.prepend(node)
+        return dependants[0] if dependants else anchor
+
+    def inline(self, call: Node) -> None:
+        """Replaces a region call by its body on whole operands, which is the same function (slicing is a schedule)."""
+        self._in_step()
+        region = region_of(call)
+        if region is None:
+            raise VerifyError(f"{label(call)} is no region")
+        operands = call.args[4:]
+        values: dict[Node, Any] = dict(zip(region.placeholders, operands, strict=True))
+        for inner in region.graph.nodes:
+            if inner.op == "call_function":
+                args, kwargs = fx.map_arg((inner.args, inner.kwargs), values.__getitem__)
+                values[inner] = self.insert(inner.target, args, kwargs, before=call, origin=())
+                values[inner].meta.update(origin=inner.meta.get("origin", ()), where=inner.meta.get("where", Where()))
+        for user in list(call.users):
+            self.replace(user, values[region.outputs[user.args[1]]])
+
+
+class RegionBuilder:
+    """Builds the body of a region: operands become placeholders of slice size, calls are re-inferred at that size."""
+
+    def __init__(self, symbols: SymbolTable, units: Any, length: Any):
+        self.symbols = symbols
+        self.units = units
+        self.length = length
+        self.graph = fx.Graph()
+        self.operands: list[Node] = []
+        self.in_dims: list[int] = []
+        self._placeholders: dict[tuple[Node, int], Node] = {}
+
+    def operand(self, node: Node, dim: int = -1) -> Node:
+        """The body's view of an outside value: sliced along `dim`, or whole (-1)."""
+        key = (node, dim)
+        if key not in self._placeholders:
+            value = node.meta["val"]
+            if dim >= 0:
+                with self.symbols.inference():
+                    value = value.narrow(dim, 0, self.length * (value.size(dim) // self.units))
+            self.operands.append(node)
+            self.in_dims.append(dim)
+            self._placeholders[key] = add_placeholder(self.graph, f"v{len(self.operands)}", value)
+        return self._placeholders[key]
+
+    def call(self, target: Callable[..., Any], args: Any, kwargs: dict[str, Any] | None = None, *, like: Node | None = None) -> Node:
+        """A call inside the body; `like` gives its provenance.
+
+        Raises:
+            InferenceError: the call does not type-check at slice size.
+        """
+        meta = like.meta if like is not None else {}
+        return add_call(
+            self.graph, self.symbols, target, tuple(args), kwargs, origin=meta.get("origin", ()), where=meta.get("where") or Where()
+        )
+
+    def finish(self, outputs: Sequence[Node]) -> Region:
+        set_outputs(self.graph, list(outputs))
+        for node in reversed(list(self.graph.nodes)):
+            if node.op == "call_function" and not node.users:
+                self.graph.erase_node(node)
+        return Region(self.graph)
+
+
+def merged_origin(nodes: Sequence[Node]) -> tuple[int, ...]:
+    """The captured nodes that any of `nodes` descends from."""
+    return tuple(sorted({index for node in nodes for index in node.meta.get("origin", ())}))
+
+
+def first_where(nodes: Sequence[Node]) -> Where:
+    """The first known user line among `nodes`."""
+    return next((node.meta["where"] for node in nodes if str(node.meta.get("where") or "")), Where())
+
+
+def label(node: Node) -> str:
+    name = name_of(node.target) if node.op == "call_function" else str(node.target)
+    origin = node.meta.get("origin", ())
+    where = str(node.meta.get("where") or "")
+    shown = ",".join(map(str, origin[:4])) + (",.." if len(origin) > 4 else "")
+    return f"{name} [{shown}]" + (f" {where}" if where else "")
+
+
+def _shown(node: Node, symbols: SymbolTable) -> str:
+    from .types import type_text
+
+    return type_text(node.meta["val"], symbols)

@@ -1,0 +1,82 @@
+"""The reference run: every operation by its own body, in order, values dropped after their last use.
+
+Constant folding, the numeric checks and the tests run programs this way; the runtime has its own, faster executor.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import InputError
+from .program import Function, Node, Program
+
+
+def run(
+    program: Program,
+    inputs: Sequence[Any],
+    *,
+    function: str = "main",
+    states: Mapping[str, torch.Tensor] | None = None,
+    observe: Callable[[Node, Any], Any] | None = None,
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """The flat outputs and new states of `function` on flat `inputs` (one for each leaf, constants included).
+
+    `observe(node, value)` may return another value to use in its place (noise injection, recording).
+
+    Raises:
+        InputError: the number of inputs is wrong, or a weight has no tensor (a program read from text alone).
+    """
+    body = program.functions[function]
+    values = _bind(program, body, inputs, states or {})
+    last_use = _last_uses(body.graph)
+    with torch.no_grad():
+        for node in body.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+                if observe is not None:
+                    values[node] = observe(node, values[node])
+            for dead in last_use.get(node, ()):
+                values.pop(dead, None)
+            if node.op == "output":
+                leaves = [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]]
+                new_states = node.meta.get("new_states", ())
+                split = len(leaves) - len(new_states)
+                return leaves[:split], dict(zip(new_states, leaves[split:], strict=True))
+    raise AssertionError("a verified function has an output")
+
+
+def _bind(program: Program, body: Function, inputs: Sequence[Any], states: Mapping[str, torch.Tensor]) -> dict[Node, Any]:
+    values: dict[Node, Any] = {}
+    remaining = list(inputs)
+    for node in body.graph.nodes:
+        if node.op == "placeholder" and node.meta.get("role", "input") == "input":
+            if not remaining:
+                raise InputError(f"function {body.name} takes more than {len(inputs)} inputs")
+            values[node] = remaining.pop(0)
+        elif node.op in ("placeholder", "get_attr"):
+            name = str(node.target)
+            tensor = states[name] if node.op == "placeholder" and name in states else program.weights[name].tensor
+            if tensor is None:
+                raise InputError(f"weight {name} has no values: this program was read from text, give parse() a weight table")
+            values[node] = tensor
+    if remaining:
+        raise InputError(f"function {body.name} takes {len(inputs) - len(remaining)} inputs, not {len(inputs)}")
+    return values
+
+
+def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
+    """Node -> the values that die after it."""
+    last: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            last[node] = node
+        for operand in node.all_input_nodes:
+            last[operand] = node
+    dying: dict[Node, list[Node]] = {}
+    for value, user in last.items():
+        if user.op != "output":
+            dying.setdefault(user, []).append(value)
+    return dying

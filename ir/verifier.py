@@ -1,0 +1,203 @@
+"""What must hold of every program, after every pass.
+
+Structure (uses after definitions, one output), vocabulary (known, functional operations), metadata (what is stored is what
+inference gives), weights (they exist and fit), regions (closed, not nested, shapes scale with the slice). A node whose
+operation, arguments and operand metadata are the very objects checked before is not inferred again.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .calls import is_mutating, is_random, name_of
+from .errors import VerifyError
+from .infer import InferenceError, infer, operands_of, same_type
+from .printer import node_lines
+from .program import Function, Node, Program, Weight, region_of
+from .region import Region, slice_bounds, sliced, units_of
+from .symbols import SymbolTable
+from .types import type_text
+
+
+def verify(program: Program) -> None:
+    """Raises VerifyError naming the first broken rule, with the lines around it as a note."""
+    if "main" not in program.functions:
+        raise VerifyError("a program needs a function main")
+    for function in program.functions.values():
+        _verify_function(program, function)
+
+
+def _verify_function(program: Program, function: Function) -> None:
+    try:
+        _verify_graph(function.graph, program.symbols, program.weights, region=False)
+        _verify_signature(function)
+    except VerifyError as error:
+        _attach_lines(error, function, program.symbols)
+        raise
+
+
+class _Broken(VerifyError):
+    def __init__(self, message: str, node: Node):
+        where = str(node.meta.get("where") or "")
+        super().__init__(f"{message}" + (f" (from {where})" if where else ""))
+        self.node = node
+
+
+def _verify_graph(graph: fx.Graph, symbols: SymbolTable, weights: dict[str, Weight], *, region: bool) -> None:
+    defined: set[Node] = set()
+    seen_output = False
+    for node in graph.nodes:
+        if seen_output:
+            raise _Broken("a node follows the output", node)
+        for operand in operands_of((node.args, node.kwargs)):
+            if operand not in defined:
+                raise _Broken(f"{_name(node)} uses {_name(operand)} before it is defined, or from outside its function", node)
+        if node.op == "call_function":
+            _verify_call(node, symbols, region)
+        elif node.op == "get_attr":
+            _verify_weight(node, weights, region)
+        elif node.op == "output":
+            seen_output = True
+        elif node.op != "placeholder":
+            raise _Broken(f"a node of kind {node.op} has no place in the IR", node)
+        defined.add(node)
+    if not seen_output:
+        raise VerifyError("a function has no output")
+
+
+def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
+    try:
+        name = name_of(node.target)
+    except (KeyError, TypeError):
+        raise _Broken(f"{node.target} is not an operation of the IR", node) from None
+    if is_mutating(node.target):
+        raise _Broken(f"{name} writes to an operand: programs are functional", node)
+    if in_region and (node.target is sliced or is_random(node.target)):
+        raise _Broken(f"{name} may not stand inside a region", node)
+    if "val" not in node.meta:
+        raise _Broken(f"{name} has no metadata", node)
+    seal = (node.target, node.args, node.kwargs, tuple(operand.meta.get("val") for operand in operands_of((node.args, node.kwargs))))
+    if _same_seal(node.meta.get("seal"), seal, node):
+        return
+    body = region_of(node)
+    if body is not None:
+        _verify_region(node, body, symbols)
+    try:
+        value = infer(symbols, node.target, node.args, node.kwargs)
+    except InferenceError as error:
+        raise _Broken(f"{name} does not type-check: {error}", node) from error
+    if not same_type(value, node.meta["val"]):
+        stored = type_text(node.meta["val"], symbols)
+        raise _Broken(f"{name} is stored as {stored} but computes {type_text(value, symbols)}", node)
+    node.meta["seal"] = (*seal, node.meta["val"])
+
+
+def _same_seal(seal: Any, now: tuple[Any, ...], node: Node) -> bool:
+    if seal is None or seal[0] is not now[0] or seal[4] is not node.meta["val"] or len(seal[3]) != len(now[3]):
+        return False
+    return all(a is b for a, b in zip(seal[3], now[3], strict=True)) and seal[1] == now[1] and seal[2] == now[2]
+
+
+def _verify_region(node: Node, body: Region, symbols: SymbolTable) -> None:
+    _, in_dims, out_dims, count, *operands = node.args
+    if len(body.placeholders) != len(operands) or len(in_dims) != len(operands) or len(out_dims) != len(body.outputs):
+        raise _Broken("gw.sliced has other numbers of operands, dims or outputs than its body", node)
+    if not any(dim >= 0 for dim in in_dims):
+        raise _Broken("gw.sliced slices no operand", node)
+    values = [operand.meta["val"] for operand in operands]
+    units = units_of(in_dims, values, node.kwargs.get("units"))
+    for value, dim in zip(values, in_dims, strict=True):
+        size = value.size(dim) if dim >= 0 else 0
+        if isinstance(size, int) and isinstance(units, int) and size % units:
+            raise _Broken(f"gw.sliced cuts dim {dim} of size {size} into {units} units", node)
+    if isinstance(count, int) and (count < 1 or (isinstance(units, int) and count > units)):
+        raise _Broken(f"gw.sliced has count {count} for {units} units", node)
+    _verify_graph(body.graph, symbols, {}, region=True)
+    reached = _reachable(body, in_dims)
+    for j, output in enumerate(body.outputs):
+        if output not in reached:
+            raise _Broken(f"output {j} of gw.sliced does not depend on the slice: compute it outside", node)
+    if isinstance(units, int) and isinstance(count, int) and units % count:
+        _verify_short_slice(node, body, in_dims, out_dims, units, count, values)
+
+
+def _reachable(body: Region, in_dims: list[int]) -> set[Node]:
+    reached = {placeholder for placeholder, dim in zip(body.placeholders, in_dims, strict=True) if dim >= 0}
+    for node in body.graph.nodes:
+        if any(operand in reached for operand in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _verify_short_slice(
+    node: Node, body: Region, in_dims: list[int], out_dims: list[int], units: int, count: int, values: list[torch.Tensor]
+) -> None:
+    """The body was typed for slices of ceil(N/n) units; it must hold for those of floor(N/n) too."""
+    lengths = {end - begin for begin, end in slice_bounds(units, count)}
+    for length in lengths:
+        try:
+            with values[0].fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+                narrowed = [
+                    value if dim < 0 else value.narrow(dim, 0, length * (value.size(dim) // units))
+                    for value, dim in zip(values, in_dims, strict=True)
+                ]
+                parts = body(*narrowed)
+        except Exception as error:
+            raise _Broken(f"the body of gw.sliced fails on a slice of {length} units: {str(error).splitlines()[0]}", node) from error
+        for j, (part, dim) in enumerate(zip(parts, out_dims, strict=True)):
+            whole = node.meta["val"][j].size(dim)
+            expected = 1 if part.size(dim) == 1 and whole == count else whole // units * length
+            if part.size(dim) != expected:
+                raise _Broken(f"output {j} of gw.sliced has {part.size(dim)} rows for a slice of {length} units, not {expected}", node)
+
+
+def _verify_weight(node: Node, weights: dict[str, Weight], region: bool) -> None:
+    if region:
+        raise _Broken(f"a region reads weight {node.target} directly: pass it as an operand", node)
+    weight = weights.get(str(node.target))
+    if weight is None:
+        raise _Broken(f"weight {node.target} is not in the table", node)
+    value = node.meta["val"]
+    if value.dtype != weight.dtype or tuple(value.shape) != weight.shape or tuple(value.stride()) != weight.stride:
+        raise _Broken(f"weight {node.target} is {weight.dtype}{list(weight.shape)} in the table but not in the graph", node)
+    if weight.tensor is not None and (weight.tensor.dtype != weight.dtype or tuple(weight.tensor.shape) != weight.shape):
+        raise _Broken(f"weight {node.target} has a tensor that its entry does not describe", node)
+
+
+def _verify_signature(function: Function) -> None:
+    output = function.graph.output_node()
+    signature = function.signature()
+    if len(signature.inputs) != function.in_tree.num_leaves:
+        raise _Broken(f"{function.name} has {len(signature.inputs)} inputs but its tree has {function.in_tree.num_leaves}", output)
+    if len(signature.outputs) != function.out_tree.num_leaves:
+        raise _Broken(f"{function.name} returns {len(signature.outputs)} values but its tree has {function.out_tree.num_leaves}", output)
+    states = {state.name for state in signature.states} | {f"input:{argument.name}" for argument in signature.inputs}
+    for name in signature.new_states:
+        if name not in states:
+            raise _Broken(f"{function.name} gives a new value to {name}, which is no state of it", output)
+    names = [argument.name for argument in (*signature.inputs, *signature.states)]
+    if len(set(names)) != len(names):
+        raise _Broken(f"{function.name} has two inputs of one name", output)
+
+
+def _name(node: Node) -> str:
+    if node.op != "call_function":
+        return f"{node.op} {node.target}"
+    try:
+        return name_of(node.target)
+    except (KeyError, TypeError):
+        return str(node.target)
+
+
+def _attach_lines(error: VerifyError, function: Function, symbols: SymbolTable) -> None:
+    """The failing node's line and two either side, as a note."""
+    node = getattr(error, "node", None)
+    try:
+        lines = node_lines(function, symbols)
+    except Exception:  # a broken program may not print
+        return
+    printed = list(lines)
+    if node in lines:
+        at = printed.index(node)
+        error.add_note("\n".join(lines[n] for n in printed[max(0, at - 2) : at + 3]))
