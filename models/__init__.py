@@ -1,7 +1,6 @@
 """The model zoo: a reference network of each family that graphwright compiles, as plain `nn.Module`s with random weights.
 
-    module, args, kwargs = load("video_unet", "small", frames=24)
-    y = module(*args, **kwargs)
+`module, args, kwargs = load("video_unet", "small", frames=24)`, then `module(*args, **kwargs)`.
 """
 
 import dataclasses

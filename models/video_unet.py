@@ -4,6 +4,7 @@ Frames ride in the batch, [B*F, C, H, W], everywhere but in the motion modules, 
 Parameters are named as in diffusers' `UNetMotionModel`, whose outputs the tests compare with.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,12 @@ class Config:
 
 SIZES = {
     "tiny": Config((16, 32), 1, context_dim=24, num_heads=2, norm_groups=4, context_length=5, frames=4, height=8, width=8),
-    "small": Config((64, 128, 256, 256), 1, context_dim=128, num_heads=8, norm_groups=32, context_length=77, frames=16, height=32, width=32),
-    "base": Config((320, 640, 1280, 1280), 2, context_dim=768, num_heads=8, norm_groups=32, context_length=77, frames=16, height=64, width=64),
+    "small": Config(
+        (64, 128, 256, 256), 1, context_dim=128, num_heads=8, norm_groups=32, context_length=77, frames=16, height=32, width=32
+    ),
+    "base": Config(
+        (320, 640, 1280, 1280), 2, context_dim=768, num_heads=8, norm_groups=32, context_length=77, frames=16, height=64, width=64
+    ),
 }
 
 
@@ -103,7 +108,7 @@ class DownBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, config: Config, *, attends: bool, downsamples: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * config.layers_per_block
-        self.resnets = nn.ModuleList(ResnetBlock2D(a, b, time_dim, config.norm_groups, 1e-5) for a, b in zip(widths, widths[1:]))
+        self.resnets = nn.ModuleList(ResnetBlock2D(a, b, time_dim, config.norm_groups, 1e-5) for a, b in itertools.pairwise(widths))
         self.attentions = nn.ModuleList(SpatialTransformer(out_channels, config) for _ in self.resnets if attends)
         self.motion_modules = nn.ModuleList(MotionModule(out_channels, config) for _ in self.resnets)
         self.downsamplers = nn.ModuleList([Downsample2D(out_channels)] if downsamples else [])
@@ -141,7 +146,17 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """(concatenate a state of the way down, resnet, transformer, motion) a layer, then twice the resolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, skip_channels: list[int], time_dim: int, config: Config, *, attends: bool, upsamples: bool):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        skip_channels: list[int],
+        time_dim: int,
+        config: Config,
+        *,
+        attends: bool,
+        upsamples: bool,
+    ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(

@@ -5,6 +5,7 @@ Parameters are named as in diffusers' `UNetSpatioTemporalConditionModel`, whose 
 `image_only_indicator` is left out: a U-Net that is given a clip never sets it.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +45,28 @@ class Config:
 SIZES = {
     "tiny": Config((16, 32), (2, 4), 1, context_dim=24, time_id_dim=8, norm_groups=4, context_length=3, frames=3, height=8, width=8),
     "small": Config(
-        (64, 128, 256, 256), (2, 4, 8, 8), 1, context_dim=128, time_id_dim=64, norm_groups=32, context_length=1, frames=14, height=32, width=32
+        (64, 128, 256, 256),
+        (2, 4, 8, 8),
+        1,
+        context_dim=128,
+        time_id_dim=64,
+        norm_groups=32,
+        context_length=1,
+        frames=14,
+        height=32,
+        width=32,
     ),
     "base": Config(
-        (320, 640, 1280, 1280), (5, 10, 20, 20), 2, context_dim=1024, time_id_dim=256, norm_groups=32, context_length=1, frames=14, height=72, width=128
+        (320, 640, 1280, 1280),
+        (5, 10, 20, 20),
+        2,
+        context_dim=1024,
+        time_id_dim=256,
+        norm_groups=32,
+        context_length=1,
+        frames=14,
+        height=72,
+        width=128,
     ),
 }
 NUM_TIME_IDS = 3  # frames a second, motion bucket, strength of the noise on the conditioning image
@@ -170,7 +189,7 @@ class DownBlock(nn.Module):
         eps = 1e-6 if attends else 1e-5
         widths = [in_channels] + [out_channels] * config.layers_per_block
         self.resnets = nn.ModuleList(
-            SpatioTemporalResBlock(a, b, time_dim, config.norm_groups, eps, temporal_eps=eps) for a, b in zip(widths, widths[1:])
+            SpatioTemporalResBlock(a, b, time_dim, config.norm_groups, eps, temporal_eps=eps) for a, b in itertools.pairwise(widths)
         )
         self.attentions = nn.ModuleList(
             SpatioTemporalTransformer(out_channels, config.num_heads[level], config) for _ in self.resnets if attends
@@ -210,7 +229,9 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """(concatenate a state of the way down, resnet, transformer) a layer, then twice the resolution."""
 
-    def __init__(self, in_channels: int, level: int, skip_channels: list[int], time_dim: int, config: Config, *, attends: bool, upsamples: bool):
+    def __init__(
+        self, in_channels: int, level: int, skip_channels: list[int], time_dim: int, config: Config, *, attends: bool, upsamples: bool
+    ):
         super().__init__()
         out_channels = config.channels[level]
         widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
