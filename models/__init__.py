@@ -73,7 +73,7 @@ def _resized(name: str, config, sizes: dict[str, int]):
     for key, value in sizes.items():
         if key not in config.INPUT_SIZES:
             raise InputError(f"{name} has no input size {key!r}; there are {', '.join(config.INPUT_SIZES)}")
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise InputError(f"{name} wants a positive integer {key}, not {value!r}")
     try:
         return dataclasses.replace(config, **sizes)

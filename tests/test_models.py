@@ -169,6 +169,7 @@ def test_the_decoder_looks_at_no_later_token():
         ({"name": "video_unet", "size": "tiny", "height": 7}, "multiples of 2"),
         ({"name": "video_unet", "size": "tiny", "frames": 33}, "32 positions"),
         ({"name": "decoder", "size": "tiny", "length": 0}, "positive integer length"),
+        ({"name": "decoder", "size": "tiny", "batch": True}, "positive integer batch"),
     ],
 )
 def test_what_cannot_be_loaded_is_an_input_error_that_says_what_can(call, says):
