@@ -102,6 +102,12 @@ class Row:
             if found is not None and out != found:
                 return _barrier(call, key, tag.dim)
             found = out
+        # Operands that move by other units (key heads of grouped queries) must divide too.
+        for key, move in moves.operands.items():
+            if isinstance(move, Move) and key not in keys:
+                other = _tag_of_operand(call, key, move, found, units)
+                if isinstance(other, Refusal):
+                    return other
         return found
 
     def localize(self, call: Call, output: int, tag: Tag, units: Size) -> Localized | None:
