@@ -1,6 +1,9 @@
 """Checks the row of a node on values: what the table claims of an op, the op must do.
 
-For whoever declares a row: build the node, give values to its operands, call `check_links`.
+For whoever declares a row:
+
+    node, values = call_node(op, x, weight, groups=2)
+    check_links(node, values, random.Random(0))
 """
 
 import random
@@ -8,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from .call import Call
 from .table import backward, forward, localize
@@ -20,6 +25,23 @@ class LinkReport:
 
     slices: int = 0
     refusals: list[Refusal] = field(default_factory=list)
+
+
+def call_node(op, *args, **kwargs) -> tuple[fx.Node, dict[fx.Node, torch.Tensor]]:
+    """A node that calls `op`, with a placeholder for each distinct tensor among the arguments, and the placeholders' tensors."""
+    graph, mode, values, placeholders = fx.Graph(), FakeTensorMode(), {}, {}
+
+    def placeholder(tensor):
+        if id(tensor) not in placeholders:
+            node = placeholders[id(tensor)] = graph.placeholder(f"x{len(placeholders)}")
+            node.meta["val"], values[node] = mode.from_tensor(tensor), tensor
+        return placeholders[id(tensor)]
+
+    args, kwargs = tree_map_only(torch.Tensor, placeholder, (args, kwargs))
+    node = graph.call_function(op, args, kwargs)
+    with mode:
+        node.meta["val"] = _call(op, args, kwargs, lambda n: n.meta["val"])
+    return node, values
 
 
 def check_links(node: fx.Node, values: dict, rng: random.Random, *, slices: int = 2, tolerance: float = 1e-12, contents: bool = True,
