@@ -78,7 +78,7 @@ def unary(rng, name):
 BINARY = """
     add.Tensor sub.Tensor mul.Tensor div.Tensor maximum minimum max.other pow.Tensor_Tensor atan2 eq.Tensor lt.Tensor logical_and
     floor_divide true_divide.Tensor divide.Tensor multiply.Tensor subtract.Tensor greater.Tensor greater_equal.Tensor less.Tensor
-    less_equal.Tensor not_equal.Tensor float_power.Tensor_Tensor isclose polar complex remainder.Tensor
+    less_equal.Tensor not_equal.Tensor float_power.Tensor_Tensor isclose polar complex remainder.Tensor __and__.Tensor __or__.Tensor
 """.split()
 
 
@@ -88,9 +88,9 @@ def binary(rng, name):
         shape = shape_of(rng)
         pair = [t(*shape), t(*broadcastable(rng, shape))]
         rng.shuffle(pair)
-        yield op_of(f"aten::{op}"), pair, {}
+        yield op_of(f"aten::{op}"), [p > 0 for p in pair] if op.startswith("__") else pair, {}
     x = t(2, 3)
-    yield (aten.mul.Tensor if name == "pointwise" else op_of(f"aten::{op}")), (x, x), {}
+    yield aten.mul.Tensor, (x, x), {}
 
 
 @sample("pointwise", "aten::where", "aten::masked_fill", "aten::clip", "aten::copy", "aten::fill", "aten::full_like")
@@ -261,9 +261,12 @@ def group_norm(rng, name):
     yield aten.instance_norm.default, (x, t(4), t(4), None, None, True, 0.1, 1e-5, False), {}
 
 
-@sample("aten::batch_norm")
+@sample("aten::batch_norm", "aten::_native_batch_norm_legit_no_training")
 def batch_norm(rng, name):
     x = t(3, 4, *shape_of(rng, 0, 2))
+    if name != "aten::batch_norm":
+        yield op_of(name), (x, t(4), t(4), t(4), t(4) ** 2 + 1, 0.1, 1e-5), {}
+        return
     yield aten.batch_norm.default, (x, t(4), t(4), t(4), t(4) ** 2 + 1, False, 0.1, 1e-5, False), {}
     yield aten.batch_norm.default, (x, None, None, t(4), t(4) ** 2 + 1, False, 0.1, 1e-5, False), {}
 

@@ -10,7 +10,7 @@ from .table import Moves, Refusal, aligned, row
 
 POINTWISE_UNTAGGED = """
     where masked_fill floor_divide true_divide divide multiply subtract absolute negative
-    greater greater_equal less less_equal not_equal clip fix float_power isclose hardswish log_sigmoid
+    greater greater_equal less less_equal not_equal clip fix float_power isclose hardswish log_sigmoid __and__ __or__
     polar complex real imag conj resolve_conj resolve_neg
     contiguous clone alias detach lift_fresh_copy copy fill zeros_like ones_like full_like empty_like
 """.split()

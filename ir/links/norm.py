@@ -28,11 +28,13 @@ def group_norm(call: Call, output: int, dim: int) -> Moves | Refusal:
     return Refusal("reduced", f"{call.op} normalises over dim {dim}{split}", call.operand("input"))
 
 
-@row("aten::batch_norm")
+@row("aten::batch_norm", "aten::_native_batch_norm_legit_no_training")
 def batch_norm(call: Call, output: int, dim: int) -> Moves | Refusal:
     """Of given statistics:   d != 1 <- x d;   1 <- x 1 and every parameter's 0 [features]."""
     if call["training"]:
         return Refusal("mixed", f"{call.op} takes statistics over the batch", call.operand("input"))
+    if output > 0:
+        return Refusal("mixed", f"{call.op}: statistics, which are empty in evaluation", call.operand("input"))
     if dim != 1:
         return Moves({"input": dim})
     return Moves({"input": 1, **{key: 0 for key in call.operands if key != "input"}}, "features")

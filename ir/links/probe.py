@@ -6,6 +6,7 @@ For whoever declares a row:
     check_links(node, values, random.Random(0))
 """
 
+import operator
 import random
 from dataclasses import dataclass, field
 
@@ -55,6 +56,8 @@ def check_links(node: fx.Node, values: dict, rng: random.Random, *, slices: int 
     `values`: operand node -> tensor (or tuple of tensors).
     """
     report = LinkReport()
+    if node.target is operator.getitem:  # picks; computes nothing that a slice could change
+        return report
     full = _outputs(_call(node.target, node.args, node.kwargs, values.__getitem__))
     for output, whole in enumerate(full):
         if not isinstance(whole, torch.Tensor):
@@ -93,11 +96,9 @@ def _call(target, args, kwargs, value_of):
     return target(*fx.node.map_arg(args, value_of), **fx.node.map_arg(kwargs, value_of))
 
 
-def _narrow(value, tag: Tag | None, start: int, stop: int):
+def _narrow(value: torch.Tensor, tag: Tag | None, start: int, stop: int) -> torch.Tensor:
     if tag is None:
         return value
-    if isinstance(value, (tuple, list)):
-        return tuple(_narrow(v, tag, start, stop) for v in value)
     return value.narrow(tag.dim, start * tag.unit, (stop - start) * tag.unit)
 
 
@@ -149,7 +150,7 @@ def _check_converse(node, values, tags, tag, units, output, whole, rng):
         return
     u = rng.randrange(units)
     for slot, operand_tag in tags.items():
-        if operand_tag is None or not isinstance(values[slot.node], torch.Tensor):
+        if operand_tag is None:
             continue
         changed = values[slot.node].clone()
         part = _narrow(changed, operand_tag, u, u + 1)
@@ -189,10 +190,7 @@ def _check_both_ways(node, tags, tag, units, output):
 def _check_forward(node, values):
     """Each tag that an operand leads to leads back to the operand's."""
     for slot in _slots(node):
-        value = values[slot.node]
-        if not isinstance(value, torch.Tensor):
-            continue
-        for dim, size in enumerate(value.shape):
+        for dim, size in enumerate(values[slot.node].shape):
             for units in {size, max(1, size // 2)}:
                 if size == 0 or size % units:
                     continue
