@@ -2,7 +2,7 @@
 
 import torch
 
-from .call import Call, Key
+from .call import Call
 from .sizes import differ, same
 from .table import Moves, Refusal, aligned, never, row, unproved
 
