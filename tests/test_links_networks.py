@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from graphwright.ir.links import Refusal, Tag, backward, forward, kind, localize
 from graphwright.ir.links.probe import check_links
@@ -119,7 +119,7 @@ def concrete(size, symbols):
     """The value of a size when the symbols have these values."""
     if not isinstance(size, torch.SymInt):
         return size
-    return int(size.node.expr.subs({s: v for s, v in symbols.items()}))
+    return int(size.node.expr.subs(symbols))
 
 
 @pytest.mark.parametrize("batch, length", [(2, 3), (3, 8), (5, 4)])
@@ -129,7 +129,9 @@ def test_one_answer_holds_for_all_values_of_the_symbols(batch, length):
     program = captured(Block().double(), {"x": torch.randn(4, 6, 16, dtype=torch.float64)}, ({"x": {0: b, 1: s}},))
     inputs = {"x": torch.randn(batch, length, 16, dtype=torch.float64)}
     values, rng, compared = values_of(program, inputs), random.Random(0), 0
-    (x,) = (n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.meta["val"].shape[-1] == 16 and n.meta["val"].dim() == 3)
+    (x,) = (
+        n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.meta["val"].shape[-1] == 16 and n.meta["val"].dim() == 3
+    )
     symbols = dict(zip((size.node.expr for size in x.meta["val"].shape[:2]), (batch, length)))
     env = x.meta["val"].shape[0].node.shape_env
     guards = len(env.guards)
@@ -149,9 +151,9 @@ def test_one_answer_holds_for_all_values_of_the_symbols(batch, length):
                 if operand_tag is not None:
                     m = concrete(operand_tag.unit, symbols)
                     sliced[slot.node] = values[slot.node].narrow(operand_tag.dim, start * m, (stop - start) * m)
-            args = fx.node.map_arg(local.args, lambda n: sliced.get(n, values.get(n)))
-            args = torch.utils._pytree.tree_map_only(torch.SymInt, lambda size: concrete(size, symbols), args)
-            part = local.target(*args, **fx.node.map_arg(local.kwargs, lambda n: sliced.get(n, values.get(n))))
+            args, kwargs = fx.node.map_arg((local.args, local.kwargs), lambda n, own=sliced: own.get(n, values.get(n)))
+            args = tree_map_only(torch.SymInt, lambda size: concrete(size, symbols), args)
+            part = local.target(*args, **kwargs)
             torch.testing.assert_close(part, values[node].narrow(dim, start, stop - start), rtol=0, atol=1e-12, msg=node.format_node())
             compared += 1
     assert compared > 40

@@ -11,7 +11,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from graphwright.ir.links import OperandSlot, Refusal, Tag, backward, forward, halo, kind, localize, tag_through_view
+from graphwright.ir.links import ROWS, OperandSlot, Refusal, Tag, backward, declare, forward, halo, kind, localize, tag_through_view
 from graphwright.ir.links.probe import call_node
 
 aten = torch.ops.aten
@@ -54,9 +54,7 @@ def fitting_tags(source, target, tag, units):
         if size % units:
             continue
         unit = size // units
-        pairs = (
-            (x.view(source).narrow(tag.dim, u * tag.unit, tag.unit), x.view(target).narrow(dim, u * unit, unit)) for u in range(units)
-        )
+        pairs = ((x.view(source).narrow(tag.dim, u * tag.unit, tag.unit), x.view(target).narrow(dim, u * unit, unit)) for u in range(units))
         if all(torch.equal(a.flatten(), b.flatten()) for a, b in pairs):
             found.append(Tag(dim, unit))
     return found
@@ -160,19 +158,16 @@ def causal_attention(q, k, v, rows, *, scale=None, enable_gqa=False):
     return aten.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
 
 
+STAND_INS = torch.library.Library("links_rules_test", "DEF")
+
+
 def dialect_node(schema, reference, *args, **kwargs):
-    """A node of an op `gw::name`, the op defined for this test alone if the dialect is not loaded."""
+    """A node of the dialect's op under a namespace of our own, so that it stands beside the real op; the row is the real op's."""
     name = schema.partition("(")[0]
-    library = None
-    if not hasattr(torch.ops.gw, name):
-        library = torch.library.Library("gw", "FRAGMENT")
-        library.define(schema)
-        library.impl(name, reference, "CompositeImplicitAutograd")
-    try:
-        return call_node(getattr(torch.ops.gw, name).default, *args, **kwargs)
-    finally:
-        if library is not None:
-            library._destroy()
+    STAND_INS.define(schema)
+    STAND_INS.impl(name, reference, "CompositeImplicitAutograd")
+    declare(f"links_rules_test::{name}", ROWS[f"gw::{name}"])
+    return call_node(getattr(torch.ops.links_rules_test, name).default, *args, **kwargs)
 
 
 @pytest.mark.parametrize("length", [3, 5, 7])
@@ -280,8 +275,8 @@ def test_a_mask_as_index_is_data_dependent():
     graph, mode = fx.Graph(), FakeTensorMode(shape_env=ShapeEnv())
     a, mask = graph.placeholder("a"), graph.placeholder("mask")
     a.meta["val"], mask.meta["val"] = mode.from_tensor(x), mode.from_tensor(x[:, 0] > 0)
-    for op, args, argument in ((aten.index.Tensor, (a, [mask]), (a, [mask])), (aten.nonzero.default, (mask,), (mask,))):
-        node = graph.call_function(op, argument)
+    for op, args in ((aten.index.Tensor, (a, [mask])), (aten.nonzero.default, (mask,)), (aten.where.default, (mask,))):
+        node = graph.call_function(op, args)
         node.meta["val"] = mode.from_tensor(x)
         assert reason(backward(node, Tag(0), 4)) == "data-dependent"
 
@@ -352,6 +347,12 @@ def test_every_output_of_a_split_carries_and_getitem_passes():
     item.meta["val"] = node.meta["val"][1]
     assert backward(item, Tag(0), 4) == {OperandSlot(0, None, node): Tag(0)}
     assert forward(item, node, Tag(0), 4) == Tag(0)
+
+
+def test_a_tag_that_does_not_fit_is_a_mistake_of_the_caller():
+    node, _ = call_node(aten.relu.default, t(4, 6))
+    with pytest.raises(AssertionError, match="4 indices"):
+        backward(node, Tag(0), 3)
 
 
 def test_keywords_are_slots():
