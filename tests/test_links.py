@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from graphwright.ir.links import ROWS, declare
+from graphwright.ir.links import ROWS, Moves, Row, declare
 from graphwright.ir.links.probe import call_node, check_links
 from graphwright.ir.links.table import Never
 
@@ -126,6 +126,7 @@ def dropout(rng, name):
 
 # ---------------------------------------------------------------- R3-R5: products
 
+
 @sample("aten::linear")
 def linear(rng, name):
     i, o = rng.randint(1, 5), rng.randint(1, 6)
@@ -163,6 +164,7 @@ def outer(rng, name):
 
 
 # ---------------------------------------------------------------- R6-R8, R24, R25: spatial
+
 
 def pick(rng, *choices):
     return rng.choice(choices)
@@ -244,6 +246,7 @@ def smooth(rng, name):
 
 # ---------------------------------------------------------------- R9-R12: norms
 
+
 @sample("aten::layer_norm", "aten::rms_norm")
 def layer_norm(rng, name):
     x = t(*shape_of(rng, 2, 4))
@@ -322,6 +325,7 @@ def split_norm(rng, name):
 
 # ---------------------------------------------------------------- R13, R14: along dims
 
+
 @sample(*(f"aten::{n}" for n in "softmax.int _softmax log_softmax.int _log_softmax cumsum cumprod logcumsumexp cummax cummin "
           "sort argsort topk diff glu flip roll tril triu".split()))  # fmt: skip
 def along(rng, name):
@@ -391,6 +395,7 @@ def reductions(rng, name):
 
 # ---------------------------------------------------------------- R15: attention
 
+
 def attention_operands(rng, gqa):
     b, hk, g = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 3) if gqa else 1
     length, s = rng.randint(1, 5), rng.randint(1, 5)
@@ -419,6 +424,7 @@ def causal(rng, name):
 
 
 # ---------------------------------------------------------------- R16-R18, R23: views
+
 
 @sample("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::view_copy")
 def views(rng, name):
@@ -477,6 +483,7 @@ def complex_views(rng, name):
 
 
 # ---------------------------------------------------------------- R19-R23: pieces
+
 
 @sample("aten::repeat_interleave")
 def repeat_interleave(rng, name):
@@ -551,6 +558,7 @@ def pads(rng, name):
 
 # ---------------------------------------------------------------- R26-R29: look-ups and sources
 
+
 @sample("aten::embedding", "aten::index_select", "aten::gather", "aten::index.Tensor")
 def lookups(rng, name):
     x = t(4, 5, 6)
@@ -593,6 +601,7 @@ def sources(rng, name):
 
 LINKLESS = {"aten::max.default", "aten::min.default"} | {name for name, entry in ROWS.items() if entry is ROWS["aten::arange"]}
 
+
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_row_holds_on_random_slices(name):
     compared = 0
@@ -613,7 +622,35 @@ def test_row_holds_on_random_slices(name):
 
 
 def test_every_row_has_a_sample():
+    """Barriers have nothing to sample; `getitem` is tested in test_links_rules.py."""
     barriers = {name for name, entry in ROWS.items() if isinstance(entry, Never)}
-    unsampled = {name for name in ROWS if not name.startswith("links_test::")} - set(SAMPLES) - barriers - {"getitem"}
+    unsampled = {name for name in ROWS if "_test::" not in name} - set(SAMPLES) - barriers - {"getitem"}
     assert not unsampled
 
+
+WRONG = [
+    ("aten::softmax.int", lambda call, output, dim: Moves({"self": dim}), aten.softmax.int, (t(4, 6), 1)),
+    ("aten::cumsum", lambda call, output, dim: Moves({"self": dim}), aten.cumsum.default, (t(4, 6), 0)),
+    (
+        "aten::linear",
+        lambda call, output, dim: Moves({"input": dim} if dim == 0 else {"weight": 0}),
+        aten.linear.default,
+        (t(2, 3), t(4, 3), t(4)),
+    ),
+    ("aten::permute", lambda call, output, dim: Moves({"self": dim}), aten.permute.default, (t(3, 3), [1, 0])),
+    ("aten::add", lambda call, output, dim: Moves({"self": dim}), aten.add.Tensor, (t(3, 4), t(3, 4))),
+]
+
+
+@pytest.mark.parametrize("name, links, op, args", WRONG)
+def test_the_probe_catches_a_wrong_row(name, links, op, args):
+    own = ROWS.get(name)
+    declare(name, Row(links))
+    try:
+        node, values = call_node(op, *args)
+        with pytest.raises((AssertionError, RuntimeError)):
+            check_links(node, values, random.Random(0), slices=8)
+    finally:
+        declare(name, own)
+        if own is None:
+            del ROWS[name]

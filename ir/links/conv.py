@@ -134,7 +134,9 @@ def _pool_window(call: Call, i: int) -> Window:
     count = POOLS[call.node.target._schema.name]
     k = _each(call.integers("kernel_size"), i, count)
     dilation = _each(call.integers("dilation"), i, count, 1)
-    return Window(k, _each(call.integers("stride"), i, count, k), _each(call.integers("padding"), i, count, 0), dilation, not call["ceil_mode"])
+    return Window(
+        k, _each(call.integers("stride"), i, count, k), _each(call.integers("padding"), i, count, 0), dilation, not call["ceil_mode"]
+    )
 
 
 @row(*POOLS)

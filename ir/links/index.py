@@ -2,7 +2,7 @@
 
 import torch
 
-from .call import Call, Key
+from .call import Call
 from .sizes import differ, same
 from .table import Moves, Refusal, aligned, never, row, unproved
 
@@ -80,8 +80,10 @@ never(
 never(
     "data-dependent", "its shape or value depends on data",
     *(f"aten::{name}" for name in """
-        nonzero nonzero_numpy unique_consecutive unique_dim _unique _unique2 masked_select bincount item _local_scalar_dense
+        nonzero nonzero_numpy unique_consecutive unique_dim _unique _unique2 masked_select bincount item _local_scalar_dense where.default
     """.split()),
 )  # fmt: skip
 
-never("rng", "it draws random numbers", *(f"aten::{name}" for name in "rand randn randint randperm rand_like randn_like randint_like".split()))
+never(
+    "rng", "it draws random numbers", *(f"aten::{name}" for name in "rand randn randint randperm rand_like randn_like randint_like".split())
+)

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .call import Call, Key
-from .sizes import Size, common, quotient, same
+from .sizes import Size, common, differ, quotient, same
 from .tag import WHOLE, Localized, OperandSlot, Refusal, Tag
 
 
@@ -245,6 +245,10 @@ def backward(node: fx.Node, tag: Tag, units: Size, output: int = 0) -> dict[Oper
     if isinstance(entry, Refusal):
         return entry
     call = Call(node)
+    size = call.out_shape(output)[tag.dim]
+    assert type(size) is not int or tag.unit == 0 or not differ(size, units * tag.unit), (
+        f"{tag} of {units} units on {size} indices: {call.op}"
+    )
     tags = entry.backward(call, output, tag, units)
     if isinstance(tags, Refusal):
         return tags
