@@ -189,7 +189,10 @@ def relative_spread(values: list[float]) -> float:
 
 def shown(value: float, unit: str) -> str:
     """A value for people; JSON keeps the unit as it is."""
-    scales = {"s": [(1.0, "s"), (1e-3, "ms"), (1e-6, "us")], "B": [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")]}
+    scales: dict[str, list[tuple[float, str]]] = {
+        "s": [(1.0, "s"), (1e-3, "ms"), (1e-6, "us")],
+        "B": [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")],
+    }
     for scale, name in scales.get(unit, []):
         if abs(value) >= scale:
             return f"{value / scale:.3g} {name}"

@@ -48,7 +48,8 @@ def test_every_shipped_module_is_in_a_package():
 def test_the_checkout_is_imported_as_graphwright_and_under_no_other_name():
     init = ROOT / "__init__.py"
     assert Path(graphwright.__file__).resolve() == init
-    names = [name for name, module in sys.modules.items() if getattr(module, "__file__", None) and Path(module.__file__).resolve() == init]
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    names = [name for name, file in files.items() if file and Path(file).resolve() == init]
     assert names == ["graphwright"]
 
 
