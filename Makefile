@@ -23,6 +23,7 @@ test: lint
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/graphwright
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
@@ -37,8 +38,6 @@ clean:
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "graphwright needs Python 3.11 or newer; try make PYTHON=python3.11")'
-	mkdir -p $(VENV)/typing
-	ln -sfn ../.. $(VENV)/typing/graphwright
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
