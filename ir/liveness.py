@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx
 
 from .calls import name_of
-from .infer import storage_key
+from .infer import storage_key, tensors_of
 from .program import Function, Node, region_of
 from .workspace import workspace
 
@@ -127,13 +126,6 @@ def node_workspace(node: Node) -> int:
     """Bytes that a call needs beside operands and results; for a region, the peak inside its body."""
     body = region_of(node)
     return profile_graph(body.graph).peak_bytes if body is not None else workspace(node)
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors of a metadata value (a tensor, or the tuple of a multi-output call)."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [item for item in value if isinstance(item, torch.Tensor)] if isinstance(value, tuple | list) else []
 
 
 def storage_keys(value: Any) -> list[int]:
