@@ -5,7 +5,8 @@ seven networks: off by 1e-8 to 2e-7). Here floating inputs, weights, `dtype=` ar
 become float64 (complex ones complex128). Integers, booleans and literals stay: a mask of -3.4e38 stays itself.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import fx
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import name_of
-from .errors import GraphwrightError
+from .errors import GraphwrightError, InputError
 from .infer import InferenceError, fake_like
-from .program import Function, Node, Program, Weight, Where
+from .program import Function, Node, Program, Weight, Where, new_function
 from .region import Region
+from .run import run
 from .symbols import SymbolTable
 
 _WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
@@ -38,9 +40,9 @@ class RoundedWeight(Weight):
     exact: Callable[[], torch.Tensor] | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
-    def computed(name: str, tensor: torch.Tensor, exact: Callable[[], torch.Tensor]) -> "RoundedWeight":
+    def computed(name: str, tensor: torch.Tensor, exact: Callable[[], torch.Tensor], kind: str = "constant") -> "RoundedWeight":
         shape, stride = tuple(tensor.shape), tensor.stride()
-        return RoundedWeight(name, "constant", tensor.dtype, shape, stride, tensor.device, tensor, exact=exact)
+        return RoundedWeight(name, kind, tensor.dtype, shape, stride, tensor.device, tensor, exact=exact)
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -85,15 +87,63 @@ def to_float64(program: Program) -> Program:
     return Widening().program(program)
 
 
-def _wide_weight(weight: Weight) -> Weight:
+def exact_value(weight: Weight) -> torch.Tensor:
+    """The weight in float64: what it was rounded from where a pass computed it, else its own elements.
+
+    Raises:
+        InputError: the weight has no tensor (a program read from text alone).
+    """
     if isinstance(weight, RoundedWeight) and weight.exact is not None:
-        return Weight.of(weight.name, weight.exact(), weight.kind)
-    wide = widened(weight.dtype)
-    if wide == weight.dtype:
+        return weight.exact()
+    if weight.tensor is None:
+        raise InputError(f"weight {weight.name} has no values: this program was read from text, give parse() a weight table")
+    return weight.tensor.to(widened(weight.dtype))
+
+
+def computed_weights(program: Program, nodes: Mapping[str, Node]) -> list[RoundedWeight]:
+    """What constant `nodes` (name -> node) compute, as weights of those names that remember their float64 values.
+
+    Raises:
+        InputError: a weight has no tensor (a program read from text alone).
+    """
+    part = _part(program, list(nodes.values()))
+    values, _ = run(part, [])
+
+    @functools.cache
+    def exact() -> list[torch.Tensor]:
+        return run(to_float64(part), [])[0]
+
+    return [RoundedWeight.computed(name, value, functools.partial(_pick, exact, index)) for index, (name, value) in enumerate(zip(nodes, values, strict=True))]
+
+
+def _pick(values: Callable[[], list[torch.Tensor]], index: int) -> torch.Tensor:
+    return values()[index]
+
+
+def _part(program: Program, nodes: list[Node]) -> Program:
+    """The program without inputs that returns `nodes`, each of which depends on weights and literals alone."""
+    needed, pending = set(nodes), list(nodes)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in needed:
+                needed.add(source)
+                pending.append(source)
+    graph, copies = fx.Graph(), {}
+    for node in nodes[0].graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    set_outputs(graph, [copies[node] for node in nodes])
+    weights = {str(node.target): program.weights[str(node.target)] for node in copies if node.op == "get_attr"}
+    return Program([new_function("main", graph)], weights, program.symbols)
+
+
+def _wide_weight(weight: Weight) -> Weight:
+    rounded = isinstance(weight, RoundedWeight) and weight.exact is not None
+    if not rounded and widened(weight.dtype) == weight.dtype:
         return weight
     if weight.tensor is None:
-        return Weight(weight.name, weight.kind, wide, weight.shape, weight.stride, weight.device)
-    return Weight.of(weight.name, weight.tensor.to(wide), weight.kind)
+        return Weight(weight.name, weight.kind, widened(weight.dtype), weight.shape, weight.stride, weight.device)
+    return Weight.of(weight.name, exact_value(weight), weight.kind)
 
 
 class _GraphWidening:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ..ir import Node, Program
-from ..ir.calls import is_random
 from ..ir.float64 import NoFloat64, Widening, widened
 from ..ir.run import run
 
@@ -78,10 +77,11 @@ def check_exact(before: Program, after: Program, inputs: Sequence[Any], *, state
 
 @dataclass(frozen=True)
 class _Values:
-    """The outputs and new states of one run by label, and which of them share storage with what."""
+    """The outputs and new states of one run by label, which of them share storage with what, and whether it drew random numbers."""
 
     tensors: dict[str, Any]
     aliases: dict[str, frozenset[str]]
+    random: bool
 
 
 class Reference:
@@ -110,7 +110,8 @@ class Reference:
         verdicts = []
         for label, r in expected.tensors.items():
             rewrite = _judge_rewrite(label, r, wide.tensors[label], noise64[label], places.get(label, ""))
-            if rewrite.kind == "right" and not self._draws_random_numbers:
+            # float32 and float64 draw differently from one generator state, so random numbers have no float64 counterpart.
+            if rewrite.kind == "right" and not self.own.random:
                 working = _Precision(self.own.tensors[label], self._candidate_values.tensors[label], r, self.noise[label])
                 rewrite = working.judge(label, places.get(label, ""), rewrite.rewrite_error)
             verdicts.append(rewrite)
@@ -158,20 +159,17 @@ class Reference:
         runs = [self._perturbed(self.program, seed, wide=False) for seed in range(NOISE_RUNS)]
         return {label: [_error(each.tensors[label], r) for each in runs] for label, r in self.float64.tensors.items()}
 
-    @cached_property
-    def _draws_random_numbers(self) -> bool:
-        # float32 and float64 draws from one generator state differ, so the working dtype has no float64 counterpart.
-        return any(node.op == "call_function" and is_random(node.target) for node in self.program.nodes())
-
     def _run(self, program: Program, inputs: "list[Any] | None" = None, states: Any = None, observe: Any = None) -> _Values:
         inputs = self.inputs if inputs is None else inputs
         states = self.states if states is None else states
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            start = torch.get_rng_state()
             outputs, new_states = run(program, inputs, states=states, observe=observe)
+            random = not torch.equal(start, torch.get_rng_state())
         labelled = {f"output {index}": value for index, value in enumerate(outputs)}
         labelled |= {f"state {name}": value for name, value in new_states.items()}
-        return _Values(labelled, _aliases(program, labelled, inputs, states))
+        return _Values(labelled, _aliases(program, labelled, inputs, states), random)
 
     def _run_wide(self, program: Program) -> _Values:
         return self._run(self._widening.program(program), *self._wide_arguments())
@@ -276,8 +274,7 @@ def _places(program: Program) -> dict[str, str]:
 def _judge_rewrite(label: str, r: Any, c: Any, noise: Any, where: str) -> Verdict:
     """The float64 rule: equal non-finite masks, and abs(c - r) <= 1e-10 max(abs r), whole and per index of dim 0."""
     if not isinstance(r, torch.Tensor):
-        same = r == c or (math.isnan(r) and math.isnan(c))
-        return Verdict("right") if same else Verdict("wrong", f"{label} is {c!r}, expected {r!r}")
+        return Verdict("right") if repr(r) == repr(c) else Verdict("wrong", f"{label} is {c!r}, expected {r!r}")
     difference = _mask_difference(label, r, c, where)
     if difference is not None:
         return Verdict("wrong", "NaN or infinity moved", difference, math.inf)

@@ -8,10 +8,10 @@ from importlib.metadata import EntryPoint, entry_points
 
 from ..ir.errors import PassError
 from .base import Pass
+from .cleanups import CLEANUPS
 
 GROUP = "graphwright.passes"
-_CLASSES: tuple[type[Pass], ...] = ()
-BUILT_IN: dict[str, type[Pass]] = {cls.name: cls for cls in _CLASSES}
+BUILT_IN: dict[str, type[Pass]] = {each.name: type(each) for each in CLEANUPS}
 
 
 def pass_named(name: str) -> type[Pass]:
