@@ -20,7 +20,7 @@ from .aliases import OutputAliases
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
 from .options import is_size, option, size_in_bytes
-from .randomness import is_repeatable
+from ..ir.calls import is_pure
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class _Constants:
 def _may_fold(node: Node) -> bool:
     if node.target is GETITEM:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or not is_repeatable(node):
+    if not isinstance(node.target, torch._ops.OpOverload) or not is_pure(node):
         return False
     return "empty" not in name_of(node.target)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..ir import Rewriter
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
-from .randomness import draws_random_numbers, is_repeatable
+from ..ir.calls import draws, is_pure
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class RemoveDeadCode(Pass):
     contract = Contract.EXACT
 
     def run(self, rewriter: Rewriter) -> Outcome:
-        while dead := [node for node in rewriter.nodes() if not node.users and is_repeatable(node)]:
+        while dead := [node for node in rewriter.nodes() if not node.users and is_pure(node)]:
             for node in dead:
                 with rewriter.step("remove-unused"):
                     rewriter.erase(node)
         reason = "it is unused, but without it later operations would draw other random numbers"
-        return Outcome(tuple(LeftAlone.at(node, reason) for node in rewriter.nodes() if not node.users and draws_random_numbers(node)))
+        return Outcome(tuple(LeftAlone.at(node, reason) for node in rewriter.nodes() if not node.users and draws(node)))
