@@ -86,6 +86,13 @@ def storage_key(value: torch.Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors of a metadata value (a tensor, or the tuple of a multi-output call)."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, torch.Tensor)] if isinstance(value, tuple | list) else []
+
+
 def operands_of(args: Any) -> list[Any]:
     """Every node among nested arguments, in order, repeats kept."""
     found: list[Any] = []

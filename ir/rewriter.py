@@ -17,7 +17,7 @@ from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import GETITEM, is_random, name_of
 from .capture import relative_file
 from .errors import VerifyError
-from .infer import InferenceError, same_strides, same_tensor_type, same_type
+from .infer import InferenceError, infer, same_strides, same_tensor_type, same_type, storage_key, tensors_of
 from .program import Function, Node, Program, Weight, Where, region_of
 from .region import Region, sliced
 from .symbols import SymbolTable
@@ -180,13 +180,26 @@ class Rewriter:
             raise VerifyError(
                 f"pass {self.pass_name} replaces {label(old)} of type {_shown(old, self.symbols)} by {label(new)} of type {_shown(new, self.symbols)}"
             )
+        users = list(old.users)
         old.replace_all_uses_with(new)
+        self._refresh_aliases(old, users)
         if old.op == "call_function":
             if new.op == "call_function":
                 new.meta["origin"] = tuple(sorted({*new.meta.get("origin", ()), *old.meta.get("origin", ())}))
                 if not str(new.meta.get("where") or ""):
                     new.meta["where"] = old.meta.get("where", Where())
             self._erase_dead(old, removed)
+
+    def _refresh_aliases(self, old: Node, users: Sequence[Node]) -> None:
+        """Views of a replaced value show its storage in their metadata; infer them again so that they show the new one's."""
+        stale = {storage_key(tensor) for tensor in tensors_of(old.meta["val"])}
+        pending = list(users)
+        while pending:
+            node = pending.pop(0)
+            if node.op != "call_function" or not stale & {storage_key(tensor) for tensor in tensors_of(node.meta["val"])}:
+                continue
+            node.meta["val"] = infer(self.symbols, node.target, node.args, node.kwargs)
+            pending += node.users
 
     def erase(self, node: Node) -> None:
         """Removes an unused call, and the calls that only it used.
@@ -234,6 +247,7 @@ class Rewriter:
             VerifyError: the members are not convex, or an output would change its type.
         """
         removed = self._in_step()
+        inside = set(members)
         region = body.finish([inner for _, inner, _ in outputs])
         anchor = self._make_room(members)
         args = [region, body.in_dims, [dim for _, _, dim in outputs], count, *body.operands]
@@ -243,7 +257,9 @@ class Rewriter:
         for (member, _, _), result in zip(outputs, results, strict=True):
             if not same_tensor_type(member.meta["val"], result.meta["val"]) or not same_strides(member.meta["val"], result.meta["val"]):
                 raise VerifyError(f"region output for {label(member)} is {_shown(result, self.symbols)}, not {_shown(member, self.symbols)}")
+            users = list(member.users)
             member.replace_all_uses_with(result)
+            self._refresh_aliases(member, [user for user in users if user not in inside])
         for member in reversed(members):
             removed.append(label(member))
             self._erased.add(member)

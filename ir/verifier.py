@@ -12,7 +12,7 @@ from torch import fx
 
 from .calls import is_mutating, is_random, name_of
 from .errors import VerifyError
-from .infer import InferenceError, infer, operands_of, same_type
+from .infer import InferenceError, infer, operands_of, same_type, storage_key, tensors_of
 from .printer import node_lines
 from .program import Function, Node, Program, Weight, region_of
 from .region import Region, slice_bounds, sliced, units_of
@@ -90,7 +90,15 @@ def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
     if not same_type(value, node.meta["val"]):
         stored = type_text(node.meta["val"], symbols)
         raise _Broken(f"{name} is stored as {stored} but computes {type_text(value, symbols)}", node)
+    if _aliased(node, value) != _aliased(node, node.meta["val"]):
+        raise _Broken(f"{name} is stored as aliasing other operands than it does", node)
     node.meta["seal"] = (*seal, node.meta["val"])
+
+
+def _aliased(node: Node, value: Any) -> list[bool]:
+    """For each operand, whether `value` shares a storage with it."""
+    keys = {storage_key(tensor) for tensor in tensors_of(value)}
+    return [any(storage_key(tensor) in keys for tensor in tensors_of(operand.meta["val"])) for operand in node.all_input_nodes]
 
 
 def _same_seal(seal: Any, now: tuple[Any, ...], node: Node) -> bool:

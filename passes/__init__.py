@@ -1,0 +1,42 @@
+"""Passes, the contracts that they declare, and the manager that holds them to it. Programs are seen through `ir` alone."""
+
+from .base import LeftAlone, Outcome, Pass
+from .check import Reference, Verdict, Worst, check_exact
+from .cleanups import CLEANUPS
+from .contract import Contract
+from .fold_batch_norm import FoldBatchNorm
+from .fold_constants import FoldConstants
+from .inputs import random_inputs
+from .manager import PassManager, PassReport, PipelineResult
+from .pipeline import parse_pipeline, spell
+from .registry import all_passes, pass_named
+from .remove_dead_code import RemoveDeadCode
+from .remove_no_ops import RemoveNoOps
+from .remove_proven_assertions import RemoveProvenAssertions
+from .share_subexpressions import ShareSubexpressions
+
+__all__ = [
+    "CLEANUPS",
+    "Contract",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "LeftAlone",
+    "Outcome",
+    "Pass",
+    "PassManager",
+    "PassReport",
+    "PipelineResult",
+    "Reference",
+    "RemoveDeadCode",
+    "RemoveNoOps",
+    "RemoveProvenAssertions",
+    "ShareSubexpressions",
+    "Verdict",
+    "Worst",
+    "all_passes",
+    "check_exact",
+    "parse_pipeline",
+    "pass_named",
+    "random_inputs",
+    "spell",
+]

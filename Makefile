@@ -1,0 +1,49 @@
+# make demo    install and show what graphwright does
+# make test    lint, types, tests: what CI runs
+# make bench   every benchmark; BENCH_FLAGS= for the long ones, JSON in out/bench/
+#
+# Everything lives in .venv; a second run installs nothing. PYTHON=python3.12 picks the interpreter.
+
+PYTHON ?= python3
+BENCH_FLAGS ?= --quick
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install -c constraints.txt
+BENCHES := $(filter-out bench/harness.py,$(wildcard bench/*.py))
+
+.PHONY: demo test lint bench bench-deps clean
+
+demo: $(VENV)/installed
+	$(BIN)/graphwright demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/graphwright
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	@test -n "$(BENCHES)" || { echo "no benchmark under bench/ yet"; exit 1; }
+	mkdir -p out/bench
+	set -e; for file in $(BENCHES); do $(BIN)/python $$file $(BENCH_FLAGS) --json out/bench/$$(basename $$file .py).json; done
+
+bench-deps: $(VENV)/installed-bench
+
+clean:
+	rm -rf $(VENV) build dist out graphwright.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "graphwright needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[$*]'
+	touch $@ $(VENV)/installed

@@ -1,0 +1,154 @@
+"""Computes once, at compile time, what depends on weights and literals alone.
+
+    A(B(weight), arange(9)) -> weight
+
+Covers what transformers compute anew on each call: causal masks, position ids, rotary tables. Nothing random or uninitialised is
+folded, nor mere views of weights, which cost nothing. The last views before the use of a constant stay views of it. A folded
+weight remembers its float64 value, so that rounding it is not an error of the rewrite.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ir import Node, Rewriter
+from ..ir.calls import GETITEM, name_of
+from ..ir.float64 import computed_weights
+from .aliases import OutputAliases
+from .base import LeftAlone, Outcome, Pass
+from .contract import Contract
+from .options import is_size, option, size_in_bytes
+from .randomness import is_repeatable
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Constant expressions become weights named after the module and captured node that they come from.
+
+    A result may be larger than the weights that it alone replaces by no more than `limit`; beyond that its operands are folded.
+    """
+
+    name = "fold-constants"
+    contract = Contract.EXACT
+
+    limit: int | str = option("16MiB", "a size such as 16MiB", is_size)
+
+    def run(self, rewriter: Rewriter) -> Outcome:
+        constants = _Constants(rewriter)
+        chosen, left = constants.choose(size_in_bytes(self.limit))
+        if not chosen:
+            return Outcome(left)
+        if any(weight.tensor is None for weight in rewriter.program.weights.values()):
+            return Outcome((*left, LeftAlone("constants", "the program was read from text and its weights have no values")))
+        named = _named(chosen, rewriter)
+        added = computed_weights(rewriter.program, named)
+        for node, weight in zip(named.values(), added, strict=True):
+            with rewriter.step("fold"):
+                rewriter.replace(node, rewriter.weight(weight))
+        total = sum(weight.nbytes for weight in added)
+        return Outcome(left, (f"{len(added)} constants of {total} bytes in all",), {"folded_bytes": total})
+
+
+class _Constants:
+    """The calls of a function that depend on weights and literals alone."""
+
+    def __init__(self, rewriter: Rewriter):
+        self.nodes: set[Node] = set()
+        outputs = OutputAliases(rewriter)
+        self.received: list[Node] = []
+        for node in rewriter.nodes():
+            if not self._is_constant(node):
+                continue
+            if node in outputs:
+                self.received.append(node)
+            else:
+                self.nodes.add(node)
+
+    def _is_constant(self, node: Node) -> bool:
+        sources = node.all_input_nodes
+        return (
+            _may_fold(node)
+            and _is_static(node.meta["val"])
+            and all(source in self.nodes or source.op == "get_attr" for source in sources)
+        )
+
+    def choose(self, limit: int) -> tuple[list[Node], tuple[LeftAlone, ...]]:
+        """The calls to turn into weights, in order, and those that stay."""
+        left = [LeftAlone.at(node, "the caller receives it, and would receive the weight itself") for node in self.received]
+        pending = [node for node in self.nodes if any(user not in self.nodes for user in node.users)]
+        chosen: dict[Node, None] = {}
+        refused: set[Node] = set()
+        while pending:
+            base = self._without_views(pending.pop())
+            if base is None or base in chosen or base in refused:
+                continue
+            growth = _nbytes(base)
+            if isinstance(base.meta["val"], tuple) or growth > limit and growth - self._replaced_bytes(base) > limit:
+                refused.add(base)
+                pending += [source for source in base.all_input_nodes if source in self.nodes]
+                if not isinstance(base.meta["val"], tuple):
+                    left.append(LeftAlone.at(base, f"its {growth} bytes are more than the limit of {limit} above what they replace"))
+                continue
+            chosen[base] = None
+        order = {node: index for index, node in enumerate(base.graph.nodes)} if chosen else {}
+        return sorted(chosen, key=order.__getitem__), tuple(left)
+
+    def _without_views(self, node: Node) -> Node | None:
+        """The computation that `node` shows a view of; None when that is a weight."""
+        while _is_view(node):
+            node = node.args[0]
+            if node not in self.nodes:
+                return None
+        return node
+
+    def _replaced_bytes(self, root: Node) -> int:
+        """The bytes of the weights that are needed for `root` alone."""
+        cone, pending = {root}, [root]
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                if source not in cone:
+                    cone.add(source)
+                    pending.append(source)
+        private: set[Node] = {root}
+        for node in reversed(list(root.graph.nodes)):
+            if node in cone and node.users and all(user in private for user in node.users):
+                private.add(node)
+        return sum(_nbytes(node) for node in private if node.op == "get_attr")
+
+
+def _may_fold(node: Node) -> bool:
+    if node.target is GETITEM:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or not is_repeatable(node):
+        return False
+    return "empty" not in name_of(node.target)
+
+
+def _is_static(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_static, value))
+    return isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in (*value.shape, *value.stride()))
+
+
+def _is_view(node: Node) -> bool:
+    if node.target is torch.ops.aten._unsafe_view.default:
+        return True
+    return node.target is not GETITEM and any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _nbytes(node: Node) -> int:
+    value = node.meta["val"]
+    return value.numel() * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0
+
+
+def _named(nodes: Sequence[Node], rewriter: Rewriter) -> dict[str, Node]:
+    """A free weight name for each: the module that it stands in, and the captured node that it comes from."""
+    named: dict[str, Node] = {}
+    for node in nodes:
+        module, origin = getattr(node.meta.get("where"), "module", ""), node.meta.get("origin", ())
+        base = ".".join(part for part in (module, f"constant_{origin[0]}" if origin else "constant") if part)
+        tries = (base if k == 0 else f"{base}_{k}" for k in range(len(nodes) + len(rewriter.program.weights) + 1))
+        named[next(name for name in tries if name not in named and name not in rewriter.program.weights)] = node
+    return named

@@ -1,0 +1,49 @@
+"""The passes that a pipeline can name: ours, and those that other packages add through the entry point `graphwright.passes`.
+
+Entry points are loaded when a name is not ours, or when all passes are listed; never on import.
+"""
+
+import difflib
+from importlib.metadata import EntryPoint, entry_points
+
+from ..ir.errors import PassError
+from .base import Pass
+from .cleanups import CLEANUPS
+
+GROUP = "graphwright.passes"
+BUILT_IN: dict[str, type[Pass]] = {each.name: type(each) for each in CLEANUPS}
+
+
+def pass_named(name: str) -> type[Pass]:
+    """The pass class called `name`.
+
+    Raises:
+        PassError: no installed package has it (with the nearest names), or its package fails to import.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            return _load(entry)
+    known = {*BUILT_IN, *(entry.name for entry in entry_points(group=GROUP))}
+    near = difflib.get_close_matches(name, sorted(known), n=3)
+    advice = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+    raise PassError(f"no pass is called {name}: {advice}")
+
+
+def all_passes() -> dict[str, type[Pass]]:
+    """Every pass by name, those of other packages included. Raises PassError when one of these fails to import."""
+    return dict(sorted({**{entry.name: _load(entry) for entry in entry_points(group=GROUP)}, **BUILT_IN}.items()))
+
+
+def _load(entry: EntryPoint) -> type[Pass]:
+    source = f"{entry.dist.name} " if entry.dist is not None else ""
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        raise PassError(f"pass {entry.name} of package {source}({entry.value}) fails to import: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+        raise PassError(f"entry point {entry.name} of package {source}({entry.value}) is not a subclass of graphwright's Pass")
+    if loaded.name != entry.name:
+        raise PassError(f"entry point {entry.name} of package {source}({entry.value}) holds a pass named {loaded.name}")
+    return loaded

@@ -1,0 +1,519 @@
+"""The plan: which calls run in which regions, in how many slices, so that the peak meets the budget.
+
+Rounds over the hot spots (calls above the budget). At each, the widest good candidate wins: it must lower the spot, meet the
+budget if any candidate does, clear the most hot calls, then take the fewest slices. A spot that no candidate lowers by 1 % is a
+floor, and the budget rises to it: slicing elsewhere below a floor would only cost time.
+"""
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...ir import Node
+from ...ir.links import Refusal, Tag
+from ...ir.infer import tensors_of
+from ...ir.liveness import hint
+from .candidate import Axis, Candidate, Stop, sweep, trace
+from .scene import END, Scene, value_bytes
+
+_LEAST_GAIN = 0.01  # of the peak: below this a region or a further slice is not worth its time
+_MAX_CUTS = 10
+DEBUG = False
+_MAX_TRIALS = 6  # candidates whose exact profile is computed; the estimate is seldom far off
+
+
+@dataclass(eq=False)
+class PlannedRegion:
+    """Members in order, the tag of each, N units and n slices."""
+
+    units: int
+    count: int
+    members: tuple[Node, ...]
+    tags: dict[Node, tuple[Tag | None, ...]]
+
+    @property
+    def longest(self) -> int:
+        """Units in the longest slice."""
+        return -(-self.units // self.count)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that is live in full at the final peak, and what keeps it so."""
+
+    node: Node
+    nbytes: int
+    reason: str
+
+
+@dataclass
+class Plan:
+    """Regions in order, with the predicted peaks in bytes. `floor` is the peak if every slice were infinitely thin."""
+
+    regions: list[PlannedRegion]
+    unsliced: int
+    planned: int
+    floor: int
+    budget: int
+    held: list[Held] = field(default_factory=list)
+    order: list[Node] = field(default_factory=list)
+
+    @property
+    def met(self) -> bool:
+        return self.planned <= self.budget
+
+
+@dataclass
+class _Layout:
+    """The schedule with regions as single items, and the bytes live at each."""
+
+    items: list["Node | PlannedRegion"]
+    index: dict[Node, int]
+    live: np.ndarray
+    full: np.ndarray  # without what is inside regions
+    crossing: np.ndarray  # bytes live across the cut before each item
+    flat: list[Node]
+    flat_of_item: list[int]
+
+
+class Planner:
+    """Makes one plan for one function."""
+
+    def __init__(self, scene: Scene, budget: int, max_slices: int, kinds: frozenset[str], explicit: Sequence[tuple[Node, int]] = ()):
+        self.scene = scene
+        self.max_slices = max_slices
+        self.kinds = kinds
+        self.explicit = explicit
+        self.regions: list[PlannedRegion] = []
+        self.region_of: dict[Node, PlannedRegion] = {}
+        self.stops: dict[Node, Refusal] = {}
+        self._workspace_of = dict(zip(scene.nodes, scene.workspaces, strict=True))
+        self._order = list(scene.nodes)
+        self.unsliced = int(self._layout().live.max(initial=0))
+        self.budget = budget
+        self.target = budget
+        self._traced: dict[tuple[Node, int, int], Axis] = {}
+
+    def plan(self) -> Plan:
+        layout = self._layout()
+        stuck: set[Node] = set()
+        for _ in range(64):  # rounds; each makes progress or ends the loop
+            if not self._round(layout, stuck):
+                break
+            layout = self._layout()
+        return self._result(layout)
+
+    # --- rounds ---
+
+    def _round(self, layout: _Layout, stuck: set[Node]) -> bool:
+        """Works on each hot spot once; whether anything changed."""
+        changed = False
+        touched = np.zeros(len(layout.items), dtype=bool)
+        for spot in self._hot_spots(layout):
+            if touched[spot] or layout.live[spot] <= self.target:
+                continue
+            item = layout.items[spot]
+            anchor = item.members[0] if isinstance(item, PlannedRegion) else item
+            if anchor in stuck:
+                continue
+            window = self._treat(layout, spot)
+            if window is None:
+                stuck.add(anchor)
+                self.target = max(self.target, int(layout.live[spot]))
+                continue
+            touched[window[0] : window[1] + 1] = True
+            changed = True
+        return changed
+
+    def _hot_spots(self, layout: _Layout) -> list[int]:
+        """Positions above the target, worst first, one for each run of hot calls."""
+        hot = layout.live > self.target
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], hot.astype(np.int8), [0]])))
+        spots = [int(begin + layout.live[begin:end].argmax()) for begin, end in edges.reshape(-1, 2)]
+        return sorted(spots, key=lambda i: (-int(layout.live[i]), i))
+
+    def _treat(self, layout: _Layout, spot: int) -> tuple[int, int] | None:
+        """Lowers one hot spot: more slices for its region, or a new region. Returns the items touched, None if nothing helps."""
+        item = layout.items[spot]
+        if isinstance(item, PlannedRegion):
+            return (spot, spot) if self._slice_finer(layout, spot, item) else self._new_region(layout, spot, item.members[-1])
+        return self._new_region(layout, spot, item)
+
+    def _slice_finer(self, layout: _Layout, spot: int, region: PlannedRegion) -> bool:
+        inside = int(layout.live[spot] - layout.full[spot])
+        whole = inside * region.units // region.longest
+        count = self._count_for(region.units, int(layout.full[spot]), whole, int(layout.live[spot]))
+        if count is None or count <= region.count:
+            return False
+        region.count = count
+        return True
+
+    def _count_for(self, units: int, full: int, transient: int, now: int) -> int | None:
+        """The least good number of slices that meets the target, else the one beyond which little is gained; None if none helps."""
+        most = min(units, self.max_slices)
+        room = self.target - full
+        if room > 0:
+            longest = room * units // transient if transient else units
+            if longest >= 1:
+                least = -(-units // longest)
+                if least <= most:
+                    return max(2, _divisor(units, least, most)) if units > 1 else None
+        worthwhile = max(1, int(_LEAST_GAIN * now))
+        count = min(most, max(2, -(-transient // worthwhile)))
+        count = _divisor(units, count, most)
+        gain = now - (full + -(-transient * -(-units // count) // units))
+        return count if gain >= worthwhile and count >= 2 else None
+
+    # --- candidates ---
+
+    def _new_region(self, layout: _Layout, spot: int, node: Node) -> tuple[int, int] | None:
+        now = int(layout.live[spot])
+        ranked: list[tuple[tuple, int, Candidate, int]] = []
+        for candidate in self._candidates(layout, spot, node):
+            count = self._count_for(candidate.units, candidate.base + candidate.escaping, candidate.transient, now)
+            if count is None:
+                continue
+            peak = candidate.peak(count)
+            if now - peak < _LEAST_GAIN * now:
+                continue
+            ranked.append((self._rank(layout, candidate, count, peak), len(ranked), candidate, count))
+        for _, _, candidate, count in sorted(ranked)[:_MAX_TRIALS]:
+            window = self._accept(layout, candidate, count)
+            if window is not None:
+                return window
+        return None
+
+    def _rank(self, layout: _Layout, candidate: Candidate, count: int, peak: int) -> tuple:
+        low, high = self._items_between(layout, candidate)
+        cleared = int((layout.live[low : high + 1] > max(self.target, peak)).sum())
+        met = peak <= self.target
+        return (not met, 0 if met else peak, -cleared, count * candidate.weight_bytes + count * len(candidate.members) * 2**14, len(candidate.members))
+
+    def _items_between(self, layout: _Layout, candidate: Candidate) -> tuple[int, int]:
+        return layout.index[layout.flat[candidate.first]], layout.index[layout.flat[candidate.last]]
+
+    def _candidates(self, layout: _Layout, spot: int, node: Node) -> Iterable[Candidate]:
+        flat_scene = self._reordered(layout)
+        position = flat_scene.position[node]
+        seen: set[tuple[int, frozenset]] = set()
+        for axis in self._axes_at(flat_scene, layout, node):
+            fingerprint = (axis.units, frozenset((value, tag.dim) for value, tag in axis.tags.items()))
+            if fingerprint in seen:
+                continue
+            seen.add(fingerprint)
+            for cut in self._cuts(layout, spot, position):
+                stops: list[Stop] = []
+                base = int(layout.crossing[layout.index[flat_scene.nodes[cut]]])
+                yield from sweep(flat_scene, axis, cut, position, base, self.kinds, self.region_of, self._members_of(), stops=stops)
+                for stop in stops:
+                    self.stops.setdefault(stop.node, stop.refusal)
+
+    def _members_of(self) -> dict[object, frozenset[Node]]:
+        return {region: frozenset(region.members) for region in self.regions}
+
+    def _reordered(self, layout: _Layout) -> Scene:
+        self.scene.nodes = layout.flat
+        self.scene.position = {node: i for i, node in enumerate(layout.flat)}
+        return self.scene
+
+    def _axes_at(self, scene: Scene, layout: _Layout, node: Node) -> Iterable[Axis]:
+        """The axes of the values that weigh at `node`: its results and operands, every dim, with coarser units where asked."""
+        if self.explicit:
+            choices = [(value, dim) for value, dim in self.explicit]
+        else:
+            around = [node, *scene.operands[node], *scene.users[node]]
+            values = [v for v in around if v.op == "call_function" and len(tensors_of(v.meta["val"])) == 1 and not isinstance(v.meta["val"], tuple)]
+            values.sort(key=lambda v: -value_bytes(v))
+            choices = [(v, d) for v in values[:6] for d in range(v.meta["val"].dim())]
+        for value, dim in choices:
+            size = value.meta["val"].size(dim)
+            if not isinstance(size, int) or size < 2:
+                continue
+            yield from self._axes(scene, value, dim, size)
+
+    def _axes(self, scene: Scene, value: Node, dim: int, units: int) -> Iterable[Axis]:
+        tried = set()
+        pending = [units]
+        while pending and len(tried) < 3:
+            units = pending.pop()
+            if units in tried or units < 2:
+                continue
+            tried.add(units)
+            key = (value, dim, units)
+            if key not in self._traced:
+                axis, stops = trace(scene, value, dim, units)
+                self._traced[key] = axis
+                retry = {s.refusal.retry_units for s in stops if s.refusal.reason == "unit"}
+                pending += [n for n in sorted(retry - {None}, key=str) if isinstance(n, int)]
+            yield self._traced[key]
+
+    def _cuts(self, layout: _Layout, spot: int, position: int) -> list[int]:
+        """Flat positions before which a region may start: where the fewest bytes cross, near and far, always at item borders."""
+        low = max(0, spot - 300)
+        window = np.arange(low, spot + 1)
+        crossing = layout.crossing[low : spot + 1]
+        order = window[np.lexsort((-window, crossing))]
+        chosen = list(order[: _MAX_CUTS - 4])
+        for near in (8, 24, 64, 160):  # the best cut near the spot too: a far one may be cheaper but out of reach of the axis
+            part = window[max(0, len(window) - near) :]
+            chosen.append(int(part[int(layout.crossing[part].argmin())]))
+        return sorted({layout.flat_of_item[int(i)] for i in chosen if layout.flat_of_item[int(i)] <= position})
+
+    def _accept(self, layout: _Layout, candidate: Candidate, count: int) -> tuple[int, int] | None:
+        """Lays the region if the exact profile confirms that it helps."""
+        window = self._items_between(layout, candidate)
+        swallowed = {self.region_of[m] for m in candidate.members if m in self.region_of}
+        before_regions, before_map = list(self.regions), dict(self.region_of)
+        before = int(layout.live[window[0] : window[1] + 1].max())
+        region = PlannedRegion(candidate.units, count, candidate.members, candidate.tags)
+        self.regions = [r for r in self.regions if r not in swallowed] + [region]
+        for member in candidate.members:
+            self.region_of[member] = region
+        fresh = self._layout()
+        if fresh is None:
+            self.regions, self.region_of = before_regions, before_map
+            return None
+        low = min(fresh.index[n] for n in layout.flat[candidate.first : candidate.last + 1])
+        high = max(fresh.index[n] for n in layout.flat[candidate.first : candidate.last + 1])
+        after = int(fresh.live[low : high + 1].max())
+        if DEBUG: print('try', candidate.first, candidate.last, len(candidate.members), candidate.units, count, 'est', candidate.peak(count), 'base', candidate.base,'esc',candidate.escaping,'tr',candidate.transient, 'before', before, 'after', after, 'max', layout.live.max(), fresh.live.max(), 'region', fresh.live[fresh.index[candidate.members[0]]], 'at', int(fresh.live[low:high+1].argmax())+low, fresh.index[candidate.members[0]])
+        if after < before and fresh.live.max() <= layout.live.max():
+            return window
+        self.regions, self.region_of = before_regions, before_map
+        return None
+
+    # --- layout ---
+
+    def _layout(self) -> _Layout | None:
+        items = self._schedule()
+        if items is None:
+            return None
+        index: dict[Node, int] = {}
+        flat: list[Node] = []
+        flat_of_item: list[int] = []
+        for i, item in enumerate(items):
+            flat_of_item.append(len(flat))
+            members = item.members if isinstance(item, PlannedRegion) else (item,)
+            for member in members:
+                index[member] = i
+            flat += members
+        full = np.zeros(len(items), dtype=np.int64)
+        delta = np.zeros(len(items) + 2, dtype=np.int64)
+        cross = np.zeros(len(items) + 2, dtype=np.int64)
+        for born, dies, nbytes in self._lifetimes(items, index):
+            delta[born] += nbytes
+            delta[min(dies, len(items) - 1) + 1] -= nbytes
+            if dies > born:
+                cross[born + 1] += nbytes
+                cross[min(dies, len(items) - 1) + 1] -= nbytes
+        full = np.cumsum(delta)[: len(items)]
+        inside = np.array(
+            [self._transient(item) if isinstance(item, PlannedRegion) else self._workspace_of[item] for item in items], dtype=np.int64
+        )
+        return _Layout(items, index, full + inside, full, np.cumsum(cross)[: len(items)], flat, flat_of_item)
+
+    def _schedule(self) -> list["Node | PlannedRegion"] | None:
+        """Program order with each region where its last member stands; None if a region would need its own results.
+
+        A region waits for all its operands; what depends on an early member waits for the region.
+        """
+        home: dict[Node, Node | PlannedRegion] = dict(self.region_of)
+        original = self._order
+        place = {node: i for i, node in enumerate(original)}
+        waits: dict[Node | PlannedRegion, set[Node | PlannedRegion]] = {}
+        followers: dict[Node | PlannedRegion, list[Node | PlannedRegion]] = {}
+        key: dict[Node | PlannedRegion, int] = {}
+        for node in original:
+            item = home.get(node, node)
+            key[item] = place[node]
+            sources = {home.get(o, o) for o in self.scene.operands[node] if o.op == "call_function"} - {item}
+            for source in sources - waits.setdefault(item, set()):
+                followers.setdefault(source, []).append(item)
+            waits[item] |= sources
+        ready = [(key[item], item) for item, sources in waits.items() if not sources]
+        heap = [(k, i) for i, (k, _) in enumerate(ready)]
+        heapq.heapify(heap)
+        arrived = [item for _, item in ready]
+        left = {item: len(sources) for item, sources in waits.items()}
+        items: list[Node | PlannedRegion] = []
+        while heap:
+            item = arrived[heapq.heappop(heap)[1]]
+            items.append(item)
+            for follower in followers.get(item, ()):
+                left[follower] -= 1
+                if left[follower] == 0:
+                    arrived.append(follower)
+                    heapq.heappush(heap, (key[follower], len(arrived) - 1))
+        return items if len(items) == len(waits) else None
+
+    def _lifetimes(self, items: Sequence["Node | PlannedRegion"], index: dict[Node, int]) -> Iterable[tuple[int, int, int]]:
+        """(born, dies, bytes) of each storage that exists in full."""
+        born: dict[int, int] = {}
+        dies: dict[int, int] = {}
+        size: dict[int, int] = {}
+        aliases: dict[int, int] = {}
+        for i, item in enumerate(items):
+            if isinstance(item, PlannedRegion):
+                self._region_lifetimes(item, i, index, born, dies, size, aliases)
+                continue
+            last = max((index.get(u, END) for u in self.scene.users[item]), default=i)
+            for tensor, key in zip(tensors_of(item.meta["val"]), self.scene.keys[item], strict=True):
+                key = aliases.get(key, key)
+                if key in self.scene.outside_keys:
+                    continue
+                if key not in born:
+                    born[key], dies[key], size[key] = i, i, hint(tensor.untyped_storage().nbytes())
+                dies[key] = max(dies[key], last)
+        return [(born[key], dies[key], size[key]) for key in born]
+
+    def _region_lifetimes(self, region: PlannedRegion, i: int, index: dict, born: dict, dies: dict, size: dict, aliases: dict) -> None:
+        outputs = escaping_members(self.scene, region)
+        donors = self._donors(region, i, index, dies, aliases)
+        for node in outputs:
+            last = max((index.get(u, END) for u in self.scene.users[node]), default=i)
+            key = self.scene.keys[node][0]
+            if key in self.scene.outside_keys:
+                continue
+            tag = region.tags[node][0]
+            layout = layout_of(node, tag)
+            if key not in born and donors.get(layout):
+                aliases[key] = donors[layout].pop()
+                dies[aliases[key]] = max(dies[aliases[key]], last)
+                continue
+            if key in aliases:
+                dies[aliases[key]] = max(dies[aliases[key]], last)
+                continue
+            if key not in born:
+                born[key], dies[key], size[key] = i, i, 0
+            size[key] += value_bytes(node)
+            dies[key] = max(dies[key], last)
+
+    def _donors(self, region: PlannedRegion, i: int, index: dict, dies: dict, aliases: dict) -> dict[tuple, list[int]]:
+        """Storages of sliced operands that die at this region, by layout."""
+        inside = set(region.members)
+        donors: dict[tuple, list[int]] = {}
+        seen: set[Node] = set()
+        for member in region.members:
+            for operand, tag in sliced_operands(self.scene, region, member):
+                if operand in seen or operand in inside or operand.op != "call_function" or tag is None:
+                    continue
+                seen.add(operand)
+                key = self.scene.keys[operand][0]
+                key = aliases.get(key, key)
+                if key in dies and dies[key] <= i and key not in self.scene.outside_keys and not self._passed_whole(region, operand):
+                    donors.setdefault(layout_of(operand, tag), []).append(key)
+        return donors
+
+    def _passed_whole(self, region: PlannedRegion, operand: Node) -> bool:
+        for member in region.members:
+            if operand in self.scene.operands[member]:
+                if any(o is operand and tag is None for o, tag in sliced_operands(self.scene, region, member)):
+                    return True
+        return False
+
+    def _transient(self, region: PlannedRegion) -> int:
+        """The peak inside the body for its longest slice."""
+        position = {member: i for i, member in enumerate(region.members)}
+        size: dict[int, int] = {}
+        born: dict[int, int] = {}
+        dies: dict[int, int] = {}
+        made = {key for m in region.members for key in self.scene.keys[m]} - set(self.scene.outside_keys)
+        outside = {key for m in region.members for o in self.scene.operands[m] if o not in position and o.op == "call_function" for key in self.scene.keys[o]}
+        for i, member in enumerate(region.members):
+            for tensor, key in zip(tensors_of(member.meta["val"]), self.scene.keys[member], strict=True):
+                if key not in made or key in outside:
+                    continue
+                last = max((position[u] for u in self.scene.users[member] if u in position), default=i)
+                if key not in born:
+                    born[key], dies[key] = i, i
+                    size[key] = hint(tensor.untyped_storage().nbytes())
+                dies[key] = max(dies[key], last)
+        delta = np.zeros(len(position) + 2, dtype=np.int64)
+        for key in born:
+            nbytes = -(-size[key] * region.longest // region.units)
+            delta[born[key]] += nbytes
+            delta[dies[key] + 1] -= nbytes
+        work = np.array([self._workspace_of[m] * region.longest // region.units for m in region.members], dtype=np.int64)
+        return int((np.cumsum(delta)[: len(position)] + work).max(initial=0))
+
+    # --- result ---
+
+    def _result(self, layout: _Layout) -> Plan:
+        planned = int(layout.live.max(initial=0))
+        floor = int(layout.full.max(initial=0))
+        ordered = [item for item in layout.items if isinstance(item, PlannedRegion)]
+        return Plan(ordered, self.unsliced, planned, floor, self.budget, self._held(layout), layout.flat)
+
+    def _held(self, layout: _Layout) -> list[Held]:
+        """The tensors live in full at the peak, with the reason."""
+        if not len(layout.live):
+            return []
+        at = int(layout.live.argmax())
+        held: dict[int, Held] = {}
+        for node in layout.flat:
+            born = layout.index[node]
+            if born > at or (self.region_of.get(node) is not None and node not in escaping_members(self.scene, self.region_of[node])):
+                continue
+            last = max((layout.index.get(u, END) for u in self.scene.users[node]), default=born)
+            if last < at or not self.scene.makes[node]:
+                continue
+            held[id(node)] = Held(node, value_bytes(node), self._reason(layout, node, at))
+        return sorted(held.values(), key=lambda h: -h.nbytes)
+
+    def _reason(self, layout: _Layout, node: Node, at: int) -> str:
+        users = [u for u in self.scene.users[node] if layout.index.get(u, END) >= at]
+        if any(u.op == "output" for u in users):
+            return "it is an output"
+        last = max(users, key=lambda u: layout.index.get(u, END))
+        where = str(last.meta.get("where") or "")
+        stop = next((self.stops[u] for u in users if u in self.stops), None)
+        if stop is not None:
+            return f"{stop.reason}: {stop.detail}"
+        for user in users:
+            for dim in range(node.meta["val"].dim()):
+                size = node.meta["val"].size(dim)
+                if isinstance(size, int) and size > 1:
+                    tags = self.scene.forward(user, node, Tag(dim), size)
+                    if isinstance(tags, Refusal) and tags.reason in ("barrier", "reduced", "halo", "no-row"):
+                        return f"{tags.reason}: {tags.detail} ({where})"
+        return f"kept for {last.target} at {where}, {layout.index.get(last, END) - at} calls later"
+
+
+def sliced_operands(scene: Scene, region: PlannedRegion, member: Node) -> Iterable[tuple[Node, Tag | None]]:
+    """The operands of a member with the tag that its row asks of each."""
+    seen: list[tuple[Node, Tag | None]] = []
+    for output, tag in enumerate(region.tags[member]):
+        assert tag is not None
+        wanted = scene.backward(member, tag, region.units, output)
+        if not isinstance(wanted, Refusal):
+            seen += [(slot.node, want) for slot, want in wanted.items()]
+    return seen
+
+
+def escaping_members(scene: Scene, region: PlannedRegion) -> list[Node]:
+    """Members whose value is used outside the region; views of outside values are left out, they stay outside for free."""
+    inside = set(region.members)
+    made = {key for m in region.members if scene.makes[m] for key in scene.keys[m]}
+    return [
+        m for m in region.members if any(u not in inside for u in scene.users[m]) and any(key in made for key in scene.keys[m])
+    ]
+
+
+def layout_of(node: Node, tag: Tag | None) -> tuple:
+    """What must agree for one tensor to take another's storage slice by slice."""
+    value = tensors_of(node.meta["val"])[0]
+    assert tag is not None
+    return (tag.dim, tag.unit, value.dtype, tuple(map(hint, value.shape)), tuple(map(hint, value.stride())))
+
+
+def _divisor(units: int, least: int, most: int) -> int:
+    """The next divisor of N within 1.25 x `least`, else `least`: equal slices need one kernel shape, not two."""
+    for count in range(least, min(most, int(1.25 * least) + 1) + 1):
+        if units % count == 0:
+            return count
+    return least
+
+
+__all__ = ["Held", "Plan", "PlannedRegion", "Planner", "escaping_members", "sliced_operands"]

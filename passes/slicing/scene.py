@@ -1,0 +1,104 @@
+"""What the planner looks at: the calls of a function in order, who uses what, which storage each value lives in, and memoised links.
+
+Nothing here changes while a plan is made; regions are laid over it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...ir import Function, Node
+from ...ir.infer import contiguous_stride, storage_key, tensors_of
+from ...ir.links import OperandSlot, Refusal, Tag, backward, forward, kind
+from ...ir.liveness import hint, node_workspace, storage_bytes
+
+END = 2**62  # the position of the function's return
+
+
+@dataclass
+class Scene:
+    """The calls of one function with their positions, users, storages and links."""
+
+    nodes: list[Node]
+    position: dict[Node, int]
+    operands: dict[Node, tuple[Node, ...]]
+    users: dict[Node, tuple[Node, ...]]
+    keys: dict[Node, tuple[int, ...]]
+    outside_keys: frozenset[int]
+    makes: dict[Node, int]
+    workspaces: list[int]
+    workspace_of: dict[Node, int]
+    weight_bytes: dict[Node, int]
+    _backward: dict[Any, Any] = field(default_factory=dict)
+    _forward: dict[Any, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(function: Function) -> "Scene":
+        nodes, outside = [], set()
+        for node in function.graph.nodes:
+            if node.op == "call_function":
+                nodes.append(node)
+            elif node.op != "output":
+                outside.update(storage_key(tensor) for tensor in tensors_of(node.meta["val"]))
+        position = {node: i for i, node in enumerate(nodes)}
+        keys = {node: tuple(storage_key(t) for t in tensors_of(node.meta["val"])) for node in nodes}
+        made: set[int] = set()
+        makes: dict[Node, int] = {}
+        for node in nodes:
+            fresh = [t for t, key in zip(tensors_of(node.meta["val"]), keys[node], strict=True) if key not in outside | made]
+            makes[node] = sum(storage_bytes(t) for t in fresh)
+            made.update(storage_key(t) for t in fresh)
+        return Scene(
+            nodes=nodes,
+            position=position,
+            operands={node: tuple(node.all_input_nodes) for node in nodes},
+            users={node: tuple(node.users) for node in function.graph.nodes},
+            keys=keys,
+            outside_keys=frozenset(outside),
+            makes=makes,
+            workspaces=(workspaces := [node_workspace(node) for node in nodes]),
+            workspace_of=dict(zip(nodes, workspaces, strict=True)),
+            weight_bytes={n: sum(storage_bytes(o.meta["val"]) for o in n.all_input_nodes if o.op == "get_attr") for n in nodes},
+        )
+
+    def at(self, node: Node) -> int:
+        """The position of a call; the return stands at the end, inputs and weights before everything."""
+        if node.op == "call_function":
+            return self.position[node]
+        return END if node.op == "output" else -1
+
+    def backward(self, node: Node, tag: Tag, units: int, output: int = 0) -> dict[OperandSlot, Tag | None] | Refusal:
+        """`links.backward`, remembered."""
+        key = (node, tag.dim, tag.unit, units, output)
+        if key not in self._backward:
+            self._backward[key] = backward(node, tag, units, output)
+        return self._backward[key]
+
+    def forward(self, node: Node, operand: Node, tag: Tag, units: int) -> tuple[Tag | None, ...] | Refusal:
+        """`links.forward`, remembered, with one tag for each output."""
+        key = (node, operand, tag.dim, tag.unit, units)
+        if key not in self._forward:
+            tags = forward(node, operand, tag, units)
+            self._forward[key] = (tags,) if isinstance(tags, Tag) else tags
+        return self._forward[key]
+
+    def kind(self, node: Node, tag: Tag) -> str:
+        """The kind of link by which `node` carries `tag`."""
+        return kind(node, tag)
+
+    def values(self, node: Node) -> Iterator[Any]:
+        """The tensors that a node gives."""
+        yield from tensors_of(node.meta["val"])
+
+
+def value_bytes(node: Node) -> int:
+    """Bytes of a value laid out densely, as a region's output is."""
+    return sum(hint(t.numel()) * t.dtype.itemsize for t in tensors_of(node.meta["val"]))
+
+
+def is_dense(node: Node) -> bool:
+    """Whether a value fills its storage in some order of dims, so that a region can lay it out again with the same strides."""
+    value = node.meta["val"]
+    dims = sorted(range(value.dim()), key=lambda d: (-hint(value.stride(d)), d))
+    expected = contiguous_stride([hint(value.size(d)) for d in dims])
+    return all(hint(value.size(d)) == 1 or hint(value.stride(d)) == step for d, step in zip(dims, expected, strict=True))

@@ -1,0 +1,26 @@
+"""What holds for every test: the checkout root is never imported as a package of another name, and no test has a deadline."""
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A first call may compile for seconds, so a deadline would be a timing assertion. The blob reproduces a failure.
+hypothesis.settings.register_profile("graphwright", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("graphwright")
+
+
+class RootIsAFolder:
+    """The root's __init__.py makes pytest import the root as a package named after the clone's folder: all of
+    graphwright, and its op registrations, a second time. To pytest the root is a plain folder."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Registered as a plugin, because a conftest's own hooks are not asked about the folders above it.
+    config.pluginmanager.register(RootIsAFolder())
