@@ -1,6 +1,6 @@
 """`compile`: capture, passes, lowering, and a model that is called like the original."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,22 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .ir import Program, capture, from_exported
-from .ir.errors import ArtifactError, InputError
+from .ir.errors import ArtifactError, GraphwrightError, InputError
+from .passes import CLEANUPS, Contract, PassManager, parse_pipeline
+from .passes.pipeline import Pipeline
+from .runtime import artifact
+from .runtime.artifact import Saved
 from .runtime.backend import choose_backend
-from .runtime.calling import Parameter, parameters_of
+from .runtime.calling import Call, parameters_of
 from .runtime.compiled import Compilation, CompiledModel
 
 Model = nn.Module | ExportedProgram | Program | str | Path
+Progress = Callable[[int, int, str], None]
 
 
 def compile(
     model: Model,
-    passes: str | Sequence[Any] = (),
+    passes: Pipeline = (),
     *,
     example_inputs: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
@@ -28,7 +33,7 @@ def compile(
     verify: str = "structure",
     cleanups: bool = True,
     trusted: bool = False,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> CompiledModel:
     """`model` with `passes` applied, ready to be called as `model` is.
 
@@ -44,60 +49,54 @@ def compile(
         TargetError: the backend cannot run here.
     """
     backend = choose_backend(backend)
+    pipeline = parse_pipeline([*(CLEANUPS if cleanups else ()), *parse_pipeline(passes)])
 
-    def finish(program: Program, parameters: tuple[Parameter, ...], inputs: Any) -> Compilation:
-        return _compilation(program, passes, parameters, backend, verify, cleanups, inputs, progress)
+    def finish(captured: Saved, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Compilation:
+        program, parameters = captured.program, captured.parameters
+        inputs = None if example is None else Call(program, program.main, parameters).bind(*example)[0]
+        result = PassManager(pipeline, verify=verify, inputs=inputs, progress=progress).run(program)
+        contract = Contract.weakest([captured.contract, result.contract])
+        return Compilation(result.program, backend, parameters, result.history, (*captured.reports, *result.reports), contract)
 
-    if not isinstance(model, nn.Module):
-        program, parameters = _program_of(model, trusted)
-        return CompiledModel(finish(program, parameters, _example(example_inputs, example_kwargs)))
+    if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
+        return CompiledModel(finish(_saved(model, trusted), _example(example_inputs, example_kwargs)))
 
     def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compilation:
         program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-        return finish(program, parameters_of(model.forward), (args, kwargs))
+        return finish(Saved(program, parameters_of(model.forward)), (args, kwargs))
 
     if example_inputs is None and example_kwargs is None:
         return CompiledModel(make=make, training=model.training)
     return CompiledModel(make(example_inputs or (), example_kwargs or {}), training=model.training)
 
 
-def _compilation(
-    program: Program,
-    passes: str | Sequence[Any],
-    parameters: tuple[Parameter, ...],
-    backend: str,
-    verify: str,
-    cleanups: bool,
-    inputs: Any,
-    progress: Callable[..., None] | None,
-) -> Compilation:
-    if not passes and not cleanups:
-        return Compilation(program, backend, parameters)
-    from .passes import CLEANUPS, PassManager, parse_pipeline
+def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None) -> CompiledModel:
+    """The model that `compiled.save(path)` wrote, as it was: no pass runs again. `sha256` is the digest that the file must have.
 
-    pipeline = parse_pipeline(passes) if isinstance(passes, str) else list(passes)
-    pipeline = [*CLEANUPS, *pipeline] if cleanups else pipeline
-    result = PassManager(pipeline, verify=verify, inputs=inputs, progress=progress).run(program)
-    return Compilation(result.program, backend, parameters, tuple(result.history), tuple(result.reports), result.contract)
+    Raises:
+        ArtifactError: the file is not a whole, unedited artifact of a version that this graphwright reads.
+        TargetError: the backend cannot run here.
+    """
+    saved = artifact.load(path, sha256=sha256)
+    return CompiledModel(Compilation(saved.program, choose_backend(backend), saved.parameters, (), saved.reports, saved.contract))
 
 
-def _program_of(model: Model, trusted: bool) -> tuple[Program, tuple[Parameter, ...]]:
-    """A program, and the names of its caller's parameters where these are known."""
+def _saved(model: Any, trusted: bool) -> Saved:
+    """A program that exists already, with the names of its caller's parameters where these are known."""
     if isinstance(model, Program):
-        return model, ()
+        return Saved(model)
+    if isinstance(model, CompiledModel):
+        return model.saved
     if isinstance(model, ExportedProgram):
-        return from_exported(model), ()
+        return Saved(from_exported(model))
     if isinstance(model, str | Path):
         return _read(Path(model), trusted)
     raise InputError(f"compile takes a module, an exported program, a program or a path, not a {type(model).__name__}")
 
 
-def _read(path: Path, trusted: bool) -> tuple[Program, tuple[Parameter, ...]]:
-    from .runtime import artifact
-
+def _read(path: Path, trusted: bool) -> Saved:
     if path.suffix == ".gw":
-        saved = artifact.load(path)
-        return saved.program, saved.parameters
+        return artifact.load(path)
     if path.suffix != ".pt2":
         raise InputError(f"{path} is no model file: compile reads .gw and .pt2")
     if not trusted:
@@ -105,8 +104,13 @@ def _read(path: Path, trusted: bool) -> tuple[Program, tuple[Parameter, ...]]:
             f"{path} can run code when it is read: pass trusted=True if you made it, or turn it into a .gw where it was made, "
             "with graphwright.compile(exported).save('model.gw')"
         )
-    return from_exported(torch.export.load(path)), ()
+    try:
+        return Saved(from_exported(torch.export.load(path)))
+    except GraphwrightError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{path} is not read by torch.export ({type(error).__name__}): export it again with this torch") from error
 
 
-def _example(args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> Any:
+def _example(args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     return None if args is None and kwargs is None else (args or (), kwargs or {})

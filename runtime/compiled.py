@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -12,24 +13,27 @@ from torch import nn
 
 from ..ir import Program
 from ..ir.errors import ArtifactError, InputError, TargetError
+from ..passes import Contract
+from . import artifact
+from .artifact import Saved
 from .calling import Call, Parameter
 from .executor import Executor
 from .memory import Measurement, measure_peak
-from .report import Report
+from .report import Report, predicted
 
 Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """A program to run, and how it came to be: the programs before each pass, the passes' reports, the pipeline's contract."""
+    """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract."""
 
     program: Program
     backend: str
     parameters: tuple[Parameter, ...] = ()
     history: tuple[Program, ...] = ()
     reports: tuple[Any, ...] = ()
-    contract: str = "exact"
+    contract: Contract = Contract.EXACT
 
 
 class CompiledModel(nn.Module):
@@ -78,13 +82,27 @@ class CompiledModel(nn.Module):
 
     @property
     def history(self) -> tuple[Program, ...]:
-        """The captured program, then the program after each pass but the last."""
+        """The captured program, then the program after each pass; for a loaded model the program alone."""
         return self.compilation.history or (self.program,)
 
     def report(self) -> Report:
         """What was promised, what each pass did, and what it costs; `measure` fills in the measured part."""
         compiled = self.compilation
-        return Report(compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports, measured=self._measured)
+        memory = predicted(compiled.history[0] if compiled.history else None, compiled.program)
+        return Report(compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports, memory, self._measured)
+
+    @property
+    def saved(self) -> Saved:
+        """What an artifact of this model holds: its program with its states as they are now, how to call it, what was promised."""
+        return self._present.saved()
+
+    def save(self, path: str | Path) -> None:
+        """Writes a `.gw` artifact, whole or not at all.
+
+        Raises:
+            ArtifactError: it cannot be written; a file that was there before is as it was.
+        """
+        artifact.save(self.saved, path)
 
     def measure(self, *args: Any, **kwargs: Any) -> Measurement:
         """Runs the model on these arguments (once to warm up, once for memory, once for time) and keeps the figures for the report.
@@ -196,6 +214,14 @@ class _Runner:
             for name, value in new_states.items():
                 targets[name].copy_(value)
         return leaves
+
+    def saved(self) -> Saved:
+        compiled = self.compilation
+        with self._turn:
+            states = {name: replace(compiled.program.weights[name], tensor=s.clone(), known_digest=None, _memo={}) for name, s in self.states.items()}
+        program = compiled.program.copy()
+        program.weights.update(states)
+        return Saved(program, compiled.parameters, compiled.contract, tuple(map(str, compiled.reports)))
 
     def states_kept(self) -> "_StatesKept":
         return _StatesKept(self.states)

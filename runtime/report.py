@@ -4,23 +4,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..ir import Program
+from ..ir.liveness import profile
+from ..passes import Contract
+from .donation import plan_donations
 from .memory import Measurement
-
-PROMISES = {
-    "exact": "exact: the same function in real arithmetic; sums may be reassociated",
-    "bounded": "bounded: an approximation whose error was measured against its budget",
-    "substitution": "substitution: another function, which needs training or tuning before it replaces the original",
-    "policy": "policy: the graph is unchanged, the loop around it is not",
-}
-
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of activations at the peak: as captured, as planned by the passes, and the least that any plan can reach."""
+    """Bytes of activations at the peak, as predicted: as captured, as planned by the passes, and the least that any plan can reach."""
 
     unsliced: int | None = None
     planned: int | None = None
     floor: int | None = None
+
+
+def predicted(captured: Program | None, program: Program) -> Memory:
+    """The liveness analysis of both programs, symbols at their hints."""
+    return Memory(None if captured is None else _peak(captured), _peak(program))
+
+
+def _peak(program: Program) -> int:
+    donors = {call: {j: call.args[4 + i] for j, i in plan.items()} for call, plan in plan_donations(program.main.graph).items()}
+    return profile(program.main, donors).peak_bytes
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,14 @@ class Report:
     """`str(report)` is what users read. `passes` are the pass manager's reports, in order."""
 
     pipeline: str
-    contract: str
+    contract: Contract
     backend: str
     passes: Sequence[Any] = ()
     memory: Memory = Memory()
     measured: Measurement | None = None
 
     def __str__(self) -> str:
-        head = f"pipeline: {self.pipeline or 'no passes'}\ncontract: {PROMISES.get(self.contract, self.contract)}\nbackend: {self.backend}"
+        head = f"pipeline: {self.pipeline or 'no passes'}\ncontract: {self.contract}. {self.contract.promise}\nbackend: {self.backend}"
         return "\n".join([head, *(_pass_text(report) for report in self.passes), *self._memory_lines(), *self._time_lines()]) + "\n"
 
     def _memory_lines(self) -> list[str]:
