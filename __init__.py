@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .passes import RemoveNoOps as RemoveNoOps
     from .passes import RemoveProvenAssertions as RemoveProvenAssertions
     from .passes import ShareSubexpressions as ShareSubexpressions
+    from .passes import SliceGroups as SliceGroups
     from .passes import all_passes as all_passes
     from .runtime.compiled import CompiledModel as CompiledModel
     from .runtime.memory import Measurement as Measurement
@@ -48,7 +49,7 @@ _HOMES = {
     ),
     ".passes": (
         "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "Pass", "PassManager", "RemoveDeadCode", "RemoveNoOps",
-        "RemoveProvenAssertions", "ShareSubexpressions", "all_passes",
+        "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "all_passes",
     ),
     ".runtime.compiled": ("CompiledModel",),
     ".runtime.memory": ("Measurement", "measure_peak"),

@@ -92,7 +92,7 @@ class _Constants:
                     left.append(LeftAlone.at(base, f"its {growth} bytes are more than the limit of {limit} above what they replace"))
                 continue
             chosen[base] = None
-        order = {node: index for index, node in enumerate(base.graph.nodes)} if chosen else {}
+        order = {node: index for index, node in enumerate(next(iter(chosen)).graph.nodes)} if chosen else {}
         return sorted(chosen, key=order.__getitem__), tuple(left)
 
     def _without_views(self, node: Node) -> Node | None:

@@ -88,7 +88,7 @@ class CompiledModel(nn.Module):
     def report(self) -> Report:
         """What was promised, what each pass did, and what it costs; `measure` fills in the measured part."""
         compiled = self.compilation
-        memory = predicted(compiled.history[0] if compiled.history else None, compiled.program)
+        memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         return Report(compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports, memory, self._measured)
 
     @property

@@ -7,7 +7,7 @@ from torch import fx
 
 from ..ir import Node
 from ..ir.program import region_of
-from .donation import plan_donations
+from ..ir.donation import plan_donations
 from .sliced import SlicedRun
 
 Backend = str

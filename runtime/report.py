@@ -7,7 +7,6 @@ from typing import Any
 from ..ir import Program
 from ..ir.liveness import profile
 from ..passes import Contract
-from .donation import plan_donations
 from .memory import Measurement
 
 @dataclass(frozen=True)
@@ -19,14 +18,11 @@ class Memory:
     floor: int | None = None
 
 
-def predicted(captured: Program | None, program: Program) -> Memory:
-    """The liveness analysis of both programs, symbols at their hints."""
-    return Memory(None if captured is None else _peak(captured), _peak(program))
-
-
-def _peak(program: Program) -> int:
-    donors = {call: {j: call.args[4 + i] for j, i in plan.items()} for call, plan in plan_donations(program.main.graph).items()}
-    return profile(program.main, donors).peak_bytes
+def predicted(captured: Program | None, program: Program, passes: Sequence[Any] = ()) -> Memory:
+    """The liveness analysis of both programs, symbols at their hints; the floor is the one that a memory pass proved last."""
+    floors = [report.data["floor"] for report in passes if "floor" in getattr(report, "data", {})]
+    unsliced = None if captured is None else profile(captured.main).peak_bytes
+    return Memory(unsliced, profile(program.main).peak_bytes, floors[-1] if floors else None)
 
 
 @dataclass(frozen=True)

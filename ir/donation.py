@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir import Node
-from ..ir.infer import operands_of, same_strides, same_tensor_type, storage_key
-from ..ir.program import region_of
+from .infer import operands_of, same_strides, same_tensor_type, storage_key
+from .program import Node, region_of
 
 
 def plan_donations(graph: fx.Graph) -> dict[Node, dict[int, int]]:
