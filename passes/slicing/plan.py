@@ -179,15 +179,18 @@ class Planner:
             if now - peak < _LEAST_GAIN * now:
                 continue
             ranked.append((self._rank(layout, candidate, count, peak), len(ranked), candidate, count))
-        for _, _, candidate, count in sorted(ranked)[:_MAX_TRIALS]:
+        trials: dict[tuple, tuple[Candidate, int]] = {}
+        for _, _, candidate, count in sorted(ranked):
+            trials.setdefault((candidate.members[0], candidate.members[-1], len(candidate.members), candidate.units), (candidate, count))
+        for candidate, count in list(trials.values())[:_MAX_TRIALS]:
             window = self._accept(layout, candidate, count)
             if window is not None:
                 return window
         return None
 
     def _rank(self, layout: _Layout, candidate: Candidate, count: int, peak: int) -> tuple:
-        low, high = self._items_between(layout, candidate)
-        cleared = int((layout.live[low : high + 1] > max(self.target, peak)).sum())
+        lived = layout.live[[layout.index[member] for member in candidate.members]]
+        cleared = int((lived > max(self.target, peak)).sum())
         met = peak <= self.target
         return (not met, 0 if met else peak, -cleared, count * candidate.weight_bytes + count * len(candidate.members) * 2**14, len(candidate.members))
 
