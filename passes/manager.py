@@ -12,11 +12,12 @@ from typing import Any
 from ..ir import Fuel, OutOfFuel, Program, Rewriter, RewriteRecord, Stage, verify
 from ..ir.errors import ContractError, GraphwrightError, PassError, VerifyError
 from .base import LeftAlone, Outcome, Pass
-from .check import Reference, Verdict
+from .check import Reference
 from .contract import Contract
 from .inputs import random_inputs
 from .pipeline import Pipeline, check_order, parse_pipeline
 from .registry import BUILT_IN
+from .verdict import Verdict
 
 Progress = Callable[[int, int, str], None]
 
@@ -228,7 +229,8 @@ def check_facts(passes: Sequence[Pass], program: Program) -> None:
     facts = {fact for name in made if name in BUILT_IN for fact in BUILT_IN[name].ensures}
     for each in passes:
         for fact in sorted(each.requires - facts):
-            ensuring = sorted({p.name for p in (*passes, *BUILT_IN.values()) if fact in p.ensures})
+            known: list[Pass | type[Pass]] = [*passes, *BUILT_IN.values()]
+            ensuring = sorted({other.name for other in known if fact in other.ensures})
             advice = f"put {' or '.join(ensuring)} before it" if ensuring else "no known pass ensures that"
             raise PassError(f"pass {each.name} requires {fact}: {advice}")
         facts |= each.ensures
@@ -241,8 +243,8 @@ def _drop_unused_weights(program: Program) -> None:
 
 
 def _verdict_line(verdict: Verdict) -> str:
-    errors = f"float64 error {verdict.rewrite_error:.1e}, working dtype {verdict.error:.1e} ({verdict.error_ratio:.2f} x the original's own)"
-    return f"{verdict}; {errors}"
+    working = f"working dtype {verdict.error:.1e} ({verdict.error_ratio:.2f} x the original's own)"
+    return f"{verdict}; float64 error {verdict.rewrite_error:.1e}, {working}"
 
 
 def _tally(items: Iterable[Any]) -> list[tuple[Any, int]]:

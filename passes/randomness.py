@@ -1,6 +1,6 @@
 """Which calls draw random numbers. torch's tag marks operators that can; with these arguments they may not."""
 
-import torch
+from typing import Any
 
 from ..ir import Node
 from ..ir.calls import is_pure, is_random
@@ -9,10 +9,9 @@ from ..ir.pattern import named_arguments
 
 def draws_random_numbers(node: Node) -> bool:
     """Whether the call draws from a generator. Attention and dropout without dropout do not."""
-    if not is_random(node.target):
+    target: Any = node.target
+    if not is_random(target):
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
     arguments = named_arguments(node)
     if "dropout_p" in arguments:
         return arguments["dropout_p"] != 0
@@ -23,4 +22,5 @@ def draws_random_numbers(node: Node) -> bool:
 
 def is_repeatable(node: Node) -> bool:
     """Whether the call may be dropped when unused, and shared when repeated."""
-    return is_pure(node.target) or is_random(node.target) and not draws_random_numbers(node)
+    target: Any = node.target
+    return is_pure(target) or (is_random(target) and not draws_random_numbers(node))
