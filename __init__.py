@@ -1,0 +1,73 @@
+"""A compiler for PyTorch models whose passes are published research ideas, each with a checked contract.
+
+Names are imported on first use: `import graphwright` costs no more than `import torch` does.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import models as models
+    from .compiler import compile as compile
+    from .compiler import load as load
+    from .ir import Program as Program
+    from .ir import capture as capture
+    from .ir import op as op
+    from .ir import parse as parse
+    from .ir.errors import ArtifactError as ArtifactError
+    from .ir.errors import BudgetError as BudgetError
+    from .ir.errors import CaptureError as CaptureError
+    from .ir.errors import ContractError as ContractError
+    from .ir.errors import GraphwrightError as GraphwrightError
+    from .ir.errors import InputError as InputError
+    from .ir.errors import ParseError as ParseError
+    from .ir.errors import PassError as PassError
+    from .ir.errors import TargetError as TargetError
+    from .ir.errors import VerifyError as VerifyError
+    from .passes import CLEANUPS as CLEANUPS
+    from .passes import Contract as Contract
+    from .passes import FoldBatchNorm as FoldBatchNorm
+    from .passes import FoldConstants as FoldConstants
+    from .passes import Pass as Pass
+    from .passes import PassManager as PassManager
+    from .passes import RemoveDeadCode as RemoveDeadCode
+    from .passes import RemoveNoOps as RemoveNoOps
+    from .passes import RemoveProvenAssertions as RemoveProvenAssertions
+    from .passes import ShareSubexpressions as ShareSubexpressions
+    from .passes import SliceGroups as SliceGroups
+    from .passes import all_passes as all_passes
+    from .runtime.compiled import CompiledModel as CompiledModel
+    from .runtime.memory import Measurement as Measurement
+    from .runtime.memory import measure_peak as measure_peak
+
+_HOMES = {
+    ".compiler": ("compile", "load"),
+    ".ir": ("Program", "capture", "op", "parse"),
+    ".ir.errors": (
+        "ArtifactError", "BudgetError", "CaptureError", "ContractError", "GraphwrightError", "InputError", "ParseError", "PassError",
+        "TargetError", "VerifyError",
+    ),
+    ".passes": (
+        "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "Pass", "PassManager", "RemoveDeadCode", "RemoveNoOps",
+        "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "all_passes",
+    ),
+    ".runtime.compiled": ("CompiledModel",),
+    ".runtime.memory": ("Measurement", "measure_peak"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["models", *_HOME_OF]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "models":
+        return importlib.import_module(".models", __name__)
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'graphwright' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -14,6 +14,7 @@ from .remove_dead_code import RemoveDeadCode
 from .remove_no_ops import RemoveNoOps
 from .remove_proven_assertions import RemoveProvenAssertions
 from .share_subexpressions import ShareSubexpressions
+from .slicing import SliceGroups
 from .verdict import Verdict, Worst
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "RemoveNoOps",
     "RemoveProvenAssertions",
     "ShareSubexpressions",
+    "SliceGroups",
     "Verdict",
     "Worst",
     "all_passes",

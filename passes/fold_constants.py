@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from ..ir import Node, Rewriter
-from ..ir.calls import GETITEM, name_of
+from ..ir.calls import GETITEM, is_pure, name_of
 from ..ir.float64 import computed_weights
 from .aliases import OutputAliases
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
 from .options import is_size, option, size_in_bytes
-from .randomness import is_repeatable
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class _Constants:
 def _may_fold(node: Node) -> bool:
     if node.target is GETITEM:
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and is_repeatable(node) and "empty" not in name_of(node.target)
+    return isinstance(node.target, torch._ops.OpOverload) and is_pure(node) and "empty" not in name_of(node.target)
 
 
 def _is_static(value: Any) -> bool:

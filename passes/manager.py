@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..ir import Fuel, OutOfFuel, Program, Rewriter, RewriteRecord, Stage, verify
-from ..ir.errors import ContractError, GraphwrightError, PassError, VerifyError
+from ..ir.errors import ContractError, GraphwrightError, InputError, PassError, VerifyError
 from .base import LeftAlone, Outcome, Pass
 from .check import Reference
 from .contract import Contract
@@ -107,10 +107,12 @@ class PassManager:
         """The program after every pass; `program` itself is unchanged.
 
         Raises:
+            VerifyError: `program` itself breaks a rule of the IR.
             PassError: a pass needs a fact that none before it ensures, fails inside, or leaves a program that breaks a rule.
             ContractError: with verify="numeric": the pass and the rewrite that change the function by more than allowed.
         """
         check_facts(self.passes, program)
+        verify(program)
         history, reports = [program], []
         reference = self._reference(program)
         for index, each in enumerate(self.passes):
@@ -190,8 +192,11 @@ class PassManager:
         verdict, reference = self._judge(each, reference, after)
         if not verdict.fails:
             return verdict
-        place = self._first_breaking_rewrite(index, reference, before, report.records)
-        raise ContractError(f"pass {each.name} breaks its contract ({each.contract}), {place}: {verdict}")
+        place, culprit = self._first_breaking_rewrite(index, reference, before, report.records)
+        failure = ContractError(f"pass {each.name} breaks its contract ({each.contract}), {place}: {verdict}")
+        if culprit is not None:
+            failure.add_note("\n".join(["before:", *culprit.before, "after:", *culprit.after]))
+        raise failure
 
     def _judge(self, each: Pass, reference: Reference, after: Program) -> tuple[Verdict, Reference]:
         """The verdict, on other inputs where the first are too ill-conditioned, and the reference that gave it."""
@@ -199,24 +204,29 @@ class PassManager:
         for seed in range(1, _RETRIES):
             if verdict.kind != "inconclusive":
                 break
-            reference = Reference(reference.program, random_inputs(reference.program, seed))
-            verdict = each.check(reference, after)
+            other = Reference(reference.program, random_inputs(reference.program, seed))
+            try:
+                verdict, reference = each.check(other, after), other
+            except InputError:
+                break  # made-up inputs that the program refuses tell nothing
         return verdict, reference
 
-    def _first_breaking_rewrite(self, index: int, reference: Reference, before: Program, records: Sequence[RewriteRecord]) -> str:
-        """By bisection: `right` rewrites keep the contract, `wrong` break it."""
+    def _first_breaking_rewrite(
+        self, index: int, reference: Reference, before: Program, records: Sequence[RewriteRecord]
+    ) -> tuple[str, RewriteRecord | None]:
+        """Where the contract breaks, in words and as a record, by bisection: `right` rewrites keep it, `wrong` break it."""
         if not records:
-            return "without reporting a rewrite"
+            return "without reporting a rewrite", None
         right, wrong = 0, len(records)
         while wrong - right > 1:
             middle = (right + wrong) // 2
             program, _ = self._run_pass(index, before, Fuel(left=middle))
             verdict = self.passes[index].check(reference, program)
             if verdict.kind == "inconclusive":
-                return f"in one of the rewrites {right + 1} to {wrong} of {len(records)} (those between cannot be judged)"
+                return f"in one of the rewrites {right + 1} to {wrong} of {len(records)} (those between cannot be judged)", None
             right, wrong = (right, middle) if verdict.fails else (middle, wrong)
         record = records[wrong - 1]
-        return f"first in rewrite {wrong} of {len(records)}, rule {record.rule} ({record.file}:{record.line})"
+        return f"first in rewrite {wrong} of {len(records)}, rule {record.rule} ({record.file}:{record.line})", record
 
 
 def check_facts(passes: Sequence[Pass], program: Program) -> None:

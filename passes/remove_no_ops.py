@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from ..ir import Node, Rewriter
+from ..ir.calls import draws
 from ..ir.infer import InferenceError, infer, same_type
 from ..ir.pattern import named_arguments
 from .aliases import OutputAliases, share_memory
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
-from .randomness import draws_random_numbers
 
 _aten = torch.ops.aten
 
@@ -141,7 +141,7 @@ def _returns_operand(node: Node, source: Node) -> bool:
     if not same_type(source.meta["val"], node.meta["val"]):
         return False
     if node.target in _DROPOUTS:
-        return not draws_random_numbers(node)
+        return not draws(node)
     return node.target in _VIEWS or node.target in _COPIES or _is_neutral(node, source.meta["val"].dtype)
 
 

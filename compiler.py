@@ -1,0 +1,116 @@
+"""`compile`: capture, passes, lowering, and a model that is called like the original."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from .ir import Program, capture, from_exported
+from .ir.errors import ArtifactError, GraphwrightError, InputError
+from .passes import CLEANUPS, Contract, PassManager, parse_pipeline
+from .passes.pipeline import Pipeline
+from .runtime import artifact
+from .runtime.artifact import Saved
+from .runtime.backend import choose_backend
+from .runtime.calling import Call, parameters_of
+from .runtime.compiled import Compilation, CompiledModel
+
+Model = nn.Module | ExportedProgram | Program | str | Path
+Progress = Callable[[int, int, str], None]
+
+
+def compile(
+    model: Model,
+    passes: Pipeline = (),
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    backend: str = "auto",
+    verify: str = "structure",
+    cleanups: bool = True,
+    trusted: bool = False,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """`model` with `passes` applied, ready to be called as `model` is.
+
+    A module is captured in its present train/eval mode with `example_inputs` and `example_kwargs`, or on the first call when
+    neither is given; it stays exactly as it was, and its weights are shared. `dynamic_shapes` is torch.export's. `backend` is
+    "auto", "aten" (no compiler needed, starts at once) or "inductor" (needs a C++ compiler). `verify` is "structure" or
+    "numeric", which checks each pass's contract on the example. A `.pt2` file can run code when it is read, so it needs
+    `trusted=True`.
+
+    Raises:
+        CaptureError: the module cannot be captured; every blocker is listed.
+        PassError, ContractError: a pass is unknown, out of order, failed, or broke its promise.
+        TargetError: the backend cannot run here.
+    """
+    backend = choose_backend(backend)
+    pipeline = parse_pipeline([*(CLEANUPS if cleanups else ()), *parse_pipeline(passes)])
+
+    def finish(captured: Saved, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Compilation:
+        program, parameters = captured.program, captured.parameters
+        inputs = None if example is None else Call(program, program.main, parameters).bind(*example)[0]
+        result = PassManager(pipeline, verify=verify, inputs=inputs, progress=progress).run(program)
+        contract = Contract.weakest([captured.contract, result.contract])
+        return Compilation(result.program, backend, parameters, result.history, (*captured.reports, *result.reports), contract)
+
+    if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
+        return CompiledModel(finish(_saved(model, trusted), _example(example_inputs, example_kwargs)))
+
+    def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compilation:
+        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        return finish(Saved(program, parameters_of(model.forward)), (args, kwargs))
+
+    if example_inputs is None and example_kwargs is None:
+        return CompiledModel(make=make, training=model.training)
+    return CompiledModel(make(example_inputs or (), example_kwargs or {}), training=model.training)
+
+
+def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None) -> CompiledModel:
+    """The model that `compiled.save(path)` wrote, as it was: no pass runs again. `sha256` is the digest that the file must have.
+
+    Raises:
+        ArtifactError: the file is not a whole, unedited artifact of a version that this graphwright reads.
+        TargetError: the backend cannot run here.
+    """
+    saved = artifact.load(path, sha256=sha256)
+    return CompiledModel(Compilation(saved.program, choose_backend(backend), saved.parameters, (), saved.reports, saved.contract))
+
+
+def _saved(model: Any, trusted: bool) -> Saved:
+    """A program that exists already, with the names of its caller's parameters where these are known."""
+    if isinstance(model, Program):
+        return Saved(model)
+    if isinstance(model, CompiledModel):
+        return model.saved
+    if isinstance(model, ExportedProgram):
+        return Saved(from_exported(model))
+    if isinstance(model, str | Path):
+        return _read(Path(model), trusted)
+    raise InputError(f"compile takes a module, an exported program, a program or a path, not a {type(model).__name__}")
+
+
+def _read(path: Path, trusted: bool) -> Saved:
+    if path.suffix == ".gw":
+        return artifact.load(path)
+    if path.suffix != ".pt2":
+        raise InputError(f"{path} is no model file: compile reads .gw and .pt2")
+    if not trusted:
+        raise ArtifactError(
+            f"{path} can run code when it is read: pass trusted=True if you made it, or turn it into a .gw where it was made, "
+            "with graphwright.compile(exported).save('model.gw')"
+        )
+    try:
+        return Saved(from_exported(torch.export.load(path)))
+    except GraphwrightError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{path} is not read by torch.export ({type(error).__name__}): export it again with this torch") from error
+
+
+def _example(args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    return None if args is None and kwargs is None else (args or (), kwargs or {})

@@ -1,0 +1,212 @@
+"""The `.gw` file: a program and its weights, nothing that runs when it is read.
+
+    manifest.json        format, how the program is called, what was promised; size and SHA-256 of every other member
+    program.txt          the program as text
+    weights.safetensors  its weights, tied ones once
+
+The archive's form is in `zip_subset`. Everything is checked before anything is used, and two saves of a model are equal bytes.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ir import Program, Weight, parse, verify
+from ..ir.errors import ArtifactError, GraphwrightError, TargetError
+from ..passes import Contract
+from . import zip_subset
+from .atomic import atomic_write
+from .calling import REQUIRED, Parameter
+from .strict_json import strict_json
+from .tensor_file import ALIGNMENT, read_tensors, tensor_member
+from .zip_subset import Member
+
+FORMAT = 1
+_MANIFEST, _PROGRAM, _WEIGHTS = "manifest.json", "program.txt", "weights.safetensors"
+_MAX_MANIFEST = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What an artifact holds: the program, the parameters of the call, the pipeline's contract, and the passes' reports as text."""
+
+    program: Program
+    parameters: tuple[Parameter, ...] = ()
+    contract: Contract = Contract.EXACT
+    reports: tuple[str, ...] = ()
+
+
+def save(saved: Saved, path: str | Path) -> None:
+    """Writes `saved` to `path`, whole or not at all.
+
+    Raises:
+        ArtifactError: a weight has no values or a dtype that is not stored, or the file cannot be written; a file that was there
+            before is as it was.
+    """
+    path = Path(path)
+    stored, tied = _untied(saved.program.weights)
+    program = Member.of(_PROGRAM, str(saved.program).encode())
+    weights = tensor_member(_WEIGHTS, stored)
+    text = _manifest(saved, tied, [program, weights])
+    # Spaces after the manifest put the weights at a multiple of 64 bytes, so that they are used where they were read.
+    misplaced = zip_subset.begins([Member.of(_MANIFEST, text), program, weights])[_WEIGHTS]
+    manifest = Member.of(_MANIFEST, text + b" " * (-misplaced % ALIGNMENT))
+    try:
+        with atomic_write(path) as file:
+            zip_subset.write(file, [manifest, program, weights])
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written ({error.strerror or error}): what was there before is as it was") from error
+
+
+def _untied(weights: Mapping[str, Weight]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors to store by name, and for each that is the same memory as one of these, whose."""
+    stored: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, weight in sorted(weights.items()):
+        tensor = weight.tensor
+        if tensor is None:
+            raise ArtifactError(f"weight {name} has no values: this program was read from text, give parse() a weight table")
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
+        if key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            stored[name] = tensor
+    return stored, tied
+
+
+def _manifest(saved: Saved, tied: Mapping[str, str], members: list[Member]) -> bytes:
+    data = {
+        "format": FORMAT,
+        "members": {member.name: {"size": member.size, "sha256": member.sha256()} for member in members},
+        "parameters": [_parameter_data(parameter) for parameter in saved.parameters],
+        "contract": str(saved.contract),
+        "reports": list(saved.reports),
+        "tied": dict(tied),
+    }
+    return json.dumps(data, sort_keys=True, indent=1).encode()
+
+
+def _parameter_data(parameter: Parameter) -> dict[str, Any]:
+    """Defaults that JSON cannot say are left out: a loaded model then wants that argument given as it was captured."""
+    value = parameter.default
+    plain = value is None or type(value) in (bool, int, str) or type(value) is float and math.isfinite(value)
+    return {"name": parameter.name} | ({"default": value} if plain else {})
+
+
+def load(path: str | Path, *, sha256: str | None = None) -> Saved:
+    """What `save` wrote. `sha256` is the digest that the file as a whole must have, known from elsewhere.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, edited, of another version, or not ours.
+        TargetError: its weights are for a device that is not here.
+    """
+    path = Path(path)
+    with _blaming(path):
+        content = _content(path)
+        if sha256 is not None and hashlib.sha256(memoryview(content.numpy())).hexdigest() != sha256.lower():
+            raise ArtifactError(f"it does not have the SHA-256 {sha256}")
+        members = zip_subset.read(content)
+        manifest = _checked_manifest(content, members)
+        text = bytes(content[slice(*members[_PROGRAM])].numpy()).decode("utf-8")
+        weights = _tied(read_tensors(content[slice(*members[_WEIGHTS])]), manifest["tied"])
+        program = parse(text, weights)
+        if set(weights) != set(program.weights):
+            raise ArtifactError("its weights are not those that its program names")
+        verify(program)
+        program.weights.update({name: _placed(weight) for name, weight in program.weights.items()})
+        return Saved(program, manifest["parameters"], manifest["contract"], manifest["reports"])
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Every failure names the file. What it holds is hostile until proven otherwise, so no exception of another kind gets out."""
+    try:
+        yield
+    except TargetError:
+        raise
+    except GraphwrightError as error:
+        raise ArtifactError(f"{path} cannot be loaded: {error}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        raise ArtifactError(f"{path} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+
+
+def _content(path: Path) -> torch.Tensor:
+    """The whole file, read once: what is checked is what is used."""
+    with open(path, "rb") as file:
+        content = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
+        count = file.readinto(memoryview(content.numpy())) if len(content) else 0
+    if count != len(content):
+        raise ArtifactError("it was cut off while it was read")
+    return content
+
+
+def _checked_manifest(content: torch.Tensor, members: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """The manifest, once every other member has the size and the SHA-256 that it gives."""
+    if set(members) != {_MANIFEST, _PROGRAM, _WEIGHTS}:
+        raise ArtifactError(f"it holds {', '.join(members)}, not {_MANIFEST}, {_PROGRAM}, {_WEIGHTS}")
+    begin, end = members[_MANIFEST]
+    if end - begin > _MAX_MANIFEST:
+        raise ArtifactError(f"its manifest is larger than {_MAX_MANIFEST} bytes")
+    manifest = strict_json(bytes(content[begin:end].numpy()))
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        version = manifest.get("format") if isinstance(manifest, dict) else None
+        raise ArtifactError(f"it has format {version!r}, and this graphwright reads format {FORMAT}")
+    if set(manifest) != {"format", "members", "parameters", "contract", "reports", "tied"}:
+        raise ArtifactError("its manifest has other keys than format 1 has")
+    expected = {
+        name: {"size": end - begin, "sha256": hashlib.sha256(memoryview(content[begin:end].numpy())).hexdigest()}
+        for name, (begin, end) in members.items()
+        if name != _MANIFEST
+    }
+    if manifest["members"] != expected:
+        raise ArtifactError("its members do not have the sizes and digests that its manifest gives")
+    return manifest | {
+        "parameters": tuple(map(_parameter, _list_of(manifest["parameters"], dict))),
+        "contract": _contract(manifest["contract"]),
+        "reports": tuple(_list_of(manifest["reports"], str)),
+    }
+
+
+def _list_of(value: Any, kind: type) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise ArtifactError(f"its manifest should have a list of {kind.__name__} where it has something else")
+    return value
+
+
+def _parameter(data: dict[str, Any]) -> Parameter:
+    if not isinstance(data.get("name"), str) or not set(data) <= {"name", "default"} or isinstance(data.get("default"), list | dict):
+        raise ArtifactError("its manifest describes a parameter that is none")
+    return Parameter(data["name"], data.get("default", REQUIRED))
+
+
+def _contract(name: Any) -> Contract:
+    if name not in [str(contract) for contract in Contract]:
+        raise ArtifactError("its manifest promises an unknown contract")
+    return Contract(name)
+
+
+def _tied(stored: dict[str, torch.Tensor], tied: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(tied, dict) or set(tied) & set(stored) or not all(isinstance(v, str) and v in stored for v in tied.values()):
+        raise ArtifactError("its manifest ties weights to none that are stored")
+    return stored | {name: stored[other] for name, other in tied.items()}
+
+
+def _placed(weight: Weight) -> Weight:
+    assert weight.tensor is not None, "parse fills every weight that the text names"
+    if weight.tensor.device == weight.device:
+        return weight
+    if weight.device.type == "cuda" and not torch.cuda.is_available():
+        raise TargetError(f"weight {weight.name} is for {weight.device}, and there is no such device here: compile the model for this one")
+    return replace(weight, tensor=weight.tensor.to(weight.device))

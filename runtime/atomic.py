@@ -1,0 +1,63 @@
+"""Files appear whole or not at all: written beside their place, flushed, then renamed over it."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well; on any exception `path` is as before and nothing is left.
+
+    What a killed writer of the same file left behind is removed first.
+    """
+    _remove_debris(path)
+    temporary = path.with_name(f".{path.name}.{_boot()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_debris(path: Path) -> None:
+    prefix = f".{path.name}."
+    with suppress(OSError):
+        for entry in os.scandir(path.parent):
+            if entry.name.startswith(prefix) and entry.name.endswith(".tmp") and _writer_is_dead(entry.name[len(prefix) :]):
+                with suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def _writer_is_dead(tail: str) -> bool:
+    boot, _, rest = tail.partition("-")
+    pid, _, _ = rest.partition("-")
+    if not pid.isdigit():
+        return False
+    return boot != _boot() or not os.path.exists(f"/proc/{pid}")
+
+
+def _boot() -> str:
+    """Which start of the machine this is: process ids repeat after the next."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:
+        return "0"

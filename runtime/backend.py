@@ -1,0 +1,37 @@
+"""Which backend runs a program: what was asked for, if it can run here."""
+
+import functools
+import os
+import shutil
+
+import torch
+
+from ..ir.errors import TargetError
+
+BACKENDS = ("auto", "aten", "inductor", "triton")
+
+
+def choose_backend(name: str) -> str:
+    """The backend that `name` means here.
+
+    Raises:
+        TargetError: it is unknown, or cannot run here; the message says what to do.
+    """
+    if name not in BACKENDS:
+        raise TargetError(f"unknown backend {name!r}: it is one of {', '.join(BACKENDS)}")
+    if name == "auto":
+        return "inductor" if has_cpp_compiler() else "aten"
+    if name == "inductor" and not has_cpp_compiler():
+        raise TargetError("backend inductor needs a C++ compiler and found none: install g++ or clang++, or use backend='aten'")
+    if name == "triton":
+        if not torch.cuda.is_available():
+            raise TargetError("backend triton needs a GPU and found none: use backend='inductor' or 'aten'")
+        raise TargetError("backend triton is not built yet: use backend='inductor'")
+    return name
+
+
+@functools.cache
+def has_cpp_compiler() -> bool:
+    """Whether a C++ compiler is on the path, or named by CXX as Inductor looks for it."""
+    named = os.environ.get("CXX")
+    return any(shutil.which(command) for command in ([named] if named else ["g++", "clang++"]))

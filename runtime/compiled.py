@@ -1,0 +1,254 @@
+"""`CompiledModel`: what `compile` returns, called like the module that it was made from."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from ..ir import Program
+from ..ir.errors import ArtifactError, InputError, TargetError
+from ..passes import Contract
+from . import artifact
+from .artifact import Saved
+from .calling import Call, Parameter
+from .executor import Executor
+from .memory import Measurement, measure_peak
+from .report import Report, predicted
+
+Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract."""
+
+    program: Program
+    backend: str
+    parameters: tuple[Parameter, ...] = ()
+    history: tuple[Program, ...] = ()
+    reports: tuple[Any, ...] = ()
+    contract: Contract = Contract.EXACT
+
+
+class CompiledModel(nn.Module):
+    """Runs a compiled program; calls take and return what the original module's did.
+
+    Made from a `Compilation`, or from `make(args, kwargs)`, which gives one for the arguments of the first call. Threads may call
+    at once; the calls of a model with states follow one another, and each sees the states that the one before left.
+    """
+
+    def __init__(self, compilation: Compilation | None = None, *, make: Make | None = None, training: bool = False):
+        super().__init__()
+        self.training = training
+        self._make = make
+        self._lock = threading.RLock()
+        self._runner = None if compilation is None else _Runner(compilation)
+        self._measured: Measurement | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, nested as the original's.
+
+        Raises:
+            InputError: the arguments do not fit what was captured.
+        """
+        runner = self._runner or self._compile_for(args, kwargs)
+        return runner(args, kwargs)
+
+    def _compile_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Runner":
+        with self._lock:
+            if self._runner is None:
+                assert self._make is not None, "a model without a compilation knows how to make one"
+                self._runner = _Runner(self._make(args, kwargs))
+                self._make = None
+            return self._runner
+
+    # --- looking inside ---
+
+    @property
+    def compilation(self) -> Compilation:
+        """Raises InputError before the first call of a model that was compiled without example inputs."""
+        return self._present.compilation
+
+    @property
+    def program(self) -> Program:
+        """The program that runs."""
+        return self.compilation.program
+
+    @property
+    def history(self) -> tuple[Program, ...]:
+        """The captured program, then the program after each pass; for a loaded model the program alone."""
+        return self.compilation.history or (self.program,)
+
+    def report(self) -> Report:
+        """What was promised, what each pass did, and what it costs; `measure` fills in the measured part."""
+        compiled = self.compilation
+        memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
+        return Report(compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports, memory, self._measured)
+
+    @property
+    def saved(self) -> Saved:
+        """What an artifact of this model holds: its program with its states as they are now, how to call it, what was promised."""
+        return self._present.saved()
+
+    def save(self, path: str | Path) -> None:
+        """Writes a `.gw` artifact, whole or not at all.
+
+        Raises:
+            ArtifactError: it cannot be written; a file that was there before is as it was.
+        """
+        artifact.save(self.saved, path)
+
+    def measure(self, *args: Any, **kwargs: Any) -> Measurement:
+        """Runs the model on these arguments (once to warm up, once for memory, once for time) and keeps the figures for the report.
+
+        States are as before afterwards.
+        """
+        self(*args, **kwargs) if self._runner is None else None
+        runner = self._present
+        device = "cuda" if any(weight.device.type == "cuda" for weight in self.program.weights.values()) else "cpu"
+        with self._lock, runner.states_kept():
+            self(*args, **kwargs)
+            self._measured = measure_peak(lambda: self(*args, **kwargs), device=device, timed=True)
+        return self._measured
+
+    @property
+    def _present(self) -> "_Runner":
+        if self._runner is None:
+            raise InputError("this model is captured on its first call: call it once, or compile it with example_inputs=...")
+        return self._runner
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({'not captured yet' if self._runner is None else repr(self.program)})"
+
+    # --- as a module ---
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """The program's parameters under the names that the original module gave them."""
+        for name, parameter in self._present.parameters.items():
+            yield (f"{prefix}.{name}" if prefix else name), parameter
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """The program's buffers and states under the names that the original module gave them."""
+        for name, buffer in self._present.buffers.items():
+            yield (f"{prefix}.{name}" if prefix else name), buffer
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """Every parameter, buffer and state, by name."""
+        result = {} if destination is None else destination
+        for name, tensor in (*self._present.parameters.items(), *self._present.buffers.items()):
+            result[prefix + name] = tensor if keep_vars else tensor.detach()
+        return result
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: passes may have folded weights into others."""
+        raise InputError("weights of a compiled model are fixed: load them into the original module and compile it again")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CompiledModel":
+        for tensor in (*self._present.parameters.values(), *self._present.buffers.values()):
+            probe = tensor.detach().new_empty(0)
+            moved = fn(probe)
+            if moved.dtype != probe.dtype or moved.device != probe.device:
+                raise TargetError(
+                    f"this model was compiled for {probe.dtype} on {probe.device}, not {moved.dtype} on {moved.device}: "
+                    "convert the original module and compile it again"
+                )
+        return self
+
+    def train(self, mode: bool = True) -> "CompiledModel":
+        """Keeps the mode in which the model was captured.
+
+        Raises:
+            InputError: the other mode is asked for.
+        """
+        if mode != self.training:
+            names = {True: "train", False: "eval"}
+            raise InputError(f"this model was captured in {names[self.training]} mode: compile the original after .{names[mode]}()")
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ArtifactError("a compiled model is not pickled: write compiled.save('model.gw') and read it with gw.load('model.gw')")
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise ArtifactError("a compiled model is not copied: its weights are fixed and calls are thread-safe, so share it")
+
+
+class _Runner:
+    """A compilation made ready: executor, call binding, and the states that this model owns."""
+
+    def __init__(self, compilation: Compilation):
+        program = compilation.program
+        main = program.main
+        signature = main.signature()
+        self.compilation = compilation
+        self.executor = Executor(program, backend=compilation.backend)
+        self.call = Call(program, main, compilation.parameters)
+        self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
+        self._updates = _updates(signature)
+        self._out_spec = main.out_tree.to_spec()
+        # Two calls at once would lose one update.
+        self._turn: AbstractContextManager[Any] = threading.RLock() if self.states else nullcontext()
+        weights = [w for w in program.weights.values() if w.tensor is not None]
+        self.parameters = {w.name: nn.Parameter(w.tensor, requires_grad=False) for w in weights if w.kind == "parameter"}
+        self.buffers = {w.name: w.tensor for w in weights if w.kind == "buffer"} | self.states
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        inputs, given = self.call.bind(args, kwargs)
+        with self._turn:
+            leaves, new_states = self.executor(inputs, self.states)
+            if new_states:
+                leaves = self._write_back(leaves, new_states, given)
+        return pytree.tree_unflatten(leaves, self._out_spec)
+
+    def _write_back(self, leaves: list[Any], new_states: Mapping[str, torch.Tensor], given: Sequence[Any]) -> list[Any]:
+        """Copies new states into the tensors that hold them; an output that shares memory with one is copied out first."""
+        targets = {name: self.states[name] if index is None else given[index] for name, index in self._updates.items()}
+        held = {target.untyped_storage().data_ptr() for target in targets.values()}
+        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() in held else leaf for leaf in leaves]
+        with torch.no_grad():
+            for name, value in new_states.items():
+                targets[name].copy_(value)
+        return leaves
+
+    def saved(self) -> Saved:
+        compiled = self.compilation
+        with self._turn:
+            states = {name: replace(compiled.program.weights[name], tensor=s.clone(), known_digest=None, _memo={}) for name, s in self.states.items()}
+        program = compiled.program.copy()
+        program.weights.update(states)
+        return Saved(program, compiled.parameters, compiled.contract, tuple(map(str, compiled.reports)))
+
+    def states_kept(self) -> "_StatesKept":
+        return _StatesKept(self.states)
+
+
+class _StatesKept:
+    """Puts the states back to what they were."""
+
+    def __init__(self, states: Mapping[str, torch.Tensor]):
+        self._states = states
+
+    def __enter__(self) -> None:
+        self._saved = {name: state.clone() for name, state in self._states.items()}
+
+    def __exit__(self, *exception: object) -> None:
+        for name, value in self._saved.items():
+            self._states[name].copy_(value)
+
+
+def _own_copy(program: Program, name: str) -> torch.Tensor:
+    tensor = program.weights[name].tensor
+    if tensor is None:
+        raise InputError(f"state {name} has no values: this program was read from text, give parse() a weight table")
+    return tensor.detach().clone()
+
+
+def _updates(signature: Any) -> dict[str, int | None]:
+    """New state -> index of the input that it is written into, None for a state of the model's own."""
+    index = {f"input:{argument.name}": n for n, argument in enumerate(signature.inputs)}
+    return {name: index.get(name) for name in signature.new_states}

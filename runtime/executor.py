@@ -1,0 +1,57 @@
+"""Runs one function of a program: weights bound once, tensors freed at last use, autocast and gradients off.
+
+Values that a call made die inside it; inputs stay with the caller. Outputs are ordinary tensors, usable in autograd.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..ir import Node, Program
+from ..ir.errors import InputError
+from .flat import FlatGraph
+from .lowering import Backend, lower
+
+
+class Executor:
+    """`executor(inputs, states)` gives the flat outputs and the new states of `function`.
+
+    `inputs` holds one value for each leaf, constants included; `states` a tensor for each state, the program's own where one
+    is missing. States are read, never written: writing back is the caller's business.
+
+    Raises:
+        InputError: a weight has no values (the program was read from text alone).
+    """
+
+    def __init__(self, program: Program, function: str = "main", backend: Backend = "aten"):
+        body = program.functions[function]
+        self.program, self.backend = program, backend
+        self._name = function
+        self._new_states = tuple(body.signature().new_states)
+        self._states = {str(p.target): _tensor(program, p) for p in body.placeholders if p.meta.get("role", "input") == "state"}
+        # Where each placeholder's value comes from: a name for a state, None for the next input.
+        self._sources = [str(p.target) if p.meta.get("role", "input") == "state" else None for p in body.placeholders]
+        self._flat = FlatGraph(lower(body.graph, backend), lambda node: _tensor(program, node))
+
+    def __call__(
+        self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        expected = self._sources.count(None)
+        if len(inputs) != expected:
+            raise InputError(f"function {self._name} takes {expected} inputs, not {len(inputs)}")
+        held = {**self._states, **(states or {})}
+        following = iter(inputs)
+        values = [next(following) if source is None else held[source] for source in self._sources]
+        del inputs, held, following
+        with torch.no_grad(), torch._C._DisableAutocast():
+            leaves = self._flat(values)
+        split = len(leaves) - len(self._new_states)
+        return leaves[:split], dict(zip(self._new_states, leaves[split:], strict=True))
+
+
+def _tensor(program: Program, node: Node) -> torch.Tensor:
+    tensor = program.weights[str(node.target)].tensor
+    if tensor is None:
+        raise InputError(f"weight {node.target} has no values: this program was read from text, give parse() a weight table")
+    return tensor

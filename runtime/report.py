@@ -1,0 +1,70 @@
+"""What `compiled.report()` says: the pipeline's promise, what each pass did and left alone, memory and time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..ir import Program
+from ..ir.liveness import profile
+from ..passes import Contract
+from .memory import Measurement
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of activations at the peak, as predicted: as captured, as planned by the passes, and the least that any plan can reach."""
+
+    unsliced: int | None = None
+    planned: int | None = None
+    floor: int | None = None
+
+
+def predicted(captured: Program | None, program: Program, passes: Sequence[Any] = ()) -> Memory:
+    """The liveness analysis of both programs, symbols at their hints; the floor is the one that a memory pass proved last."""
+    floors = [report.data["floor"] for report in passes if "floor" in getattr(report, "data", {})]
+    unsliced = None if captured is None else profile(captured.main).peak_bytes
+    return Memory(unsliced, profile(program.main).peak_bytes, floors[-1] if floors else None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """`str(report)` is what users read. `passes` are the pass manager's reports, in order."""
+
+    pipeline: str
+    contract: Contract
+    backend: str
+    passes: Sequence[Any] = ()
+    memory: Memory = Memory()
+    measured: Measurement | None = None
+
+    def __str__(self) -> str:
+        head = f"pipeline: {self.pipeline or 'no passes'}\ncontract: {self.contract}. {self.contract.promise}\nbackend: {self.backend}"
+        return "\n".join([head, *(_pass_text(report) for report in self.passes), *self._memory_lines(), *self._time_lines()]) + "\n"
+
+    def _memory_lines(self) -> list[str]:
+        figures = {
+            "predicted, unsliced": self.memory.unsliced,
+            "predicted, planned": self.memory.planned,
+            "floor": self.memory.floor,
+            "measured": None if self.measured is None else self.measured.peak_bytes,
+        }
+        known = [f"{name} {format_bytes(value)}" for name, value in figures.items() if value is not None]
+        return [f"peak memory: {'; '.join(known)}"] if known else []
+
+    def _time_lines(self) -> list[str]:
+        if self.measured is None or self.measured.seconds is None:
+            return ["time: not measured; compiled.measure(*inputs) runs the model once"]
+        return [f"time: {self.measured.seconds * 1e3:.2f} ms a call"]
+
+
+def _pass_text(report: Any) -> str:
+    return "\n".join(f"  {line}" for line in str(report).splitlines())
+
+
+def format_bytes(count: int) -> str:
+    """`1536` -> "1.50 KiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    raise AssertionError("the last unit takes any value")

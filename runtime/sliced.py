@@ -1,0 +1,186 @@
+"""Runs `gw.sliced`: outputs are allocated once, each slice writes its part in place, and its intermediates die at last use.
+
+A part is written by its last operation where that has an `out=` kernel, else copied when the slice has run. An output that takes
+a donated operand's storage is written only after every read of that operand's slice.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir import Node, Region
+from ..ir.infer import operands_of, same_strides, storage_key
+from ..ir.region import empty_whole, slice_bounds, units_of
+from .flat import FlatGraph
+from .out_variant import is_pointwise, out_variant
+
+Body = Callable[[list[Any]], list[Any]]
+
+
+@dataclass(frozen=True)
+class _Output:
+    """How an output's slices lie in it. `is_partial`: each slice gives one row (statistics), so there are `count` rows."""
+
+    dim: int
+    is_partial: bool
+    size: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+    donor: int | None
+
+    @staticmethod
+    def of(whole: torch.Tensor, part: torch.Tensor, dim: int, donor: int | None) -> "_Output":
+        rows = part.size(dim)
+        is_partial = isinstance(rows, int) and rows == 1
+        return _Output(dim, is_partial, tuple(whole.shape), whole.stride(), whole.dtype, whole.device, donor)
+
+    @property
+    def is_static(self) -> bool:
+        return all(isinstance(n, int) for n in (*self.size, *self.stride))
+
+    def allocate(self) -> torch.Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+    def allocate_for(self, part: torch.Tensor, cut: "_Cut") -> torch.Tensor:
+        """The whole output, known from the first slice's part."""
+        size = list(part.shape)
+        size[self.dim] = cut.count if self.is_partial else cut.units * (size[self.dim] // cut.length)
+        return empty_whole(part, size)
+
+    def destination(self, whole: torch.Tensor, cut: "_Cut") -> torch.Tensor:
+        if self.is_partial:
+            return whole.narrow(self.dim, cut.index, 1)
+        per_unit = whole.size(self.dim) // cut.units
+        return whole.narrow(self.dim, cut.begin * per_unit, cut.length * per_unit)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Slice `index` of `count`: `length` units from unit `begin` on, of `units`."""
+
+    index: int
+    count: int
+    begin: int
+    length: int
+    units: int
+
+    def narrow(self, operand: torch.Tensor, dim: int) -> torch.Tensor:
+        if dim < 0:
+            return operand
+        per_unit = operand.size(dim) // self.units
+        return operand.narrow(dim, self.begin * per_unit, self.length * per_unit)
+
+
+class SlicedRun:
+    """One region call, ready to run on `(count, units, *operands)`. `compiled` holds bodies by slice length."""
+
+    def __init__(self, call: Node, donors: Mapping[int, int], compiled: Mapping[int, Body] | None = None):
+        region, self.in_dims, out_dims = call.args[:3]
+        wholes = call.meta["val"]
+        self._outputs = [
+            _Output.of(whole, part.meta["val"], dim, donors.get(j))
+            for j, (whole, part, dim) in enumerate(zip(wholes, region.outputs, out_dims, strict=True))
+        ]
+        self._compiled = compiled or {}
+        self._parts = FlatGraph(region.graph)
+        self._in_place = FlatGraph(_writing_body(region, wholes, donors))
+
+    def __call__(self, count: int, units: int | None, *operands: torch.Tensor) -> list[torch.Tensor]:
+        total = units_of(self.in_dims, operands, units)
+        count = min(count, total)
+        wholes = [self._donated(o, operands) if o.donor is not None else o.allocate() if o.is_static else None for o in self._outputs]
+        for index, (begin, end) in enumerate(slice_bounds(total, count)):
+            cut = _Cut(index, count, begin, end - begin, total)
+            inputs = [cut.narrow(operand, dim) for operand, dim in zip(operands, self.in_dims, strict=True)]
+            if None in wholes or cut.length in self._compiled:
+                self._copy_parts(self._compiled.get(cut.length, self._parts)(inputs), wholes, cut)
+            else:
+                self._in_place([*inputs, *self._destinations(wholes, cut)])
+        return wholes
+
+    def _donated(self, output: _Output, operands: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The donor itself; a fresh output should another tensor turn out to share its storage."""
+        assert output.donor is not None
+        donor = operands[output.donor]
+        if _is_sole_owner(donor):
+            return donor
+        return output.allocate() if output.is_static else None
+
+    def _copy_parts(self, parts: list[torch.Tensor], wholes: list[Any], cut: _Cut) -> None:
+        for j, (output, part) in enumerate(zip(self._outputs, parts, strict=True)):
+            if wholes[j] is None:
+                wholes[j] = output.allocate_for(part, cut)
+            output.destination(wholes[j], cut).copy_(part)
+
+    def _destinations(self, wholes: list[torch.Tensor], cut: _Cut) -> list[torch.Tensor]:
+        return [output.destination(whole, cut) for output, whole in zip(self._outputs, wholes, strict=True)]
+
+
+def _is_sole_owner(tensor: torch.Tensor) -> bool:
+    # Two: the tensor and the Python storage object made to ask.
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2
+
+
+def _writing_body(region: Region, wholes: Sequence[torch.Tensor], donors: Mapping[int, int]) -> fx.Graph:
+    """The body with one more input an output, its destination, which it writes; it returns nothing."""
+    graph = fx.Graph()
+    copies: dict[Node, Node] = {node: _copy(graph, node, {}) for node in region.placeholders}
+    destinations = [graph.placeholder(f"destination_{j}") for j in range(len(wholes))]
+    direct = {
+        part: destinations[j]
+        for j, part in enumerate(region.outputs)
+        if region.outputs.count(part) == 1 and _may_write_directly(region, part, wholes[j], donors.get(j))
+    }
+    for node in region.graph.nodes:
+        if node.op != "call_function":
+            continue
+        copies[node] = _copy(graph, node, copies)
+        if node in direct:
+            copies[node].target = out_variant(node.target, node.meta["val"].device.type)
+            copies[node].args = (*copies[node].args, direct[node])
+    for j, part in enumerate(region.outputs):
+        if part not in direct:
+            graph.call_function(torch.Tensor.copy_, (destinations[j], copies[part]))
+    graph.output(())
+    return graph
+
+
+def _copy(graph: fx.Graph, node: Node, copies: Mapping[Node, Node]) -> Node:
+    return graph.node_copy(node, copies.__getitem__)
+
+
+def _may_write_directly(region: Region, part: Node, whole: torch.Tensor, donor: int | None) -> bool:
+    """Whether `part` can be computed into its destination with the same result for every reader."""
+    value = part.meta["val"]
+    if part.op != "call_function" or out_variant(part.target, value.device.type) is None or len(part.args) < _positional(part.target):
+        return False
+    # Later operations of the body would see the destination's strides.
+    if len(part.users) > 1 and not same_strides(value, whole.as_strided(value.shape, whole.stride())):
+        return False
+    return donor is None or _reads_are_over(region, part, region.placeholders[donor])
+
+
+def _positional(target: Any) -> int:
+    return sum(not argument.kwarg_only for argument in target._schema.arguments)
+
+
+def _reads_are_over(region: Region, part: Node, donor: Node) -> bool:
+    """Whether nothing after `part` reads the donated slice, and `part` itself only element by element."""
+    aliases = {
+        node for node in region.graph.nodes
+        if isinstance(node.meta.get("val"), torch.Tensor) and storage_key(node.meta["val"]) == storage_key(donor.meta["val"])
+    }
+    after = False
+    for node in region.graph.nodes:
+        reads = aliases.intersection(operands_of((node.args, node.kwargs)))
+        if node is part:
+            if reads and not (reads == {donor} and is_pointwise(part.target)):
+                return False
+            after = True
+        elif after and reads:
+            return False
+    return True
