@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ir import Node, Rewriter
+from ..ir.calls import is_pure
 from ..ir.infer import same_type
 from ..ir.pattern import named_arguments
 from .aliases import OutputAliases
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
-from ..ir.calls import is_pure
 
 
 @dataclass(frozen=True)
