@@ -89,7 +89,6 @@ class Planner:
         self.regions: list[PlannedRegion] = []
         self.region_of: dict[Node, PlannedRegion] = {}
         self.stops: dict[Node, Refusal] = {}
-        self._workspace_of = dict(zip(scene.nodes, scene.workspaces, strict=True))
         self._order = list(scene.nodes)
         self.unsliced = int(self._layout().live.max(initial=0))
         self.budget = budget
@@ -313,7 +312,7 @@ class Planner:
                 cross[min(dies, len(items) - 1) + 1] -= nbytes
         full = np.cumsum(delta)[: len(items)]
         inside = np.array(
-            [self._transient(item) if isinstance(item, PlannedRegion) else self._workspace_of[item] for item in items], dtype=np.int64
+            [self._transient(item) if isinstance(item, PlannedRegion) else self.scene.workspace_of[item].total for item in items], dtype=np.int64
         )
         return _Layout(items, index, full + inside, full, np.cumsum(cross)[: len(items)], flat, flat_of_item)
 
@@ -438,7 +437,8 @@ class Planner:
             nbytes = -(-size[key] * region.longest // region.units)
             delta[born[key]] += nbytes
             delta[dies[key] + 1] -= nbytes
-        work = np.array([self._workspace_of[m] * region.longest // region.units for m in region.members], dtype=np.int64)
+        scratch = [self.scene.workspace_of[m] for m in region.members]
+        work = np.array([w.moving * region.longest // region.units + w.fixed for w in scratch], dtype=np.int64)
         return int((np.cumsum(delta)[: len(position)] + work).max(initial=0))
 
     # --- result ---
