@@ -281,7 +281,8 @@ class Rewriter:
                 continue
             if node in inside:
                 if any(source in tainted and source not in inside for source in node.all_input_nodes):
-                    raise VerifyError(f"the members are not convex: {label(node)} needs a value computed outside from a member")
+                    culprit = next(source for source in node.all_input_nodes if source in tainted and source not in inside)
+                    raise VerifyError(f"the members are not convex: {label(node)} needs {label(culprit)}, which needs a member")
                 continue
             if draws(node):
                 raise VerifyError(f"{label(node)} draws random numbers and would move")
