@@ -259,7 +259,9 @@ class Rewriter:
         results = [self.insert(GETITEM, (call, j), before=anchor, origin=member) for j, (member, _, _) in enumerate(outputs)]
         for (member, _, _), result in zip(outputs, results, strict=True):
             if not same_tensor_type(member.meta["val"], result.meta["val"]) or not same_strides(member.meta["val"], result.meta["val"]):
-                raise VerifyError(f"region output for {label(member)} is {_shown(result, self.symbols)}, not {_shown(member, self.symbols)}")
+                raise VerifyError(
+                    f"region output for {label(member)} is {_shown(result, self.symbols)}, not {_shown(member, self.symbols)}"
+                )
             users = list(member.users)
             member.replace_all_uses_with(result)
             self._refresh_aliases(member, [user for user in users if user not in inside])

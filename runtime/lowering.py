@@ -12,10 +12,10 @@ from torch import fx
 
 from ..ir import Node, Region, SymbolTable
 from ..ir.calls import GETITEM
+from ..ir.donation import plan_donations
 from ..ir.infer import storage_key, tensors_of
 from ..ir.program import region_of
 from ..ir.region import slice_bounds, units_of
-from ..ir.donation import plan_donations
 from .flat import Boxed, FlatGraph
 from .sliced import Body, SlicedRun
 

@@ -94,9 +94,7 @@ def _is_outside_view(node: Node, inside: dict[Node, Any]) -> bool:
     return bool(sources) and keys <= made_inside and all(_is_outside_view(source, inside) for source in sources)
 
 
-def _body_call(
-    builder: RegionBuilder, node: Node, tags: Sequence[Tag | None], units: int, body: dict[Node, Node]
-) -> tuple[Node, bool]:
+def _body_call(builder: RegionBuilder, node: Node, tags: Sequence[Tag | None], units: int, body: dict[Node, Node]) -> tuple[Node, bool]:
     """The call of `node` inside the body, and whether a unit there is more than one index."""
     tag = next(t for t in tags if t is not None)
     output = tags.index(tag)
