@@ -71,6 +71,19 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _buffers_restored(model: torch.nn.Module) -> Iterator[None]:
+    """A run of the real module may write its buffers; the user's module stays as it was."""
+    saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in saved and saved[name].shape == buffer.shape:
+                    buffer.copy_(saved[name])
+
+
 class _Importer:
     """Rebuilds one exported graph as a Program."""
 
@@ -297,7 +310,7 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exception:
     """What stopped torch.export: the example inputs if the module itself refuses them, else every blocker."""
     try:
-        with _undisturbed():
+        with _undisturbed(), _buffers_restored(model):
             model(*args, **kwargs)
     except Exception as eager:
         return InputError(f"the model itself fails on the example inputs ({type(eager).__name__}: {_first_line(eager)}): fix those first")
@@ -323,7 +336,7 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with _undisturbed():
+        with _undisturbed(), _buffers_restored(model):
             draft = torch.export.draft_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception:
         return []

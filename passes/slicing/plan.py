@@ -20,7 +20,6 @@ from .scene import END, Scene, value_bytes
 
 _LEAST_GAIN = 0.01  # of the peak: below this a region or a further slice is not worth its time
 _MAX_CUTS = 10
-DEBUG = False
 _MAX_TRIALS = 6  # candidates whose exact profile is computed; the estimate is seldom far off
 
 
@@ -290,35 +289,6 @@ class Planner:
         low = min(fresh.index[n] for n in layout.flat[candidate.first : candidate.last + 1])
         high = max(fresh.index[n] for n in layout.flat[candidate.first : candidate.last + 1])
         after = int(fresh.live[low : high + 1].max())
-        if DEBUG:
-            print(
-                "try",
-                candidate.first,
-                candidate.last,
-                len(candidate.members),
-                candidate.units,
-                count,
-                "est",
-                candidate.peak(count),
-                "base",
-                candidate.base,
-                "esc",
-                candidate.escaping,
-                "tr",
-                candidate.transient,
-                "before",
-                before,
-                "after",
-                after,
-                "max",
-                layout.live.max(),
-                fresh.live.max(),
-                "region",
-                fresh.live[fresh.index[candidate.members[0]]],
-                "at",
-                int(fresh.live[low : high + 1].argmax()) + low,
-                fresh.index[candidate.members[0]],
-            )
         if after < before and fresh.live.max() <= layout.live.max():
             return window
         self.regions, self.region_of = before_regions, before_map
