@@ -10,6 +10,7 @@ from ..passes import Contract
 from .donation import plan_donations
 from .memory import Measurement
 
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of activations at the peak, as predicted: as captured, as planned by the passes, and the least that any plan can reach."""
