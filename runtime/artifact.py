@@ -100,7 +100,7 @@ def _parameter_data(parameter: Parameter) -> dict[str, Any]:
     """Defaults that JSON cannot say are left out: a loaded model then wants that argument given as it was captured."""
     value = parameter.default
     plain = value is None or type(value) in (bool, int, str) or type(value) is float and math.isfinite(value)
-    return {"name": parameter.name} | ({"default": value} if plain else {})
+    return {"name": parameter.name, "keyword_only": parameter.keyword_only} | ({"default": value} if plain else {})
 
 
 def load(path: str | Path, *, sha256: str | None = None) -> Saved:
@@ -188,9 +188,12 @@ def _list_of(value: Any, kind: type) -> list[Any]:
 
 
 def _parameter(data: dict[str, Any]) -> Parameter:
-    if not isinstance(data.get("name"), str) or not set(data) <= {"name", "default"} or isinstance(data.get("default"), list | dict):
+    known = {"name", "keyword_only"} <= set(data) <= {"name", "keyword_only", "default"}
+    if not known or not isinstance(data["name"], str) or not isinstance(data["keyword_only"], bool):
         raise ArtifactError("its manifest describes a parameter that is none")
-    return Parameter(data["name"], data.get("default", REQUIRED))
+    if isinstance(data.get("default"), list | dict):
+        raise ArtifactError(f"its manifest gives parameter {data['name']!r} a default that is no plain value")
+    return Parameter(data["name"], data.get("default", REQUIRED), data["keyword_only"])
 
 
 def _contract(name: Any) -> Contract:
