@@ -7,7 +7,6 @@ at this region, and it is no second operand of it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -15,6 +14,7 @@ from torch import fx
 from ..ir import Node
 from ..ir.infer import operands_of, same_size, same_strides, same_tensor_type, storage_key, tensors_of
 from ..ir.program import region_of
+from .region_call import RegionCall
 
 
 def plan_donations(graph: fx.Graph) -> dict[Node, dict[int, int]]:
@@ -23,8 +23,8 @@ def plan_donations(graph: fx.Graph) -> dict[Node, dict[int, int]]:
     if not regions:
         return {}
     uses = _Uses.of(graph)
-    plan = {call: _match(call, _candidates(call, uses)) for call in regions}
-    return {call: chosen for call, chosen in plan.items() if chosen}
+    plan = {node: _match(RegionCall.of(node), _candidates(node, uses)) for node in regions}
+    return {node: chosen for node, chosen in plan.items() if chosen}
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ def _may_alias_at_other_sizes(node: Node) -> bool:
     return any(isinstance(size, torch.SymInt) for tensor in tensors_of(node.meta["val"]) for size in tensor.shape)
 
 
-def _candidates(call: Node, uses: _Uses) -> list[int]:
+def _candidates(node: Node, uses: _Uses) -> list[int]:
     """Operands that are sliced, alone on their storage, and dead afterwards."""
-    body, in_dims, _, _, *operands = call.args
-    escaping = {storage_key(tensor) for leaf in body.outputs for tensor in tensors_of(leaf.meta["val"])}
+    call = RegionCall.of(node)
+    escaping = {storage_key(tensor) for leaf in call.body.outputs for tensor in tensors_of(leaf.meta["val"])}
     found = []
-    for index, (operand, dim, inner) in enumerate(zip(operands, in_dims, body.placeholders, strict=True)):
-        if dim < 0 or not isinstance(operand.meta["val"], torch.Tensor):
+    for index, (operand, dim, inner) in enumerate(zip(call.operands, call.in_dims, call.body.placeholders, strict=True)):
+        if dim < 0:
             continue
         storages = uses.shared[operand]
-        others = [other for n, other in enumerate(operands) if n != index and isinstance(other, fx.Node)]
+        others = [other for n, other in enumerate(call.operands) if n != index and isinstance(other, fx.Node)]
         is_alone = not any(storages & uses.shared[other] for other in others)
-        is_dead = not storages & uses.pinned and all(uses.last_reader[key] is call for key in storages)
+        is_dead = not storages & uses.pinned and all(uses.last_reader[key] is node for key in storages)
         # A body that returns a view of its operand would be overwritten while it is still being copied out.
         is_kept_inside = storage_key(inner.meta["val"]) not in escaping
         if is_alone and is_dead and is_kept_inside and _fills_storage(operand.meta["val"]):
@@ -82,13 +82,12 @@ def _fills_storage(value: torch.Tensor) -> bool:
     return same_size(value.untyped_storage().nbytes(), value.numel() * value.element_size())
 
 
-def _match(call: Node, candidates: Sequence[int]) -> dict[int, int]:
-    _, in_dims, out_dims, _, *operands = call.args
+def _match(call: RegionCall, candidates: Sequence[int]) -> dict[int, int]:
     chosen: dict[int, int] = {}
-    for j, (out, dim) in enumerate(zip(call.meta["val"], out_dims, strict=True)):
+    for j, (out, dim) in enumerate(zip(call.outputs, call.out_dims, strict=True)):
         for i in candidates:
-            value: Any = operands[i].meta["val"]
-            if i not in chosen.values() and in_dims[i] == dim and same_tensor_type(out, value) and same_strides(out, value):
+            value = call.operands[i].meta["val"]
+            if i not in chosen.values() and call.in_dims[i] == dim and same_tensor_type(out, value) and same_strides(out, value):
                 chosen[j] = i
                 break
     return chosen

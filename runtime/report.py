@@ -9,6 +9,7 @@ from ..ir.liveness import profile
 from ..passes import Contract
 from .donation import plan_donations
 from .memory import Measurement
+from .region_call import RegionCall
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ def predicted(captured: Program | None, program: Program) -> Memory:
 
 
 def _peak(program: Program) -> int:
-    donors = {call: {j: call.args[4 + i] for j, i in plan.items()} for call, plan in plan_donations(program.main.graph).items()}
+    plan = plan_donations(program.main.graph)
+    donors = {node: {j: RegionCall.of(node).operands[i] for j, i in chosen.items()} for node, chosen in plan.items()}
     return profile(program.main, donors).peak_bytes
 
 
