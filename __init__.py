@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .ir import Program as Program
     from .ir import parse as parse
     from .ir.capture import capture as capture
+    from .ir.diff import diff as diff
     from .ir.errors import ArtifactError as ArtifactError
     from .ir.errors import BudgetError as BudgetError
     from .ir.errors import CaptureError as CaptureError
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .passes import RemoveNoOps as RemoveNoOps
     from .passes import RemoveProvenAssertions as RemoveProvenAssertions
     from .passes import ShareSubexpressions as ShareSubexpressions
+    from .passes import SliceGroups as SliceGroups
     from .passes import all_passes as all_passes
     from .runtime.compiled import CompiledModel as CompiledModel
     from .runtime.memory import Measurement as Measurement
@@ -42,13 +44,14 @@ if TYPE_CHECKING:
 _HOMES = {
     ".compiler": ("compile", "load"),
     ".ir": ("Program", "capture", "op", "parse"),
+    ".ir.diff": ("diff",),
     ".ir.errors": (
         "ArtifactError", "BudgetError", "CaptureError", "ContractError", "GraphwrightError", "InputError", "ParseError", "PassError",
         "TargetError", "VerifyError",
     ),
     ".passes": (
         "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "Pass", "PassManager", "RemoveDeadCode", "RemoveNoOps",
-        "RemoveProvenAssertions", "ShareSubexpressions", "all_passes",
+        "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "all_passes",
     ),
     ".runtime.compiled": ("CompiledModel",),
     ".runtime.memory": ("Measurement", "measure_peak"),

@@ -100,6 +100,19 @@ def is_random(target: Callable[..., Any]) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
+def draws(node: Any) -> bool:
+    """Whether a call draws random numbers: attention with dropout_p 0 and dropout out of training are tagged random, but do not."""
+    if not is_random(node.target):
+        return False
+    named = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    name = node.target._schema.name
+    if name == "aten::scaled_dot_product_attention":
+        return named.get("dropout_p", 0.0) != 0.0
+    if name in ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout", "aten::native_dropout"):
+        return named.get("train") is not False and named.get("p", 0.5) != 0.0
+    return True
+
+
 def is_mutating(target: Callable[..., Any]) -> bool:
     """Whether `target` writes to an operand."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
@@ -113,6 +126,6 @@ def is_assertion(target: Callable[..., Any]) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.name.partition("::")[2] in _ASSERTIONS
 
 
-def is_pure(target: Callable[..., Any]) -> bool:
+def is_pure(node: Any) -> bool:
     """Whether a call may be dropped when unused, and shared when repeated."""
-    return not (is_random(target) or is_mutating(target) or is_assertion(target))
+    return not (draws(node) or is_mutating(node.target) or is_assertion(node.target))

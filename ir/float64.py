@@ -17,6 +17,7 @@ from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import name_of
 from .errors import GraphwrightError, InputError
 from .infer import InferenceError, fake_like
+from .pattern import named_arguments
 from .program import Function, Node, Program, Weight, Where, new_function
 from .region import Region
 from .run import run
@@ -113,7 +114,10 @@ def computed_weights(program: Program, nodes: Mapping[str, Node]) -> list[Rounde
     def exact() -> list[torch.Tensor]:
         return run(to_float64(part), [])[0]
 
-    return [RoundedWeight.computed(name, value, functools.partial(_pick, exact, index)) for index, (name, value) in enumerate(zip(nodes, values, strict=True))]
+    return [
+        RoundedWeight.computed(name, value, functools.partial(_pick, exact, index))
+        for index, (name, value) in enumerate(zip(nodes, values, strict=True))
+    ]
 
 
 def _pick(values: Callable[[], list[torch.Tensor]], index: int) -> torch.Tensor:
@@ -128,7 +132,8 @@ def _part(program: Program, nodes: list[Node]) -> Program:
             if source not in needed:
                 needed.add(source)
                 pending.append(source)
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[Node, Node] = {}
     for node in nodes[0].graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -154,7 +159,8 @@ class _GraphWidening:
         self.weights = weights
 
     def graph(self, source: fx.Graph) -> fx.Graph:
-        result, copies = fx.Graph(), {}
+        result = fx.Graph()
+        copies: dict[Node, Node] = {}
         for node in source.nodes:
             if node.op == "placeholder":
                 copies[node] = add_placeholder(result, str(node.target), self._value(node.meta["val"]), node.meta.get("role", "input"))
@@ -175,15 +181,16 @@ class _GraphWidening:
     def _call(self, result: fx.Graph, node: Node, copies: dict[Node, Node]) -> Node:
         if _is_bit_view(node):
             raise NoFloat64(f"{_place(node)} looks at the bits of a float, which have no float64 form")
+        target: Any = node.target
         args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
         args, kwargs = self._wide_arguments(args), self._wide_arguments(kwargs)
         meta = {"origin": node.meta.get("origin", ()), "where": node.meta.get("where") or Where()}
         try:
-            copy = add_call(result, self.symbols, node.target, args, kwargs, **meta)
-            if not _is_wide(copy.meta["val"], node.meta["val"]) and "dtype" in _schema_names(node.target):
+            copy = add_call(result, self.symbols, target, args, kwargs, **meta)
+            if not _is_wide(copy.meta["val"], node.meta["val"]) and _takes_dtype(target):
                 # A creation operation without dtype= makes the default float.
                 result.erase_node(copy)
-                copy = add_call(result, self.symbols, node.target, args, {**kwargs, "dtype": widened(node.meta["val"].dtype)}, **meta)
+                copy = add_call(result, self.symbols, target, args, {**kwargs, "dtype": widened(node.meta["val"].dtype)}, **meta)
         except InferenceError as error:
             raise NoFloat64(f"{_place(node)} refuses float64: {error}") from error
         if not _is_wide(copy.meta["val"], node.meta["val"]):
@@ -210,17 +217,19 @@ def _is_wide(value: Any, narrow: Any) -> bool:
 
 
 def _is_bit_view(node: Node) -> bool:
-    if node.target not in (torch.ops.aten.view.dtype, torch.ops.prims.view_of_dtype.default):
+    if node.target is not torch.ops.aten.view.dtype:
         return False
-    source, dtype = node.args[0].meta["val"].dtype, node.args[1]
-    return dtype != source and (dtype != widened(dtype) or source != widened(source) or dtype.is_floating_point or source.is_floating_point)
+    arguments = named_arguments(node)
+    dtypes = {arguments["self"].meta["val"].dtype, arguments["dtype"]}
+    return len(dtypes) > 1 and any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
 
 
-def _schema_names(target: Callable[..., Any]) -> set[str]:
+def _takes_dtype(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
-    return set() if schema is None else {argument.name for argument in schema.arguments}
+    return schema is not None and any(argument.name == "dtype" for argument in schema.arguments)
 
 
 def _place(node: Node) -> str:
+    target: Any = node.target
     where = str(node.meta.get("where") or "")
-    return name_of(node.target) + (f" at {where}" if where else "")
+    return name_of(target) + (f" at {where}" if where else "")

@@ -10,7 +10,7 @@ it; outputs live to the end. Weights and inputs are reported apart. For each ope
 Source: "Fast and Memory-Efficient Video Diffusion Using Streamlined Inference" (arXiv 2411.01171); AutoChunk (arXiv 2401.10652).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 from torch import fx
 
 from .calls import name_of
+from .donation import plan_donations
 from .infer import storage_key, tensors_of
 from .program import Function, Node, region_of
-from .workspace import workspace
+from .workspace import NOMINAL_THREADS, workspace
 
 
 @dataclass
@@ -69,16 +70,14 @@ class MemoryProfile:
         return [self.storage_of[key] for key in storage_keys(value) if key in self.storage_of]
 
 
-def profile(function: Function, donations: "Mapping[Node, Mapping[int, Node]] | None" = None) -> MemoryProfile:
-    """The memory profile of a function, at the hints of its symbols.
-
-    `donations` maps a region call to {output index: operand whose storage that output takes}.
-    """
-    return profile_graph(function.graph, donations or {})
+def profile(function: Function, threads: int = NOMINAL_THREADS) -> MemoryProfile:
+    """The memory profile of a function, at the hints of its symbols; region outputs take donated storages as the runtime does."""
+    return profile_graph(function.graph, threads)
 
 
-def profile_graph(graph: fx.Graph, donations: "Mapping[Node, Mapping[int, Node]]" = {}) -> MemoryProfile:
+def profile_graph(graph: fx.Graph, threads: int = NOMINAL_THREADS) -> MemoryProfile:
     """The memory profile of a graph or region body."""
+    donations = plan_donations(graph)
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     position = {node: i for i, node in enumerate(nodes)}
     outside: set[int] = set()
@@ -100,7 +99,7 @@ def profile_graph(graph: fx.Graph, donations: "Mapping[Node, Mapping[int, Node]]
             if key in outside:
                 continue
             if key not in by_key and index in taken:
-                by_key[key] = by_key[storage_key(taken[index].meta["val"])]
+                by_key[key] = by_key[storage_key(node.args[4 + taken[index]].meta["val"])]
             if key not in by_key:
                 by_key[key] = Storage(node, storage_bytes(value), i, i, [])
                 storages.append(by_key[key])
@@ -108,7 +107,7 @@ def profile_graph(graph: fx.Graph, donations: "Mapping[Node, Mapping[int, Node]]
             storage.values.append(node)
             last = max((position.get(user, len(nodes)) for user in node.users), default=i)
             storage.dies = max(storage.dies, last, i)
-    workspaces = np.array([node_workspace(node) for node in nodes], dtype=np.int64)
+    workspaces = np.array([node_workspace(node, threads) for node in nodes], dtype=np.int64)
     live = live_bytes(storages, len(nodes)) + workspaces
     return MemoryProfile(nodes, storages, live, workspaces, by_key, input_bytes, weight_bytes)
 
@@ -122,10 +121,10 @@ def live_bytes(storages: Sequence[Storage], length: int) -> np.ndarray:
     return np.cumsum(delta)[:length]
 
 
-def node_workspace(node: Node) -> int:
+def node_workspace(node: Node, threads: int = NOMINAL_THREADS) -> int:
     """Bytes that a call needs beside operands and results; for a region, the peak inside its body."""
     body = region_of(node)
-    return profile_graph(body.graph).peak_bytes if body is not None else workspace(node)
+    return profile_graph(body.graph, threads).peak_bytes if body is not None else workspace(node, threads).total
 
 
 def storage_keys(value: Any) -> list[int]:

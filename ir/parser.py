@@ -7,7 +7,7 @@
     input     = ("input" | "state") VALUE (":" type | "=" literal)
     call      = VALUE "=" NAME "(" [argument {"," argument}] ")" [":" type] [comment]
     region    = VALUE "=" "gw.sliced" "(" [argument {"," argument}] ")" "in_dims=" list "out_dims=" list "count=" literal
-                ["units=" literal] [":" type] "{" [comment] { input } { call } return "}"
+                ["units=" literal] ["orders=" list] [":" type] "{" [comment] { input } { call } return "}"
     argument  = [NAME "="] literal          literal = VALUE | WEIGHT | number | string | list | keyword | dtype | device(..) ...
     return    = "return" [literal {"," literal}] ["state" NAME "=" literal {"," NAME "=" literal}]
     tensor    = DTYPE "[" [size {"," size}] "]" ["strides" "[" size {"," size} "]"] ["on" device]
@@ -501,16 +501,15 @@ class _Body:
         attributes: dict[str, Any] = {}
         while self.parser.token.kind == "name":
             name = self.parser.advance()
-            if name.text not in ("in_dims", "out_dims", "count", "units") or name.text in attributes:
+            if name.text not in ("in_dims", "out_dims", "count", "units", "orders") or name.text in attributes:
                 self.parser.fail(f"gw.sliced has no attribute {name.text} here", name)
             self.parser.expect("=")
             attributes[name.text] = self.literal()
         for required in ("in_dims", "out_dims", "count"):
             if required not in attributes:
                 self.parser.fail(f"gw.sliced needs {required}")
-        units = attributes.get("units")
         args = (attributes["in_dims"], attributes["out_dims"], attributes["count"], *operands)
-        return args, {} if units is None else {"units": units}
+        return args, {name: attributes[name] for name in ("units", "orders") if attributes.get(name) is not None}
 
     def _stated_type(self) -> str:
         """The tokens of a type, spaced as the printer does."""

@@ -126,8 +126,9 @@ class _FunctionPrinter:
             return [self._record(node, f"{indent}{self._fresh(node)} = {text}")]
         _, in_dims, out_dims, count, *operands = node.args
         attributes = f"in_dims={self.literal(in_dims)} out_dims={self.literal(out_dims)} count={self.literal(count)}"
-        if node.kwargs.get("units") is not None:
-            attributes += f" units={self.literal(node.kwargs['units'])}"
+        for name in ("units", "orders"):
+            if node.kwargs.get(name) is not None:
+                attributes += f" {name}={self.literal(node.kwargs[name])}"
         body = self._region(region, indent + "  ")
         head = f"gw.sliced({', '.join(map(self.literal, operands))}) {attributes} : {type_text(node.meta['val'], self.symbols)} {{{_comment(node)}"
         return [self._record(node, f"{indent}{self._fresh(node)} = {head}"), *body, f"{indent}}}"]

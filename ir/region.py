@@ -55,17 +55,18 @@ def units_of(in_dims: Sequence[int], operands: Sequence[torch.Tensor], units: in
 
 
 class Sliced(HigherOrderOperator):
-    """gw.sliced(body, in_dims, out_dims, count, *operands, units=None) -> list of tensors.
+    """gw.sliced(body, in_dims, out_dims, count, *operands, units=None, orders=None) -> list of tensors.
 
     For k in 0..n-1 with n = min(count, N) the body runs on every operand i narrowed to slice k along in_dims[i] (-1: passed
-    whole), and output j is the concatenation of the n results along out_dims[j].
+    whole), and output j is the concatenation of the n results along out_dims[j]. Output j is dense; its dims lie in memory in
+    the order `orders[j]` (outermost first), or as those of a slice's result do.
     """
 
     def __init__(self) -> None:
         super().__init__("sliced")
 
-    def __call__(self, body, in_dims, out_dims, count, *operands, units=None):  # type: ignore[override]
-        return super().__call__(body, in_dims, out_dims, count, *operands, units=units)
+    def __call__(self, body, in_dims, out_dims, count, *operands, units=None, orders=None):  # type: ignore[override]
+        return super().__call__(body, in_dims, out_dims, count, *operands, units=units, orders=orders)
 
 
 sliced = Sliced()
@@ -91,12 +92,17 @@ def whole_size(part: torch.Tensor, dim: int, length: Any, units: Any, count: Any
     return size
 
 
-def empty_whole(part: torch.Tensor, size: list[Any]) -> torch.Tensor:
-    """A dense tensor of `size` whose dims lie in memory in the order in which those of `part` do."""
+def empty_whole(part: torch.Tensor, size: list[Any], order: Sequence[int] | None = None) -> torch.Tensor:
+    """A dense tensor of `size` whose dims lie in memory in `order`, outermost first, or as those of `part` do."""
     stride, step = [0] * len(size), 1
-    for dim in sorted(range(len(size)), key=lambda d: (_magnitude(part.stride(d)), -d)):
+    for dim in reversed(memory_order(part) if order is None else order):
         stride[dim], step = step, step * size[dim]
     return part.new_empty_strided(size, stride)
+
+
+def memory_order(tensor: torch.Tensor) -> list[int]:
+    """The dims of `tensor`, outermost in memory first."""
+    return sorted(range(tensor.dim()), key=lambda d: (-_magnitude(tensor.stride(d)), d))
 
 
 def _magnitude(stride: "int | torch.SymInt") -> int:
@@ -104,7 +110,7 @@ def _magnitude(stride: "int | torch.SymInt") -> int:
 
 
 @sliced.py_impl(DispatchKey.CompositeExplicitAutograd)
-def sliced_reference(body, in_dims, out_dims, count, *operands, units=None):
+def sliced_reference(body, in_dims, out_dims, count, *operands, units=None, orders=None):
     """The meaning of `gw.sliced`, and its oracle: run every slice, concatenate."""
     total = units_of(in_dims, operands, units)
     parts = []
@@ -113,16 +119,19 @@ def sliced_reference(body, in_dims, out_dims, count, *operands, units=None):
     outputs = []
     for j, dim in enumerate(out_dims):
         joined = torch.cat([part[j] for part in parts], dim)
-        whole = empty_whole(parts[0][j], list(joined.shape))
+        whole = empty_whole(parts[0][j], list(joined.shape), orders[j] if orders else None)
         outputs.append(joined if joined.stride() == whole.stride() else whole.copy_(joined))
     return outputs
 
 
 @sliced.py_impl(FakeTensorMode)
-def _sliced_metadata(mode, body, in_dims, out_dims, count, *operands, units=None):
+def _sliced_metadata(mode, body, in_dims, out_dims, count, *operands, units=None, orders=None):
     with mode:
         total = units_of(in_dims, operands, units)
         n = min(count, total) if isinstance(total, int) and isinstance(count, int) else count
         length = -(-total // n)
         parts = body(*[_narrow(x, d, 0, length, total) for x, d in zip(operands, in_dims, strict=True)])
-        return [empty_whole(part, whole_size(part, dim, length, total, n)) for part, dim in zip(parts, out_dims, strict=True)]
+        return [
+            empty_whole(part, whole_size(part, dim, length, total, n), orders[j] if orders else None)
+            for j, (part, dim) in enumerate(zip(parts, out_dims, strict=True))
+        ]

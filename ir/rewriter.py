@@ -14,12 +14,12 @@ from typing import Any
 from torch import fx
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
-from .calls import GETITEM, is_random, name_of
+from .calls import GETITEM, draws, is_pure, name_of
 from .capture import relative_file
 from .errors import VerifyError
 from .infer import InferenceError, infer, same_strides, same_tensor_type, same_type, storage_key, tensors_of
 from .program import Function, Node, Program, Weight, Where, region_of
-from .region import Region, sliced
+from .region import Region, memory_order, sliced
 from .symbols import SymbolTable
 
 
@@ -213,14 +213,12 @@ class Rewriter:
         self._erase_dead(node, removed)
 
     def _erase_dead(self, root: Node, removed: list[str]) -> None:
-        from .calls import is_pure
-
         stack = [root]
         while stack:
             node = stack.pop()
             if node in self._erased or node.users or node.op == "placeholder":
                 continue
-            if node is not root and node.op == "call_function" and not is_pure(node.target):
+            if node is not root and node.op == "call_function" and not is_pure(node):
                 continue
             sources = node.all_input_nodes
             if node.op == "call_function":
@@ -251,8 +249,13 @@ class Rewriter:
         region = body.finish([inner for _, inner, _ in outputs])
         anchor = self._make_room(members)
         args = [region, body.in_dims, [dim for _, _, dim in outputs], count, *body.operands]
-        kwargs = {} if body.units is None else {"units": body.units}
+        kwargs: dict[str, Any] = {} if body.units is None else {"units": body.units}
         call = self.insert(sliced, args, kwargs, before=anchor, origin=members)
+        if not all(same_strides(m.meta["val"], value) for (m, _, _), value in zip(outputs, call.meta["val"], strict=True)):
+            # Where a slice is one unit long its strides do not tell how the whole lay; say it.
+            kwargs["orders"] = [memory_order(member.meta["val"]) for member, _, _ in outputs]
+            self._erase_dead(call, [])
+            call = self.insert(sliced, args, kwargs, before=anchor, origin=members)
         results = [self.insert(GETITEM, (call, j), before=anchor, origin=member) for j, (member, _, _) in enumerate(outputs)]
         for (member, _, _), result in zip(outputs, results, strict=True):
             if not same_tensor_type(member.meta["val"], result.meta["val"]) or not same_strides(member.meta["val"], result.meta["val"]):
@@ -280,7 +283,7 @@ class Rewriter:
                 if any(source in tainted and source not in inside for source in node.all_input_nodes):
                     raise VerifyError(f"the members are not convex: {label(node)} needs a value computed outside from a member")
                 continue
-            if is_random(node.target):
+            if draws(node):
                 raise VerifyError(f"{label(node)} draws random numbers and would move")
             tainted.add(node)
             dependants.append(node)
@@ -328,7 +331,9 @@ class RegionBuilder:
                     value = value.narrow(dim, 0, self.length * (value.size(dim) // self.units))
             self.operands.append(node)
             self.in_dims.append(dim)
-            self._placeholders[key] = add_placeholder(self.graph, f"v{len(self.operands)}", value)
+            first_call = next((n for n in self.graph.nodes if n.op == "call_function"), self.graph._root)
+            with self.graph.inserting_before(first_call):
+                self._placeholders[key] = add_placeholder(self.graph, f"v{len(self.operands)}", value)
         return self._placeholders[key]
 
     def call(self, target: Callable[..., Any], args: Any, kwargs: dict[str, Any] | None = None, *, like: Node | None = None) -> Node:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .calls import is_mutating, is_random, name_of
+from .calls import draws, is_mutating, name_of
 from .errors import VerifyError
 from .infer import InferenceError, infer, operands_of, same_type, storage_key, tensors_of
 from .printer import node_lines
@@ -73,7 +73,7 @@ def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
         raise _Broken(f"{node.target} is not an operation of the IR", node) from None
     if is_mutating(node.target):
         raise _Broken(f"{name} writes to an operand: programs are functional", node)
-    if in_region and (node.target is sliced or is_random(node.target)):
+    if in_region and (node.target is sliced or draws(node)):
         raise _Broken(f"{name} may not stand inside a region", node)
     if "val" not in node.meta:
         raise _Broken(f"{name} has no metadata", node)

@@ -1,7 +1,7 @@
 """Passes, the contracts that they declare, and the manager that holds them to it. Programs are seen through `ir` alone."""
 
 from .base import LeftAlone, Outcome, Pass
-from .check import Reference, Verdict, Worst, check_exact
+from .check import Reference, check_exact
 from .cleanups import CLEANUPS
 from .contract import Contract
 from .fold_batch_norm import FoldBatchNorm
@@ -14,6 +14,8 @@ from .remove_dead_code import RemoveDeadCode
 from .remove_no_ops import RemoveNoOps
 from .remove_proven_assertions import RemoveProvenAssertions
 from .share_subexpressions import ShareSubexpressions
+from .slicing import SliceGroups
+from .verdict import Verdict, Worst
 
 __all__ = [
     "CLEANUPS",
@@ -31,6 +33,7 @@ __all__ = [
     "RemoveNoOps",
     "RemoveProvenAssertions",
     "ShareSubexpressions",
+    "SliceGroups",
     "Verdict",
     "Worst",
     "all_passes",

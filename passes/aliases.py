@@ -4,70 +4,40 @@ A caller may write into an output. If an output came to lie in the memory of an 
 would change those too, so removing a copy or sharing a computation must leave such a value alone.
 """
 
-from collections.abc import Iterator
-
-import torch
-
 from ..ir import Node, Rewriter
-from ..ir.infer import InferenceError, infer, storage_key
+from ..ir.infer import storage_key, tensors_of
 
 
 class OutputAliases:
-    """The values that share memory with an output, kept up to date as a pass merges values.
-
-    Aliases are inferred anew on the few nodes before the outputs: stored metadata shows what a node aliased when it was made.
-    """
+    """The memory in which a function's outputs lie, kept up to date as a pass merges values."""
 
     def __init__(self, rewriter: Rewriter):
-        self._symbols = rewriter.symbols
-        self._memory: set[Node] = set()
-        for leaf in rewriter.function.outputs:
-            if isinstance(leaf, Node):
-                self._add(leaf)
+        self._received = {key for leaf in rewriter.function.outputs if isinstance(leaf, Node) for key in _memory(leaf)}
+        self._owners = {key: node for node in rewriter.graph.nodes if node.op in ("placeholder", "get_attr") for key in _memory(node)}
 
     def __contains__(self, node: Node) -> bool:
-        return node in self._memory
+        return not self._received.isdisjoint(_memory(node))
 
     def reason_to_keep(self, node: Node, source: Node) -> str | None:
-        """Why `source`, in other memory, may not stand for `node`; None when it may."""
-        if node not in self._memory:
+        """Why `source` may not stand for `node`; None when it may."""
+        if node not in self or share_memory(node, source):
             return None
-        for value in self._same_memory(source):
-            if value.op != "call_function":
-                return f"the caller receives it, and without it would receive {value.op.replace('get_attr', 'weight')} {value.target} itself"
-            if value in self._memory:
-                return "two outputs would come to share memory"
-        return None
+        owner = next((self._owners[key] for key in _memory(source) if key in self._owners), None)
+        if owner is not None:
+            kind = "weight" if owner.op == "get_attr" else "input"
+            return f"the caller receives it, and without it would receive {kind} {owner.target} itself"
+        return "two outputs would come to share memory" if source in self else None
 
     def merged(self, node: Node, source: Node) -> None:
-        """Notes that `source` now stands for `node`."""
-        if node in self._memory:
-            self._add(source)
-
-    def _add(self, node: Node) -> None:
-        for value in self._same_memory(node):
-            if value in self._memory:
-                return  # and so is what it views
-            self._memory.add(value)
-
-    def _same_memory(self, node: Node) -> Iterator[Node]:
-        """`node` and the values that it is a view of, nearest first."""
-        pending = [node]
-        while pending:
-            value = pending.pop()
-            yield value
-            if value.op == "call_function":
-                pending += self._viewed(value)
-
-    def _viewed(self, node: Node) -> list[Node]:
-        try:
-            own = _keys(infer(self._symbols, node.target, node.args, node.kwargs))
-        except InferenceError:
-            return list(node.all_input_nodes)
-        return [source for source in node.all_input_nodes if own & _keys(source.meta["val"])]
+        """Notes that `source` is about to stand for `node`."""
+        if node in self:
+            self._received |= _memory(source)
 
 
-def _keys(value: object) -> set[int]:
-    if isinstance(value, tuple | list):
-        return {key for item in value for key in _keys(item)}
-    return {storage_key(value)} if isinstance(value, torch.Tensor) else set()
+def share_memory(a: Node, b: Node) -> bool:
+    """Whether one is a view of the other, or both of a third."""
+    return not _memory(a).isdisjoint(_memory(b))
+
+
+def _memory(node: Node) -> set[int]:
+    return {storage_key(tensor) for tensor in tensors_of(node.meta["val"])}

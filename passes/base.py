@@ -1,12 +1,12 @@
 """What a pass is: options, a name, facts it needs and gives, a contract, and one method that rewrites a function.
 
-    @dataclass(frozen=True)
-    class ShareSubexpressions(Pass):
-        name = "share-subexpressions"
-        contract = Contract.EXACT
-        ensures = frozenset({"subexpressions-shared"})
+@dataclass(frozen=True)
+class ShareSubexpressions(Pass):
+    name = "share-subexpressions"
+    contract = Contract.EXACT
+    ensures = frozenset({"subexpressions-shared"})
 
-        def run(self, rewriter: Rewriter) -> Outcome: ...
+    def run(self, rewriter: Rewriter) -> Outcome: ...
 """
 
 import re
@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Self
 from ..ir import Node, Program, Rewriter
 from ..ir.calls import name_of
 from ..ir.errors import PassError
-from .check import Reference, Verdict
+from .check import Reference
 from .contract import Contract
 from .options import spell_value
+from .verdict import Verdict
 
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -35,7 +36,8 @@ class LeftAlone:
 
     @staticmethod
     def at(node: Node, reason: str) -> "LeftAlone":
-        what = name_of(node.target) if node.op == "call_function" else str(node.target)
+        target: Any = node.target
+        what = name_of(target) if node.op == "call_function" else str(target)
         return LeftAlone(what, reason, str(node.meta.get("where") or ""))
 
 

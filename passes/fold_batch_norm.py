@@ -20,7 +20,14 @@ from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
 
 _aten = torch.ops.aten
-_CONVOLUTIONS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.conv2d.padding, _aten.conv1d.padding, _aten.conv3d.padding)
+_CONVOLUTIONS = (
+    _aten.conv1d.default,
+    _aten.conv2d.default,
+    _aten.conv3d.default,
+    _aten.conv1d.padding,
+    _aten.conv2d.padding,
+    _aten.conv3d.padding,
+)
 _NORMS = (_aten.batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
 
 
@@ -59,7 +66,8 @@ class _Site:
         with rewriter.step("fold-batch-norm"):
             arguments = named_arguments(self.layer)
             arguments["weight"], arguments["bias"] = rewriter.weight(weight), rewriter.weight(bias)
-            folded = rewriter.insert(self.layer.target, list(arguments.values()), before=self.norm, origin=[self.layer, self.norm])
+            target: Any = self.layer.target
+            folded = rewriter.insert(target, list(arguments.values()), before=self.norm, origin=[self.layer, self.norm])
             rewriter.replace(self.result, folded)
 
     def _new_weight(self, program: Program, which: str) -> RoundedWeight:
@@ -67,7 +75,7 @@ class _Site:
         eps = self.eps
 
         def exact() -> torch.Tensor:
-            values = {name: None if source is None else exact_value(source) for name, source in sources.items()}
+            values: dict[str, Any] = {name: None if source is None else exact_value(source) for name, source in sources.items()}
             return folded_weights(**values, eps=eps)[which]
 
         layer = sources["layer_weight"]
@@ -129,8 +137,8 @@ def _reason_against(tensors: dict[str, Any], layer: Node, program: Program) -> s
             return f"its {name.replace('_', ' ')} is no constant"
         if tensor is not None and program.weights[str(tensor.target)].tensor is None:
             return "the program was read from text and its weights have no values"
-    channels_are_dim_1 = layer.meta["val"].dim() == (2 if layer.target is _aten.linear.default else tensors["layer_weight"].meta["val"].dim())
-    return None if channels_are_dim_1 else "its channels are not the layer's"
+    rank = 2 if layer.target is _aten.linear.default else tensors["layer_weight"].meta["val"].dim()
+    return None if layer.meta["val"].dim() == rank else "its channels are not the layer's"
 
 
 def _normalised(norm: Node) -> Node | None:
@@ -144,9 +152,10 @@ def _normalised(norm: Node) -> Node | None:
 
 
 def _refusal(site: _Site, arguments: dict[str, Any], rewriter: Rewriter) -> str | None:
-    bias = site.tensors["mean"]
+    target: Any = site.layer.target
+    with_bias = {**arguments, "bias": site.tensors["mean"]}
     try:
-        folded = infer(rewriter.symbols, site.layer.target, [*({**arguments, "bias": bias}.values())], {})
+        folded = infer(rewriter.symbols, target, list(with_bias.values()), {})
     except InferenceError as error:
         return f"the layer takes no bias: {error}"
     if not same_type(folded, site.result.meta["val"]):

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from ..ir import Node, Rewriter
-from ..ir.calls import GETITEM, name_of
+from ..ir.calls import GETITEM, is_pure, name_of
 from ..ir.float64 import computed_weights
 from .aliases import OutputAliases
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
 from .options import is_size, option, size_in_bytes
-from .randomness import is_repeatable
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class _Constants:
     """The calls of a function that depend on weights and literals alone."""
 
     def __init__(self, rewriter: Rewriter):
-        self.nodes: set[Node] = set()
+        self.nodes: dict[Node, None] = {}  # in the function's order
         outputs = OutputAliases(rewriter)
         self.received: list[Node] = []
         for node in rewriter.nodes():
@@ -64,14 +63,12 @@ class _Constants:
             if node in outputs:
                 self.received.append(node)
             else:
-                self.nodes.add(node)
+                self.nodes[node] = None
 
     def _is_constant(self, node: Node) -> bool:
         sources = node.all_input_nodes
         return (
-            _may_fold(node)
-            and _is_static(node.meta["val"])
-            and all(source in self.nodes or source.op == "get_attr" for source in sources)
+            _may_fold(node) and _is_static(node.meta["val"]) and all(source in self.nodes or source.op == "get_attr" for source in sources)
         )
 
     def choose(self, limit: int) -> tuple[list[Node], tuple[LeftAlone, ...]]:
@@ -92,13 +89,12 @@ class _Constants:
                     left.append(LeftAlone.at(base, f"its {growth} bytes are more than the limit of {limit} above what they replace"))
                 continue
             chosen[base] = None
-        order = {node: index for index, node in enumerate(base.graph.nodes)} if chosen else {}
-        return sorted(chosen, key=order.__getitem__), tuple(left)
+        return [node for node in self.nodes if node in chosen], tuple(left)
 
     def _without_views(self, node: Node) -> Node | None:
         """The computation that `node` shows a view of; None when that is a weight."""
         while _is_view(node):
-            node = node.args[0]
+            node = node.all_input_nodes[0]
             if node not in self.nodes:
                 return None
         return node
@@ -121,9 +117,7 @@ class _Constants:
 def _may_fold(node: Node) -> bool:
     if node.target is GETITEM:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or not is_repeatable(node):
-        return False
-    return "empty" not in name_of(node.target)
+    return isinstance(node.target, torch._ops.OpOverload) and is_pure(node) and "empty" not in name_of(node.target)
 
 
 def _is_static(value: Any) -> bool:
@@ -133,9 +127,10 @@ def _is_static(value: Any) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    if node.target is torch.ops.aten._unsafe_view.default:
+    target: Any = node.target
+    if target is torch.ops.aten._unsafe_view.default:
         return True
-    return node.target is not GETITEM and any(result.alias_info is not None for result in node.target._schema.returns)
+    return target is not GETITEM and any(result.alias_info is not None for result in target._schema.returns)
 
 
 def _nbytes(node: Node) -> int:

@@ -23,11 +23,7 @@ def random_inputs(program: Program, seed: int = 0) -> list[Any]:
     Integers are small and not negative, and below the size of whatever they index; captured constants stay.
     """
     generator = torch.Generator().manual_seed(seed)
-    return [
-        _random_value(node, generator)
-        for node in program.main.placeholders
-        if node.meta.get("role", "input") == "input"
-    ]
+    return [_random_value(node, generator) for node in program.main.placeholders if node.meta.get("role", "input") == "input"]
 
 
 def hint_of(size: "int | torch.SymInt") -> int:

@@ -10,18 +10,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..ir import Fuel, OutOfFuel, Program, Rewriter, RewriteRecord, Stage, verify
-from ..ir.errors import ContractError, GraphwrightError, PassError, VerifyError
+from ..ir.errors import ContractError, GraphwrightError, InputError, PassError, VerifyError
 from .base import LeftAlone, Outcome, Pass
-from .check import Reference, Verdict
+from .check import Reference
 from .contract import Contract
 from .inputs import random_inputs
 from .pipeline import Pipeline, check_order, parse_pipeline
 from .registry import BUILT_IN
+from .verdict import Verdict
 
 Progress = Callable[[int, int, str], None]
 
 _MODES = ("structure", "numeric")
 _RETRIES = 3
+_UNCHANGED = "nothing changed"
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,12 @@ class PassManager:
         """The program after every pass; `program` itself is unchanged.
 
         Raises:
+            VerifyError: `program` itself breaks a rule of the IR.
             PassError: a pass needs a fact that none before it ensures, fails inside, or leaves a program that breaks a rule.
             ContractError: with verify="numeric": the pass and the rewrite that change the function by more than allowed.
         """
         check_facts(self.passes, program)
+        verify(program)
         history, reports = [program], []
         reference = self._reference(program)
         for index, each in enumerate(self.passes):
@@ -186,11 +190,16 @@ class PassManager:
 
     def _hold_to_contract(self, index: int, reference: Reference, before: Program, after: Program, report: PassReport) -> Verdict:
         each = self.passes[index]
+        if not report.records and _content(before) == _content(after):
+            return Verdict("right", _UNCHANGED)
         verdict, reference = self._judge(each, reference, after)
         if not verdict.fails:
             return verdict
-        place = self._first_breaking_rewrite(index, reference, before, report.records)
-        raise ContractError(f"pass {each.name} breaks its contract ({each.contract}), {place}: {verdict}")
+        place, culprit = self._first_breaking_rewrite(index, reference, before, report.records)
+        failure = ContractError(f"pass {each.name} breaks its contract ({each.contract}), {place}: {verdict}")
+        if culprit is not None:
+            failure.add_note("\n".join(["before:", *culprit.before, "after:", *culprit.after]))
+        raise failure
 
     def _judge(self, each: Pass, reference: Reference, after: Program) -> tuple[Verdict, Reference]:
         """The verdict, on other inputs where the first are too ill-conditioned, and the reference that gave it."""
@@ -198,24 +207,29 @@ class PassManager:
         for seed in range(1, _RETRIES):
             if verdict.kind != "inconclusive":
                 break
-            reference = Reference(reference.program, random_inputs(reference.program, seed))
-            verdict = each.check(reference, after)
+            other = Reference(reference.program, random_inputs(reference.program, seed))
+            try:
+                verdict, reference = each.check(other, after), other
+            except InputError:
+                break  # made-up inputs that the program refuses tell nothing
         return verdict, reference
 
-    def _first_breaking_rewrite(self, index: int, reference: Reference, before: Program, records: Sequence[RewriteRecord]) -> str:
-        """By bisection: `right` rewrites keep the contract, `wrong` break it."""
+    def _first_breaking_rewrite(
+        self, index: int, reference: Reference, before: Program, records: Sequence[RewriteRecord]
+    ) -> tuple[str, RewriteRecord | None]:
+        """Where the contract breaks, in words and as a record, by bisection: `right` rewrites keep it, `wrong` break it."""
         if not records:
-            return "without reporting a rewrite"
+            return "without reporting a rewrite", None
         right, wrong = 0, len(records)
         while wrong - right > 1:
             middle = (right + wrong) // 2
             program, _ = self._run_pass(index, before, Fuel(left=middle))
             verdict = self.passes[index].check(reference, program)
             if verdict.kind == "inconclusive":
-                return f"in one of the rewrites {right + 1} to {wrong} of {len(records)} (those between cannot be judged)"
+                return f"in one of the rewrites {right + 1} to {wrong} of {len(records)} (those between cannot be judged)", None
             right, wrong = (right, middle) if verdict.fails else (middle, wrong)
         record = records[wrong - 1]
-        return f"first in rewrite {wrong} of {len(records)}, rule {record.rule} ({record.file}:{record.line})"
+        return f"first in rewrite {wrong} of {len(records)}, rule {record.rule} ({record.file}:{record.line})", record
 
 
 def check_facts(passes: Sequence[Pass], program: Program) -> None:
@@ -228,7 +242,8 @@ def check_facts(passes: Sequence[Pass], program: Program) -> None:
     facts = {fact for name in made if name in BUILT_IN for fact in BUILT_IN[name].ensures}
     for each in passes:
         for fact in sorted(each.requires - facts):
-            ensuring = sorted({p.name for p in (*passes, *BUILT_IN.values()) if fact in p.ensures})
+            known: list[Pass | type[Pass]] = [*passes, *BUILT_IN.values()]
+            ensuring = sorted({other.name for other in known if fact in other.ensures})
             advice = f"put {' or '.join(ensuring)} before it" if ensuring else "no known pass ensures that"
             raise PassError(f"pass {each.name} requires {fact}: {advice}")
         facts |= each.ensures
@@ -240,9 +255,16 @@ def _drop_unused_weights(program: Program) -> None:
         del program.weights[name]
 
 
+def _content(program: Program) -> str:
+    """The text without the history."""
+    return str(Program(program.functions.values(), program.weights, program.symbols, program.schedules))
+
+
 def _verdict_line(verdict: Verdict) -> str:
-    errors = f"float64 error {verdict.rewrite_error:.1e}, working dtype {verdict.error:.1e} ({verdict.error_ratio:.2f} x the original's own)"
-    return f"{verdict}; {errors}"
+    if verdict.reason == _UNCHANGED:
+        return str(verdict)
+    working = f"working dtype {verdict.error:.1e} ({verdict.error_ratio:.2f} x the original's own)"
+    return f"{verdict}; float64 error {verdict.rewrite_error:.1e}, {working}"
 
 
 def _tally(items: Iterable[Any]) -> list[tuple[Any, int]]:

@@ -1,7 +1,7 @@
 """Options of passes: how a pass declares them, what values they take, and how a value is spelled in a pipeline.
 
-    rank: int = option(32, "an integer of at least 1", at_least(1))
-    memory_budget: str = option("25%", "a share such as 25% or a size such as 2GiB", lambda v: is_share(v) or is_size(v))
+rank: int = option(32, "an integer of at least 1", at_least(1))
+memory_budget: str = option("25%", "a share such as 25% or a size such as 2GiB", lambda v: is_share(v) or is_size(v))
 """
 
 import json

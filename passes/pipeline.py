@@ -27,6 +27,8 @@ _OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _SPACE = re.compile(r"\s*")
 
+_MAX_DEPTH = 16
+
 
 def parse_pipeline(pipeline: Pipeline) -> tuple[Pass, ...]:
     """The passes that `pipeline` names: text, one pass, or a list that mixes passes and text.
@@ -118,19 +120,27 @@ class _Parser:
             options[name] = self._value()
         return options
 
-    def _value(self) -> Any:
+    def _value(self, depth: int = 0) -> Any:
+        if depth > _MAX_DEPTH:
+            self._fail(f"lists are nested more than {_MAX_DEPTH} deep")
         if self._accept("["):
             items: list[Any] = []
             while not self._accept("]"):
                 if items:
                     self._expect(",")
-                items.append(self._value())
+                items.append(self._value(depth + 1))
             return tuple(items)
-        for pattern, convert in _VALUES:
-            text = self._skip(pattern)
-            if text is not None:
-                self._skip(_SPACE)
-                return convert(text)
+        for kind, pattern, convert in _VALUES:
+            column, text = self.at, self._skip(pattern)
+            if text is None:
+                continue
+            try:
+                value = convert(text)
+            except ValueError:
+                self.at = column
+                self._fail(f"this is no {kind}")
+            self._skip(_SPACE)
+            return value
         self._fail(f"a value was expected, not {self._next()}")
 
     def _take(self, pattern: re.Pattern[str], what: str) -> str:
@@ -173,11 +183,11 @@ def _word(text: str) -> Any:
     return KEYWORDS.get(text, text)
 
 
-_VALUES: tuple[tuple[re.Pattern[str], Any], ...] = (
-    (SHARE, str),
-    (SIZE, str),
-    (_FLOAT, float),
-    (_INT, int),
-    (_STRING, json.loads),
-    (WORD, _word),
+_VALUES: tuple[tuple[str, re.Pattern[str], Any], ...] = (
+    ("percentage", SHARE, str),
+    ("size", SIZE, str),
+    ("number", _FLOAT, float),
+    ("integer", _INT, int),
+    ("string", _STRING, json.loads),
+    ("word", WORD, _word),
 )

@@ -9,9 +9,10 @@ from importlib.metadata import EntryPoint, entry_points
 from ..ir.errors import PassError
 from .base import Pass
 from .cleanups import CLEANUPS
+from .slicing import SliceGroups
 
 GROUP = "graphwright.passes"
-BUILT_IN: dict[str, type[Pass]] = {each.name: type(each) for each in CLEANUPS}
+BUILT_IN: dict[str, type[Pass]] = {**{each.name: type(each) for each in CLEANUPS}, SliceGroups.name: SliceGroups}
 
 
 def pass_named(name: str) -> type[Pass]:

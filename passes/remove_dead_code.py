@@ -8,9 +8,9 @@ A random operation stays even when unused: without it, later ones would draw oth
 from dataclasses import dataclass
 
 from ..ir import Rewriter
+from ..ir.calls import draws, is_pure
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
-from .randomness import draws_random_numbers, is_repeatable
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class RemoveDeadCode(Pass):
     contract = Contract.EXACT
 
     def run(self, rewriter: Rewriter) -> Outcome:
-        while dead := [node for node in rewriter.nodes() if not node.users and is_repeatable(node)]:
-            for node in dead:
-                with rewriter.step("remove-unused"):
-                    rewriter.erase(node)
+        for node in [node for node in rewriter.nodes() if not node.users and is_pure(node)]:
+            with rewriter.step("remove-unused"):
+                rewriter.erase(node)
         reason = "it is unused, but without it later operations would draw other random numbers"
-        return Outcome(tuple(LeftAlone.at(node, reason) for node in rewriter.nodes() if not node.users and draws_random_numbers(node)))
+        return Outcome(tuple(LeftAlone.at(node, reason) for node in rewriter.nodes() if not node.users and draws(node)))

@@ -11,16 +11,17 @@ memory of an input, a weight or another output.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..ir import Node, Rewriter
+from ..ir.calls import draws
 from ..ir.infer import InferenceError, infer, same_type
 from ..ir.pattern import named_arguments
-from .aliases import OutputAliases
+from .aliases import OutputAliases, share_memory
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
 
@@ -45,7 +46,9 @@ _VIEWS = {
 _COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.contiguous.default, _aten.to.dtype, _aten.lift_fresh_copy.default}
 _DROPOUTS = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
 _RESHAPES = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}
-_ARITHMETIC = {
+_ADDITIONS = {_aten.add.Tensor, _aten.add.Scalar}
+_SUBTRACTIONS = {_aten.sub.Tensor, _aten.sub.Scalar}
+_ARITHMETIC: dict[Any, int] = {
     _aten.mul.Tensor: 1,
     _aten.mul.Scalar: 1,
     _aten.div.Tensor: 1,
@@ -83,18 +86,20 @@ class _Sweep:
         self.left: list[LeftAlone] = []
 
     def visit(self, node: Node) -> None:
-        if _returns_operand(node):
-            self._bypass(node)
+        source = _source(node)
+        if source is None:
+            return
+        if _returns_operand(node, source):
+            self._bypass(node, source)
         elif node.target in _RESHAPES:
-            self._merge(node, "merge-views", _merged_view)
+            self._replace_by_view(node, "merge-views", _merged_view(node, source))
         elif _permutation(node) is not None:
-            self._merge(node, "merge-permutes", _merged_permutation)
-        elif _is_signed_zero_trap(node):
+            self._replace_by_view(node, "merge-permutes", _merged_permutation(node, source))
+        elif _is_signed_zero_trap(node, source):
             self.left.append(LeftAlone.at(node, "x + 0.0 turns -0.0 into 0.0"))
 
-    def _bypass(self, node: Node) -> None:
-        source = node.args[0]
-        reason = None if node.target in _VIEWS else self.outputs.reason_to_keep(node, source)
+    def _bypass(self, node: Node, source: Node) -> None:
+        reason = self.outputs.reason_to_keep(node, source)
         if reason is not None:
             self.left.append(LeftAlone.at(node, reason))
             return
@@ -102,80 +107,86 @@ class _Sweep:
             self.outputs.merged(node, source)
             self.rewriter.replace(node, source)
 
-    def _merge(self, node: Node, rule: str, merged: "Callable[[Node], tuple[Any, ...] | None]") -> None:
-        call = merged(node)
-        if call is None:
+    def _replace_by_view(self, node: Node, rule: str, view: "_View | None") -> None:
+        if view is None or not share_memory(node, view.source):
             return
-        target, *arguments = call
         try:
-            value = infer(self.rewriter.symbols, target, arguments, {})
+            value = infer(self.rewriter.symbols, view.target, (view.source, view.argument), {})
         except InferenceError:
-            return  # the inner view made a copy, or strides that the outer one needs
+            return  # the inner view changed strides in a way that the outer one needs
         if not same_type(value, node.meta["val"]):
             return
         with self.rewriter.step(rule):
-            new = self.rewriter.insert(target, arguments, before=node, origin=[node.args[0], node])
-            self.outputs.merged(node, new)
+            new = self.rewriter.insert(view.target, (view.source, view.argument), before=node, origin=[*node.all_input_nodes, node])
             self.rewriter.replace(node, new)
 
 
-def _returns_operand(node: Node) -> bool:
-    """Whether `node` computes its first operand, bit for bit and of the same type."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or not isinstance(source.meta["val"], torch.Tensor) or not same_type(source.meta["val"], node.meta["val"]):
+@dataclass(frozen=True)
+class _View:
+    """One view that does the work of two."""
+
+    target: Any
+    source: Node
+    argument: Any
+
+
+def _source(node: Node) -> Node | None:
+    """The first operand, if it is a value."""
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, Node) else None
+
+
+def _returns_operand(node: Node, source: Node) -> bool:
+    """Whether `node` computes `source`, bit for bit and of the same type."""
+    if not same_type(source.meta["val"], node.meta["val"]):
         return False
-    if node.target in _VIEWS or node.target in _COPIES:
-        return True
     if node.target in _DROPOUTS:
-        arguments = named_arguments(node)
-        return not arguments["train"] or arguments["p"] == 0
-    return node.target in _ARITHMETIC and _is_neutral(node, source.meta["val"].dtype)
+        return not draws(node)
+    return node.target in _VIEWS or node.target in _COPIES or _is_neutral(node, source.meta["val"].dtype)
 
 
 def _is_neutral(node: Node, dtype: torch.dtype) -> bool:
     """Whether the second operand of arithmetic leaves every element as it is, NaN and both zeros included."""
-    scalar = node.args[1]
-    if isinstance(scalar, bool) or not isinstance(scalar, int | float) or scalar != _ARITHMETIC[node.target]:
+    target: Any = node.target
+    scalar = node.args[1] if target in _ARITHMETIC else None
+    if isinstance(scalar, bool) or not isinstance(scalar, int | float) or scalar != _ARITHMETIC[target]:
         return False
-    if named_arguments(node).get("alpha", 1) != 1:
-        return False
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return True
+    if named_arguments(node).get("alpha", 1) != 1 or dtype.is_complex:
+        return False  # a complex infinity times 1 has a NaN part
     negative = math.copysign(1.0, scalar) < 0
-    if node.target in (_aten.add.Tensor, _aten.add.Scalar):
-        return negative
-    return not (negative and node.target in (_aten.sub.Tensor, _aten.sub.Scalar))
+    if not dtype.is_floating_point:
+        return True
+    return negative if target in _ADDITIONS else not (negative and target in _SUBTRACTIONS)
 
 
-def _is_signed_zero_trap(node: Node) -> bool:
-    scalar = node.args[1] if node.target in (_aten.add.Tensor, _aten.add.Scalar) else None
-    return isinstance(scalar, int | float) and scalar == 0 and same_type(node.args[0].meta["val"], node.meta["val"])
+def _is_signed_zero_trap(node: Node, source: Node) -> bool:
+    scalar = node.args[1] if node.target in _ADDITIONS else None
+    return isinstance(scalar, int | float) and scalar == 0 and same_type(source.meta["val"], node.meta["val"])
 
 
-def _merged_view(node: Node) -> tuple[Any, ...] | None:
-    inner = node.args[0]
-    if inner.target not in _RESHAPES or len(inner.users) != 1:
+def _merged_view(node: Node, inner: Node) -> _View | None:
+    source = _source(inner)
+    if source is None or inner.target not in _RESHAPES or len(inner.users) != 1:
         return None
-    return _aten.view.default, inner.args[0], node.args[1]
+    return _View(_aten.view.default, source, node.args[1])
 
 
-def _merged_permutation(node: Node) -> tuple[Any, ...] | None:
-    inner = node.args[0]
-    first, second = _permutation(inner), _permutation(node)
-    if first is None or second is None or len(inner.users) != 1:
+def _merged_permutation(node: Node, inner: Node) -> _View | None:
+    source, first, second = _source(inner), _permutation(inner), _permutation(node)
+    if source is None or first is None or second is None or len(inner.users) != 1:
         return None
-    return _aten.permute.default, inner.args[0], [first[dim] for dim in second]
+    return _View(_aten.permute.default, source, [first[dim] for dim in second])
 
 
 def _permutation(node: Node) -> Sequence[int] | None:
     """The dims of the operand in the order in which the result has them; None when `node` does not permute."""
     if node.target not in (_aten.permute.default, _aten.transpose.int, _aten.t.default):
         return None
-    rank = node.meta["val"].dim()
-    if node.target is _aten.permute.default:
-        return [dim % rank for dim in node.args[1]]
+    arguments, rank = named_arguments(node), node.meta["val"].dim()
+    if "dims" in arguments:
+        return [dim % rank for dim in arguments["dims"]]
     order = list(range(rank))
-    a, b = (dim % rank for dim in node.args[1:3]) if node.target is _aten.transpose.int and rank else (0, max(rank - 1, 0))
     if rank:
+        a, b = arguments.get("dim0", 0) % rank, arguments.get("dim1", rank - 1) % rank
         order[a], order[b] = order[b], order[a]
     return order

@@ -1,8 +1,8 @@
 """Removes run-time assertions that cannot fail.
 
-    _assert_scalar(true) -> nothing
-    _assert_scalar(c) -> nothing                          c follows from the ranges of the symbols
-    sym_constrain_range_for_size(n, min, max) -> nothing  n's range lies within [min, max]
+_assert_scalar(true) -> nothing
+_assert_scalar(c) -> nothing                          c follows from the ranges of the symbols
+sym_constrain_range_for_size(n, min, max) -> nothing  n's range lies within [min, max]
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ class RemoveProvenAssertions(Pass):
     def run(self, rewriter: Rewriter) -> Outcome:
         left = []
         for node in rewriter.nodes():
-            if not is_assertion(node.target):
+            target: Any = node.target
+            if not is_assertion(target):
                 continue
             if _is_proven(node, rewriter.symbols):
                 with rewriter.step("remove-assertion"):

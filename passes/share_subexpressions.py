@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ir import Node, Rewriter
+from ..ir.calls import is_pure
 from ..ir.infer import same_type
 from ..ir.pattern import named_arguments
 from .aliases import OutputAliases
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
-from .randomness import is_repeatable
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ShareSubexpressions(Pass):
         outputs, left = OutputAliases(rewriter), []
         first: dict[Hashable, Node] = {}
         for node in rewriter.nodes():
-            if not is_repeatable(node):
+            if not is_pure(node):
                 continue
             earlier = first.setdefault((node.target, _key(named_arguments(node))), node)
             if earlier is node or not same_type(earlier.meta["val"], node.meta["val"]):

@@ -88,7 +88,7 @@ class CompiledModel(nn.Module):
     def report(self) -> Report:
         """What was promised, what each pass did, and what it costs; `measure` fills in the measured part."""
         compiled = self.compilation
-        memory = predicted(compiled.history[0] if compiled.history else None, compiled.program)
+        memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         return Report(compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports, memory, self._measured)
 
     @property
@@ -109,8 +109,7 @@ class CompiledModel(nn.Module):
 
         States are as before afterwards.
         """
-        self(*args, **kwargs) if self._runner is None else None
-        runner = self._present
+        runner = self._runner or self._compile_for(args, kwargs)
         device = "cuda" if any(weight.device.type == "cuda" for weight in self.program.weights.values()) else "cpu"
         with self._lock, runner.states_kept():
             self(*args, **kwargs)

@@ -12,12 +12,12 @@ from torch import fx
 
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
+from ..ir.donation import plan_donations
 from ..ir.infer import storage_key, tensors_of
 from ..ir.program import region_of
 from ..ir.region import slice_bounds, units_of
-from .donation import plan_donations
+from ..ir.region_call import RegionCall
 from .flat import Boxed, FlatGraph
-from .region_call import RegionCall
 from .sliced import Body, SlicedRun
 
 Backend = str

@@ -7,9 +7,7 @@ from typing import Any
 from ..ir import Program
 from ..ir.liveness import profile
 from ..passes import Contract
-from .donation import plan_donations
 from .memory import Measurement
-from .region_call import RegionCall
 
 
 @dataclass(frozen=True)
@@ -21,15 +19,11 @@ class Memory:
     floor: int | None = None
 
 
-def predicted(captured: Program | None, program: Program) -> Memory:
-    """The liveness analysis of both programs, symbols at their hints."""
-    return Memory(None if captured is None else _peak(captured), _peak(program))
-
-
-def _peak(program: Program) -> int:
-    plan = plan_donations(program.main.graph)
-    donors = {node: {j: RegionCall.of(node).operands[i] for j, i in chosen.items()} for node, chosen in plan.items()}
-    return profile(program.main, donors).peak_bytes
+def predicted(captured: Program | None, program: Program, passes: Sequence[Any] = ()) -> Memory:
+    """The liveness analysis of both programs, symbols at their hints; the floor is the one that a memory pass proved last."""
+    floors = [report.data["floor"] for report in passes if "floor" in getattr(report, "data", {})]
+    unsliced = None if captured is None else profile(captured.main).peak_bytes
+    return Memory(unsliced, profile(program.main).peak_bytes, floors[-1] if floors else None)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import fx
 from ..ir import Node, Region
 from ..ir.infer import operands_of, same_strides, storage_key
 from ..ir.region import empty_whole, slice_bounds, units_of
+from ..ir.region_call import RegionCall
 from .flat import FlatGraph
 from .out_variant import is_pointwise, out_variant
-from .region_call import RegionCall
 
 Body = Callable[[list[Any]], list[Any]]
 

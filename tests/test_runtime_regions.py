@@ -3,10 +3,10 @@
 import pytest
 import torch
 from graphwright import ir
+from graphwright.ir.donation import plan_donations
 from graphwright.ir.rewriter import RegionBuilder
 from graphwright.ir.run import run as reference_run
 from graphwright.runtime.backend import has_cpp_compiler
-from graphwright.runtime.donation import plan_donations
 from graphwright.runtime.executor import Executor
 from graphwright.runtime.memory import measure_peak
 from graphwright.runtime.sliced import SlicedRun
@@ -97,7 +97,8 @@ def test_each_slice_leaves_one_partial_result(count):
     program = ir.parse(PARTIALS.replace("COUNT", str(count)).replace("LENGTH", str(-(-7 // count))))
     x = torch.randn(2, 4, 7, 5)
     outputs, _ = Executor(program)([x])
-    assert torch.equal(outputs[0], reference_run(program, [x])[0][0])
+    # The CPU kernel of norm_apply multiplies once where the body divides first: a few roundings of float32.
+    torch.testing.assert_close(outputs[0], reference_run(program, [x])[0][0], rtol=1e-5, atol=1e-5)
     # Statistics merged in another order: a few roundings of float32.
     torch.testing.assert_close(outputs[0], nn.functional.group_norm(x, 2), rtol=1e-5, atol=1e-5)
 

@@ -110,6 +110,7 @@ class _Sweep:
     weights: int = 0
     allocating: int = 0
     hoisted: int = 0
+    fixed: int = 0
 
 
 def sweep(
@@ -239,7 +240,8 @@ def _add(scene: Scene, state: _Sweep, node: Node, tags: tuple[Tag | None, ...]) 
             if key not in state.storage_bytes:
                 state.storage_bytes[key] = hint(tensor.untyped_storage().nbytes())
                 state.live += state.storage_bytes[key]
-    state.transient = max(state.transient, state.live + scene.workspace_of[node])
+    state.transient = max(state.transient, state.live + scene.workspace_of[node].moving)
+    state.fixed = max(state.fixed, scene.workspace_of[node].fixed)
     owned = [key for key in set(scene.keys[node]) if key in state.storage_bytes]
     users = len(scene.users[node])
     state.waiting[node] = users
@@ -279,7 +281,7 @@ def _snapshot(scene: Scene, axis: Axis, state: _Sweep, order: list[Node], start:
         tags=dict(state.tags),
         first=start,
         last=position,
-        base=base + state.hoisted,
+        base=base + state.hoisted + state.fixed,
         escaping=state.escaping - donated,
         transient=state.transient,
         weight_bytes=state.weights,

@@ -89,7 +89,6 @@ class Planner:
         self.regions: list[PlannedRegion] = []
         self.region_of: dict[Node, PlannedRegion] = {}
         self.stops: dict[Node, Refusal] = {}
-        self._workspace_of = dict(zip(scene.nodes, scene.workspaces, strict=True))
         self._order = list(scene.nodes)
         self.unsliced = int(self._layout().live.max(initial=0))
         self.budget = budget
@@ -179,15 +178,18 @@ class Planner:
             if now - peak < _LEAST_GAIN * now:
                 continue
             ranked.append((self._rank(layout, candidate, count, peak), len(ranked), candidate, count))
-        for _, _, candidate, count in sorted(ranked)[:_MAX_TRIALS]:
+        trials: dict[tuple, tuple[Candidate, int]] = {}
+        for _, _, candidate, count in sorted(ranked):
+            trials.setdefault((candidate.members[0], candidate.members[-1], len(candidate.members), candidate.units), (candidate, count))
+        for candidate, count in list(trials.values())[:_MAX_TRIALS]:
             window = self._accept(layout, candidate, count)
             if window is not None:
                 return window
         return None
 
     def _rank(self, layout: _Layout, candidate: Candidate, count: int, peak: int) -> tuple:
-        low, high = self._items_between(layout, candidate)
-        cleared = int((layout.live[low : high + 1] > max(self.target, peak)).sum())
+        lived = layout.live[[layout.index[member] for member in candidate.members]]
+        cleared = int((lived > max(self.target, peak)).sum())
         met = peak <= self.target
         return (not met, 0 if met else peak, -cleared, count * candidate.weight_bytes + count * len(candidate.members) * 2**14, len(candidate.members))
 
@@ -310,7 +312,7 @@ class Planner:
                 cross[min(dies, len(items) - 1) + 1] -= nbytes
         full = np.cumsum(delta)[: len(items)]
         inside = np.array(
-            [self._transient(item) if isinstance(item, PlannedRegion) else self._workspace_of[item] for item in items], dtype=np.int64
+            [self._transient(item) if isinstance(item, PlannedRegion) else self.scene.workspace_of[item].total for item in items], dtype=np.int64
         )
         return _Layout(items, index, full + inside, full, np.cumsum(cross)[: len(items)], flat, flat_of_item)
 
@@ -435,7 +437,8 @@ class Planner:
             nbytes = -(-size[key] * region.longest // region.units)
             delta[born[key]] += nbytes
             delta[dies[key] + 1] -= nbytes
-        work = np.array([self._workspace_of[m] * region.longest // region.units for m in region.members], dtype=np.int64)
+        scratch = [self.scene.workspace_of[m] for m in region.members]
+        work = np.array([w.moving * region.longest // region.units + w.fixed for w in scratch], dtype=np.int64)
         return int((np.cumsum(delta)[: len(position)] + work).max(initial=0))
 
     # --- result ---

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ..ir import Node
-from ..ir.infer import operands_of, same_size, same_strides, same_tensor_type, storage_key, tensors_of
-from ..ir.program import region_of
+from .infer import operands_of, same_size, same_strides, same_tensor_type, storage_key, tensors_of
+from .program import Node, region_of
 from .region_call import RegionCall
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ..ir import Node, Region
+from .program import Node
+from .region import Region
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""slice-groups: groups of operations run slice by slice, so that what lies between them exists at slice size only.
+
+    a; b; c                      -> gw.sliced(body = a; b; c)            over an axis that all of them carry
+    group_norm(x)                -> norm_apply(x, norm_stats(x))         where the axis is normalised over (exact, Chan's merge)
+    attention(q, k, v, causal)   -> causal_attention(q, k, v, rows)      where queries are sliced
+
+Exact: the same sums over the same elements, except that GroupNorm statistics are merged from partial ones.
+Source: "Fast and Memory-Efficient Video Diffusion Using Streamlined Inference" (NeurIPS 2024, arXiv 2411.01171): feature slicer and
+operator grouping. Its released code takes GroupNorm statistics per slice; this pass does not.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...ir import Node, Rewriter
+from ...ir.errors import BudgetError, PassError
+from ...ir.infer import tensors_of
+from ...ir.liveness import hint, mib, profile
+from ..base import LeftAlone, Outcome, Pass
+from ..contract import Contract
+from ..options import at_least, is_share, is_size, option, share, size_in_bytes
+from .emit import emit
+from .plan import Plan, Planner
+from .prepare import prepare
+from .scene import Scene
+
+KINDS = ("rows", "query", "features")
+
+
+def _is_budget(value: Any) -> bool:
+    if isinstance(value, float):
+        return 0 < value <= 1
+    return is_size(value) or (is_share(value) and 0 < share(value) <= 1)
+
+
+def _are_axes(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(isinstance(axis, str) and (axis in KINDS or _is_place(axis)) for axis in value)
+
+
+def _is_place(axis: str) -> bool:
+    name, _, dim = axis.rpartition(":")
+    return bool(name) and dim.isdigit()
+
+
+@dataclass(frozen=True)
+class SliceGroups(Pass):
+    """Lowers the peak of activation memory to `memory_budget` by running groups of operations slice by slice.
+
+    `memory_budget`: bytes, text such as "512MiB", or a share of the predicted unsliced peak ("25%", 0.25). A budget that cannot be
+    met gives the nearest reachable plan and a line that says what stands in the way; with `insist` it is a BudgetError.
+    `max_slices`: the most slices of one region. `axes`: kinds of links that may be cut ("rows", "query", "features"), or places
+    "INPUT:DIM" where an axis starts.
+    """
+
+    name = "slice-groups"
+    contract = Contract.EXACT
+    ensures = frozenset({"sliced"})
+    after = frozenset({"fold-batch-norm", "fold-constants", "share-subexpressions"})
+
+    memory_budget: Any = option("25%", 'a share such as "25%" or 0.25, or a size such as "512MiB"', _is_budget)
+    max_slices: int = option(64, "an integer of at least 1", at_least(1))
+    axes: tuple[str, ...] = option(("rows", "query"), f'some of {", ".join(KINDS)}, or places such as "sample:2"', _are_axes)
+    insist: bool = option(False, "true or false", lambda value: isinstance(value, bool))
+
+    def run(self, rewriter: Rewriter) -> Outcome:
+        before = profile(rewriter.function)
+        budget = self.budget_bytes(before.peak_bytes)
+        prepared = prepare(rewriter.program, rewriter.function.name)
+        scene = Scene.of(prepared.program.functions[rewriter.function.name])
+        kinds = frozenset(axis for axis in self.axes if axis in KINDS) or frozenset({"rows", "query"})
+        plan = Planner(scene, budget, self.max_slices, kinds, self._places(prepared.program.functions[rewriter.function.name].placeholders)).plan()
+        if self.insist and not plan.met:
+            raise BudgetError(f"the memory budget of {mib(budget)} cannot be met, the nearest reachable peak is {mib(plan.planned)}: {_obstacles(plan)}")
+        emit(rewriter, prepared, plan)
+        left = tuple(LeftAlone.at(held.node, f"{mib(held.nbytes)} live in full at the peak: {held.reason}") for held in plan.held)
+        data = {"unsliced": before.peak_bytes, "planned": plan.planned, "floor": plan.floor, "budget": budget, "regions": len(plan.regions)}
+        return Outcome(left=left, lines=tuple(_lines(plan, before.peak_bytes)), data=data)
+
+    def budget_bytes(self, unsliced: int) -> int:
+        """The budget in bytes, given the predicted unsliced peak."""
+        if isinstance(self.memory_budget, float):
+            return int(self.memory_budget * unsliced)
+        return int(share(self.memory_budget) * unsliced) if is_share(self.memory_budget) else size_in_bytes(self.memory_budget)
+
+    def _places(self, placeholders: list[Node]) -> list[tuple[Node, int]]:
+        places = []
+        inputs = {str(node.target): node for node in placeholders if tensors_of(node.meta["val"])}
+        for axis in self.axes:
+            if axis in KINDS:
+                continue
+            name, _, dim = axis.rpartition(":")
+            if name not in inputs or int(dim) >= inputs[name].meta["val"].dim():
+                raise PassError(f"pass {self.name}: axes names {axis}, but the inputs with dims are {', '.join(inputs) or 'none'}")
+            places.append((inputs[name], int(dim)))
+        return places
+
+
+def _lines(plan: Plan, unsliced: int) -> list[str]:
+    share_left = 100 * plan.planned / unsliced if unsliced else 100.0
+    verdict = "met" if plan.met else "not met"
+    lines = [f"peak {mib(unsliced)} -> {mib(plan.planned)} ({share_left:.1f} %), budget {mib(plan.budget)} {verdict}, floor {mib(plan.floor)}"]
+    if not plan.met:
+        lines.append(f"the peak cannot go lower: {_obstacles(plan)}")
+    for i, region in enumerate(plan.regions):
+        first = next((str(m.meta["where"]) for m in region.members if str(m.meta.get("where") or "")), "")
+        lines.append(f"region {i}: N={region.units} n={region.count}, {len(region.members)} calls from {first}")
+    return lines
+
+
+def _obstacles(plan: Plan) -> str:
+    shown = [f"{held.node.target} {[hint(n) for n in tensors_of(held.node.meta['val'])[0].shape]} {mib(held.nbytes)} ({held.reason})" for held in plan.held[:4]]
+    return "live there in full: " + "; ".join(shown)
