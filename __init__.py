@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .compiler import load as load
     from .ir import Program as Program
-    from .ir import capture as capture
-    from .ir import op as op
     from .ir import parse as parse
+    from .ir.capture import capture as capture
     from .ir.diff import diff as diff
     from .ir.errors import ArtifactError as ArtifactError
     from .ir.errors import BudgetError as BudgetError
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from .ir.errors import PassError as PassError
     from .ir.errors import TargetError as TargetError
     from .ir.errors import VerifyError as VerifyError
+    from .ir.op import op as op
     from .passes import CLEANUPS as CLEANUPS
     from .passes import Contract as Contract
     from .passes import FoldBatchNorm as FoldBatchNorm

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -62,7 +63,9 @@ def compile(
         return CompiledModel(finish(_saved(model, trusted), _example(example_inputs, example_kwargs)))
 
     def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compilation:
-        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        # torch.export takes two arguments that are one tensor for one argument; each is a tensor of its own here.
+        apart_args, apart_kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        program = capture(model, apart_args, apart_kwargs, dynamic_shapes=dynamic_shapes)
         return finish(Saved(program, parameters_of(model.forward)), (args, kwargs))
 
     if example_inputs is None and example_kwargs is None:

@@ -30,7 +30,8 @@ class CompiledGraph:
         inputs = [fresh.value(example) for example in examples]
         self._run = _compile(graph, inputs)
         self._fallback = fallback
-        self._strides = [_static_stride(leaf) for leaf in graph.output_node().args[0]]
+        leaves: Any = graph.output_node().args[0]
+        self._strides = [_static_stride(leaf) for leaf in leaves]
         self._guards = fresh.guards()
         self._sizes = _size_places(inputs)
         self._verdicts: dict[tuple[int, ...], bool] = {}
@@ -64,7 +65,8 @@ def _compile(graph: fx.Graph, inputs: list[Any]) -> Boxed:
     module = fx.GraphModule({}, _boxed(graph))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), config.patch(fallback_random=True):
         warnings.simplefilter("ignore")
-        return compile_fx(module, [inputs])
+        compiled: Any = compile_fx(module, [inputs])  # type: ignore[list-item]
+    return compiled
 
 
 def _boxed(graph: fx.Graph) -> fx.Graph:

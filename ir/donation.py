@@ -5,14 +5,15 @@ and strides and are sliced along one dim, and when nobody else will read the ope
 at this region, and it is no second operand of it.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from .infer import operands_of, same_strides, same_tensor_type, storage_key
+from .infer import operands_of, same_size, same_strides, same_tensor_type, storage_key, tensors_of
 from .program import Node, region_of
+from .region_call import RegionCall
 
 
 def plan_donations(graph: fx.Graph) -> dict[Node, dict[int, int]]:
@@ -20,71 +21,72 @@ def plan_donations(graph: fx.Graph) -> dict[Node, dict[int, int]]:
     regions = [node for node in graph.nodes if region_of(node) is not None]
     if not regions:
         return {}
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    last_use, pinned = _storages(graph, position)
-    plan: dict[Node, dict[int, int]] = {}
-    for call in regions:
-        candidates = _candidates(call, last_use, pinned, position[call])
-        chosen = _match(call, candidates)
-        if chosen:
-            plan[call] = chosen
-    return plan
+    uses = _Uses.of(graph)
+    plan = {node: _match(RegionCall.of(node), _candidates(node, uses)) for node in regions}
+    return {node: chosen for node, chosen in plan.items() if chosen}
 
 
-def _storages(graph: fx.Graph, position: dict[Node, int]) -> tuple[dict[int, int], set[int]]:
-    """Storage -> position of the last call that reads it; and the storages that others own or receive."""
-    last_use: dict[int, int] = {}
-    pinned: set[int] = set()
-    for node in graph.nodes:
-        for operand in operands_of((node.args, node.kwargs)):
-            for key in _keys(operand):
-                last_use[key] = position[node]
-        if node.op in ("placeholder", "get_attr"):
-            pinned.update(_keys(node))
-    for leaf in operands_of(graph.output_node().args):
-        pinned.update(_keys(leaf))
-    return last_use, pinned
+@dataclass(frozen=True)
+class _Uses:
+    """Of the graph's storages: those that each value may share, the last reader of each, and those that others own or receive."""
+
+    shared: dict[Node, set[int]]
+    last_reader: dict[int, Node]
+    pinned: set[int]
+
+    @staticmethod
+    def of(graph: fx.Graph) -> "_Uses":
+        uses = _Uses({}, {}, set())
+        for node in graph.nodes:
+            uses.shared[node] = keys = {storage_key(tensor) for tensor in tensors_of(node.meta.get("val"))}
+            if _may_alias_at_other_sizes(node):
+                keys.update(*(uses.shared[operand] for operand in node.all_input_nodes))
+            for operand in operands_of((node.args, node.kwargs)):
+                uses.last_reader.update(dict.fromkeys(uses.shared[operand], node))
+            if node.op in ("placeholder", "get_attr"):
+                uses.pinned.update(keys)
+        for leaf in operands_of(graph.output_node().args):
+            uses.pinned.update(uses.shared[leaf])
+        return uses
 
 
-def _candidates(call: Node, last_use: dict[int, int], pinned: set[int], at: int) -> list[int]:
+def _may_alias_at_other_sizes(node: Node) -> bool:
+    """`contiguous` and its like copy or not as sizes have it; with dynamic sizes the metadata knows one case of the two."""
+    if not isinstance(node.target, torch._ops.OpOverload) or all(r.alias_info is None for r in node.target._schema.returns):
+        return False
+    return any(isinstance(size, torch.SymInt) for tensor in tensors_of(node.meta["val"]) for size in tensor.shape)
+
+
+def _candidates(node: Node, uses: _Uses) -> list[int]:
     """Operands that are sliced, alone on their storage, and dead afterwards."""
-    body, in_dims, _, _, *operands = call.args
-    keys = [key for operand in operands if isinstance(operand, fx.Node) for key in _keys(operand)]
-    escaping = {key for leaf in body.outputs for key in _keys(leaf)}
+    call = RegionCall.of(node)
+    escaping = {storage_key(tensor) for leaf in call.body.outputs for tensor in tensors_of(leaf.meta["val"])}
     found = []
-    for index, (operand, dim, inner) in enumerate(zip(operands, in_dims, body.placeholders, strict=True)):
-        value = operand.meta["val"] if isinstance(operand, fx.Node) else None
-        if dim < 0 or not isinstance(value, torch.Tensor):
+    for index, (operand, dim, inner) in enumerate(zip(call.operands, call.in_dims, call.body.placeholders, strict=True)):
+        if dim < 0:
             continue
-        key = storage_key(value)
+        storages = uses.shared[operand]
+        others = [other for n, other in enumerate(call.operands) if n != index and isinstance(other, fx.Node)]
+        is_alone = not any(storages & uses.shared[other] for other in others)
+        is_dead = not storages & uses.pinned and all(uses.last_reader[key] is node for key in storages)
         # A body that returns a view of its operand would be overwritten while it is still being copied out.
-        if key in pinned or keys.count(key) > 1 or last_use[key] != at or storage_key(inner.meta["val"]) in escaping:
-            continue
-        if _fills_storage(value):
+        is_kept_inside = storage_key(inner.meta["val"]) not in escaping
+        if is_alone and is_dead and is_kept_inside and _fills_storage(operand.meta["val"]):
             found.append(index)
     return found
 
 
 def _fills_storage(value: torch.Tensor) -> bool:
     """Whether the tensor is all of its storage: a view of a larger one would keep that alive."""
-    size = value.untyped_storage().nbytes()
-    return isinstance(size, torch.SymInt) or size == value.numel() * value.element_size()
+    return same_size(value.untyped_storage().nbytes(), value.numel() * value.element_size())
 
 
-def _match(call: Node, candidates: Sequence[int]) -> dict[int, int]:
-    _, in_dims, out_dims, _, *operands = call.args
+def _match(call: RegionCall, candidates: Sequence[int]) -> dict[int, int]:
     chosen: dict[int, int] = {}
-    for j, (out, dim) in enumerate(zip(call.meta["val"], out_dims, strict=True)):
+    for j, (out, dim) in enumerate(zip(call.outputs, call.out_dims, strict=True)):
         for i in candidates:
-            value = operands[i].meta["val"]
-            if i not in chosen.values() and in_dims[i] == dim and same_tensor_type(out, value) and same_strides(out, value):
+            value = call.operands[i].meta["val"]
+            if i not in chosen.values() and call.in_dims[i] == dim and same_tensor_type(out, value) and same_strides(out, value):
                 chosen[j] = i
                 break
     return chosen
-
-
-def _keys(node: Node) -> Iterator[int]:
-    value: Any = node.meta.get("val")
-    for item in value if isinstance(value, tuple | list) else (value,):
-        if isinstance(item, torch.Tensor):
-            yield storage_key(item)

@@ -100,7 +100,7 @@ def _parameter_data(parameter: Parameter) -> dict[str, Any]:
     """Defaults that JSON cannot say are left out: a loaded model then wants that argument given as it was captured."""
     value = parameter.default
     plain = value is None or type(value) in (bool, int, str) or type(value) is float and math.isfinite(value)
-    return {"name": parameter.name} | ({"default": value} if plain else {})
+    return {"name": parameter.name, "keyword_only": parameter.keyword_only} | ({"default": value} if plain else {})
 
 
 def load(path: str | Path, *, sha256: str | None = None) -> Saved:
@@ -113,7 +113,7 @@ def load(path: str | Path, *, sha256: str | None = None) -> Saved:
     path = Path(path)
     with _blaming(path):
         content = _content(path)
-        if sha256 is not None and hashlib.sha256(memoryview(content.numpy())).hexdigest() != sha256.lower():
+        if sha256 is not None and _sha256(content) != sha256.lower():
             raise ArtifactError(f"it does not have the SHA-256 {sha256}")
         members = zip_subset.read(content)
         manifest = _checked_manifest(content, members)
@@ -148,10 +148,14 @@ def _content(path: Path) -> torch.Tensor:
     """The whole file, read once: what is checked is what is used."""
     with open(path, "rb") as file:
         content = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
-        count = file.readinto(memoryview(content.numpy())) if len(content) else 0
+        count = file.readinto(content.numpy().data) if len(content) else 0
     if count != len(content):
         raise ArtifactError("it was cut off while it was read")
     return content
+
+
+def _sha256(content: torch.Tensor) -> str:
+    return hashlib.sha256(content.numpy().data).hexdigest()
 
 
 def _checked_manifest(content: torch.Tensor, members: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
@@ -168,9 +172,7 @@ def _checked_manifest(content: torch.Tensor, members: Mapping[str, tuple[int, in
     if set(manifest) != {"format", "members", "parameters", "contract", "reports", "tied"}:
         raise ArtifactError("its manifest has other keys than format 1 has")
     expected = {
-        name: {"size": end - begin, "sha256": hashlib.sha256(memoryview(content[begin:end].numpy())).hexdigest()}
-        for name, (begin, end) in members.items()
-        if name != _MANIFEST
+        name: {"size": end - begin, "sha256": _sha256(content[begin:end])} for name, (begin, end) in members.items() if name != _MANIFEST
     }
     if manifest["members"] != expected:
         raise ArtifactError("its members do not have the sizes and digests that its manifest gives")
@@ -188,9 +190,12 @@ def _list_of(value: Any, kind: type) -> list[Any]:
 
 
 def _parameter(data: dict[str, Any]) -> Parameter:
-    if not isinstance(data.get("name"), str) or not set(data) <= {"name", "default"} or isinstance(data.get("default"), list | dict):
+    known = {"name", "keyword_only"} <= set(data) <= {"name", "keyword_only", "default"}
+    if not known or not isinstance(data["name"], str) or not isinstance(data["keyword_only"], bool):
         raise ArtifactError("its manifest describes a parameter that is none")
-    return Parameter(data["name"], data.get("default", REQUIRED))
+    if isinstance(data.get("default"), list | dict):
+        raise ArtifactError(f"its manifest gives parameter {data['name']!r} a default that is no plain value")
+    return Parameter(data["name"], data.get("default", REQUIRED), data["keyword_only"])
 
 
 def _contract(name: Any) -> Contract:

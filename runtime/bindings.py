@@ -31,7 +31,7 @@ def _operator(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.aten, packet), overload)
 
 
-_BINDINGS: dict[Callable[..., Any], Callable[..., Any]] = {
+BINDINGS: dict[Callable[..., Any], Callable[..., Any]] = {
     _operator(name): getattr(home, name.partition(".")[0])
     for home, names in ((torch._C._VariableFunctions, _FUNCTIONS), (torch._C._nn, _NN_FUNCTIONS), (torch._C.TensorBase, _METHODS))
     for name in names
@@ -41,4 +41,4 @@ _BINDINGS: dict[Callable[..., Any], Callable[..., Any]] = {
 def binding(target: Callable[..., Any]) -> Callable[..., Any]:
     """A callable that computes what `target` does on the same arguments, with less overhead: a kernel of ours, torch's function."""
     # `_op` is what OpOverload.__call__ calls: one Python frame less.
-    return KERNELS.get(target) or _BINDINGS.get(target) or (target._op if isinstance(target, torch._ops.OpOverload) else target)
+    return KERNELS.get(target) or BINDINGS.get(target) or (target._op if isinstance(target, torch._ops.OpOverload) else target)

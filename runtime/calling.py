@@ -27,12 +27,14 @@ class Parameter:
 
     name: str
     default: Any = REQUIRED
+    keyword_only: bool = False
 
 
 def parameters_of(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
     """The named parameters of `forward` (`*args` and `**kwargs` excluded)."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return tuple(Parameter(p.name, p.default) for p in inspect.signature(forward).parameters.values() if p.kind not in variadic)
+    named = [p for p in inspect.signature(forward).parameters.values() if p.kind not in variadic]
+    return tuple(Parameter(p.name, p.default, p.kind is inspect.Parameter.KEYWORD_ONLY) for p in named)
 
 
 class Call:
@@ -92,10 +94,10 @@ class Call:
         return arranged
 
     def _by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        order = [p.name for p in self.parameters]
+        order = [p.name for p in self.parameters if not p.keyword_only]
         order += [name for name in self._names if name not in order]
         if len(args) > len(order):
-            raise InputError(f"the call has {len(args)} positional arguments, but the model takes {len(order)}: {', '.join(order)}")
+            raise InputError(f"the call has {len(args)} positional arguments, but the model takes {len(order)} ({', '.join(order)})")
         given = dict(zip(order, args, strict=False))
         for name, value in kwargs.items():
             if name in given:
@@ -106,9 +108,10 @@ class Call:
 
 def _argument_names(tree: Tree, leaf_names: list[str], parameters: Sequence[Parameter]) -> list[str]:
     """A name for each positional argument: the parameter's, else that of its first leaf, else its number."""
+    positional = [p for p in parameters if not p.keyword_only]
     names, leaf = [], 0
     for index, child in enumerate(tree.children):
-        known = parameters[index].name if index < len(parameters) else None
+        known = positional[index].name if index < len(positional) else None
         fallback = leaf_names[leaf] if child.kind == "leaf" else f"args[{index}]"
         names.append(known or fallback)
         leaf += child.num_leaves

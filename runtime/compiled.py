@@ -109,8 +109,7 @@ class CompiledModel(nn.Module):
 
         States are as before afterwards.
         """
-        self(*args, **kwargs) if self._runner is None else None
-        runner = self._present
+        runner = self._runner or self._compile_for(args, kwargs)
         device = "cuda" if any(weight.device.type == "cuda" for weight in self.program.weights.values()) else "cpu"
         with self._lock, runner.states_kept():
             self(*args, **kwargs)
@@ -138,7 +137,9 @@ class CompiledModel(nn.Module):
         for name, buffer in self._present.buffers.items():
             yield (f"{prefix}.{name}" if prefix else name), buffer
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """Every parameter, buffer and state, by name."""
         result = {} if destination is None else destination
         for name, tensor in (*self._present.parameters.items(), *self._present.buffers.items()):
@@ -193,9 +194,9 @@ class _Runner:
         self._out_spec = main.out_tree.to_spec()
         # Two calls at once would lose one update.
         self._turn: AbstractContextManager[Any] = threading.RLock() if self.states else nullcontext()
-        weights = [w for w in program.weights.values() if w.tensor is not None]
-        self.parameters = {w.name: nn.Parameter(w.tensor, requires_grad=False) for w in weights if w.kind == "parameter"}
-        self.buffers = {w.name: w.tensor for w in weights if w.kind == "buffer"} | self.states
+        tensors = [(w.name, w.kind, w.tensor) for w in program.weights.values() if w.tensor is not None]
+        self.parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, kind, tensor in tensors if kind == "parameter"}
+        self.buffers = {name: tensor for name, kind, tensor in tensors if kind == "buffer"} | self.states
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs, given = self.call.bind(args, kwargs)

@@ -57,7 +57,8 @@ class FlatGraph:
                 self._template[self._slot(node)] = bound(node)
             elif node.op == "call_function":
                 self.instructions.append(self._instruction(node, dying.get(node, [])))
-        self._leaves = [self._slot(leaf) for leaf in graph.output_node().args[0]]
+        leaves: Any = graph.output_node().args[0]
+        self._leaves = [self._slot(leaf) for leaf in leaves]
         self._steps = tuple(self._step(instruction) for instruction in self.instructions)
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
@@ -125,7 +126,8 @@ class FlatGraph:
 
     def _call(self, node: Node) -> tuple[Callable[..., Any], Operands]:
         """The operation as a function of positional operands, and how to pick these."""
-        operation = binding(node.target)
+        target: Any = node.target
+        operation = binding(target)
         if not node.kwargs:
             return operation, self._pick(node.args)
         if not any(_has_node(value) for value in node.kwargs.values()):

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import fx
 
-from ..ir import Node, Region, SymbolTable
+from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
 from ..ir.infer import storage_key, tensors_of
 from ..ir.program import region_of
 from ..ir.region import slice_bounds, units_of
+from ..ir.region_call import RegionCall
 from .flat import Boxed, FlatGraph
 from .sliced import Body, SlicedRun
 
@@ -26,12 +27,13 @@ def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend) -> fx.Graph:
     """The runnable form of `graph` for `backend`, "aten" or "inductor"."""
     lowering = _Inductor(symbols) if backend == "inductor" else _Aten()
     donors = plan_donations(graph)
-    lowered, copies = fx.Graph(), {}
+    lowered = fx.Graph()
+    copies: dict[Node, Node] = {}
     for piece in _pieces(graph):
         if isinstance(piece, list):
             lowering.segment(piece, lowered, copies)
         elif region_of(piece) is not None:
-            _sliced_call(SlicedRun(piece, donors.get(piece, {}), lowering.bodies(piece)), piece, lowered, copies)
+            _sliced_call(SlicedRun(piece, donors.get(piece, {}), lowering.bodies(RegionCall.of(piece))), piece, lowered, copies)
         else:
             copies[piece] = lowered.node_copy(piece, copies.__getitem__)
     return lowered
@@ -51,11 +53,11 @@ def _pieces(graph: fx.Graph) -> "list[Node | list[Node]]":
     return pieces
 
 
-def _sliced_call(run: SlicedRun, call: Node, lowered: fx.Graph, copies: dict[Node, Node]) -> None:
-    _, _, _, count, *operands = call.args
-    arguments = fx.map_arg((count, call.kwargs.get("units"), *operands), copies.__getitem__)
-    copies[call] = lowered.create_node("call_function", run, arguments, name="sliced")
-    copies[call].meta = call.meta
+def _sliced_call(run: SlicedRun, node: Node, lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+    call = RegionCall.of(node)
+    arguments = fx.map_arg((call.count, call.units, *call.operands), copies.__getitem__)
+    copies[node] = lowered.create_node("call_function", run, arguments, name="sliced")  # type: ignore[arg-type]
+    copies[node].meta = node.meta
 
 
 class _Aten:
@@ -65,7 +67,7 @@ class _Aten:
         for node in nodes:
             copies[node] = lowered.node_copy(node, copies.__getitem__)
 
-    def bodies(self, call: Node) -> Mapping[int, Body]:
+    def bodies(self, call: RegionCall) -> Mapping[int, Body]:
         return {}
 
 
@@ -102,23 +104,22 @@ class _Inductor:
             copies[output] = lowered.call_function(GETITEM, (call, index))
             copies[output].meta = output.meta
 
-    def bodies(self, call: Node) -> Mapping[int, Body]:
+    def bodies(self, call: RegionCall) -> Mapping[int, Body]:
         """The body compiled for each length of its slices; none where the lengths are not known before the call."""
-        region, in_dims, _, count, *operands = call.args
-        values = [operand.meta["val"] for operand in operands]
-        units = units_of(in_dims, values, call.kwargs.get("units"))
-        if not isinstance(units, int) or not isinstance(count, int):
+        values = [operand.meta["val"] for operand in call.operands]
+        units = units_of(call.in_dims, values, call.units)
+        if not isinstance(units, int) or not isinstance(call.count, int):
             return {}
-        lengths = {end - begin for begin, end in slice_bounds(units, min(count, units))}
-        return {length: self._body(region, in_dims, values, units, length) for length in sorted(lengths)}
+        lengths = {end - begin for begin, end in slice_bounds(units, min(call.count, units))}
+        return {length: self._body(call, values, units, length) for length in sorted(lengths)}
 
-    def _body(self, region: Region, in_dims: Sequence[int], values: Sequence[Any], units: int, length: int) -> Body:
+    def _body(self, call: RegionCall, values: Sequence[Any], units: int, length: int) -> Body:
         with self.symbols.inference():
             examples = [
                 value if dim < 0 else value.narrow(dim, 0, length * (value.size(dim) // units))
-                for value, dim in zip(values, in_dims, strict=True)
+                for value, dim in zip(values, call.in_dims, strict=True)
             ]
-        return self._compiled(region.graph, examples)
+        return self._compiled(call.body.graph, examples)
 
     def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Body:
         from ..codegen.cpu_inductor import CompiledGraph

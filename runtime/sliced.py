@@ -14,6 +14,7 @@ from torch import fx
 from ..ir import Node, Region
 from ..ir.infer import operands_of, same_strides, storage_key
 from ..ir.region import empty_whole, slice_bounds, units_of
+from ..ir.region_call import RegionCall
 from .flat import FlatGraph
 from .out_variant import is_pointwise, out_variant
 
@@ -78,21 +79,23 @@ class _Cut:
 class SlicedRun:
     """One region call, ready to run on `(count, units, *operands)`. `compiled` holds bodies by slice length."""
 
-    def __init__(self, call: Node, donors: Mapping[int, int], compiled: Mapping[int, Body] | None = None):
-        region, self.in_dims, out_dims = call.args[:3]
-        wholes = call.meta["val"]
+    def __init__(self, node: Node, donors: Mapping[int, int], compiled: Mapping[int, Body] | None = None):
+        call = RegionCall.of(node)
+        self.in_dims = call.in_dims
         self._outputs = [
             _Output.of(whole, part.meta["val"], dim, donors.get(j))
-            for j, (whole, part, dim) in enumerate(zip(wholes, region.outputs, out_dims, strict=True))
+            for j, (whole, part, dim) in enumerate(zip(call.outputs, call.body.outputs, call.out_dims, strict=True))
         ]
         self._compiled = compiled or {}
-        self._parts = FlatGraph(region.graph)
-        self._in_place = FlatGraph(_writing_body(region, wholes, donors))
+        self._parts = FlatGraph(call.body.graph)
+        self._in_place = FlatGraph(_writing_body(call.body, call.outputs, donors))
 
     def __call__(self, count: int, units: int | None, *operands: torch.Tensor) -> list[torch.Tensor]:
         total = units_of(self.in_dims, operands, units)
         count = min(count, total)
-        wholes = [self._donated(o, operands) if o.donor is not None else o.allocate() if o.is_static else None for o in self._outputs]
+        wholes: list[Any] = [
+            self._donated(o, operands) if o.donor is not None else o.allocate() if o.is_static else None for o in self._outputs
+        ]
         for index, (begin, end) in enumerate(slice_bounds(total, count)):
             cut = _Cut(index, count, begin, end - begin, total)
             inputs = [cut.narrow(operand, dim) for operand, dim in zip(operands, self.in_dims, strict=True)]
@@ -140,7 +143,8 @@ def _writing_body(region: Region, wholes: Sequence[torch.Tensor], donors: Mappin
             continue
         copies[node] = _copy(graph, node, copies)
         if node in direct:
-            copies[node].target = out_variant(node.target, node.meta["val"].device.type)
+            writer: Any = out_variant(node.target, node.meta["val"].device.type)
+            copies[node].target = writer
             copies[node].args = (*copies[node].args, direct[node])
     for j, part in enumerate(region.outputs):
         if part not in direct:

@@ -51,7 +51,7 @@ def tensor_member(name: str, tensors: Mapping[str, torch.Tensor]) -> Member:
     def chunks() -> Iterator[Any]:
         yield len(text).to_bytes(8, "little") + text
         for key in order:
-            yield memoryview(_bytes_of(tensors[key]).numpy())
+            yield _bytes_of(tensors[key]).numpy().data
 
     return Member(name, 8 + len(text) + at, chunks)
 

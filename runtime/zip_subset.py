@@ -132,7 +132,7 @@ def read(content: torch.Tensor) -> dict[str, tuple[int, int]]:
     Raises:
         ArtifactError: the bytes are not such an archive, or not as they were written.
     """
-    view = memoryview(content.numpy())
+    view = content.numpy().data
     if len(view) < _END.size + _DIGEST_LENGTH or bytes(view[:2]) != b"PK":
         raise ArtifactError("it is no .gw file, or was cut off")
     if hashlib.sha256(view[:-_DIGEST_LENGTH]).hexdigest().encode() != bytes(view[-_DIGEST_LENGTH:]):

@@ -1,0 +1,466 @@
+"""`compile` gives a model that is called like the original, says exactly what does not fit, and leaves the original as it was."""
+
+import copy
+import dataclasses
+import io
+import random
+import subprocess
+import sys
+import threading
+import warnings
+
+import graphwright as gw
+import numpy as np
+import pytest
+import torch
+from graphwright.runtime import backend as backend_module
+from graphwright.runtime.backend import has_cpp_compiler
+from torch import nn
+
+
+class Net(nn.Module):
+    """A linear layer, an optional mask, a keyword-only scale, and a counter that each call increases."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x, mask=None, *, scale=2.0):
+        self.count.add_(1)
+        y = self.linear(x) * scale
+        if mask is not None:
+            y = y * mask
+        return {"y": y, "more": (y + self.count, x.shape[0])}
+
+
+X = torch.randn(5, 6)
+BATCH = {"x": {0: torch.export.Dim("batch", min=2, max=9)}}
+
+
+def compiled(module=None, *args, **options):
+    options = {"example_inputs": args or (X,), "backend": "aten"} | options
+    return gw.compile(module if module is not None else Net(), **options)
+
+
+def dynamic():
+    return compiled(dynamic_shapes=BATCH)
+
+
+# --- calling ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_returns_what_the_module_returns_in_the_same_nesting():
+    net = Net()
+    ours, theirs = compiled(net)(X), net(X)
+    assert torch.equal(ours["y"], theirs["y"]) and torch.equal(ours["more"][0], theirs["more"][0])
+    assert list(ours) == ["y", "more"] and ours["more"][1] == 5 and isinstance(ours["more"], tuple)
+
+
+def test_arguments_may_be_named_in_any_order_and_defaults_may_be_spelled_out():
+    mask = torch.rand(5, 6)
+    net, call = Net(), (X, mask)
+    model = compiled(net, *call, example_kwargs={"scale": 3.0})
+    expected = net(X, mask, scale=3.0)["y"]
+    assert torch.equal(model(scale=3.0, mask=mask, x=X)["y"], expected)
+    assert torch.equal(model(X, mask=mask, scale=3.0)["y"], expected)
+    assert torch.equal(compiled()(X, None, scale=2.0)["more"][0][:0], X[:0])
+
+
+def test_dynamic_sizes_range_over_their_symbol():
+    net, model = Net(), dynamic()
+    net.load_state_dict(model.state_dict())
+    for rows in (2, 3, 9):
+        x = torch.randn(rows, 6)
+        ours, theirs = model(x), net(x)
+        assert torch.equal(ours["y"], theirs["y"]) and ours["more"][1] == rows
+
+
+MISFITS = {
+    "missing": ((), {}, "argument x is missing"),
+    "unknown": ((X,), {"z": 1}, "argument z was not there when the model was captured, which takes x"),
+    "too many": ((X, None, 3), {}, "the call has 3 positional arguments, but the model takes 2 \\(x, mask\\)"),
+    "twice": ((X,), {"x": X}, "argument x is given twice, by position and by name"),
+    "not the default": ((X, X), {}, "argument mask is a tensor .*, but the model was captured with its default None"),
+    "another constant": ((X,), {"scale": 3.0}, "argument scale is 3.0, but the model was captured with its default 2.0"),
+    "another kind": ((3,), {}, r"argument x is 3, but the model takes a tensor float32\[batch, 6\] there"),
+    "another tree": (([X],), {}, "argument x is a list, but the model was captured with a single value there"),
+    "another dtype": ((X.double(),), {}, "argument x is torch.float64, but the model was captured for torch.float32"),
+    "another device": ((X.to("meta"),), {}, "argument x is on meta, but the model was captured for cpu"),
+    "another layout": ((X.to_sparse(),), {}, "argument x has layout torch.sparse_coo"),
+    "another rank": ((X[0],), {}, r"argument x has 1 dims, \[6\], but the model takes float32\[batch, 6\]"),
+    "another static size": ((X[:, :4],), {}, "argument x dim 1 is 4, but the model was captured for 6"),
+    "below the range": ((X[:1],), {}, "argument x dim 0 is 1, but batch ranges from 2 to 9"),
+    "above the range": ((torch.randn(10, 6),), {}, "argument x dim 0 is 10, but batch ranges from 2 to 9"),
+}
+
+
+@pytest.fixture(scope="module")
+def dynamic_model():
+    return dynamic()
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_misfit_is_one_sentence_that_names_the_argument(name, dynamic_model):
+    args, kwargs, message = MISFITS[name]
+    with pytest.raises(gw.InputError, match=f"^{message}") as failure:
+        dynamic_model(*args, **kwargs)
+    assert "\n" not in str(failure.value)
+
+
+class Nested(nn.Module):
+    def forward(self, batch, pair):
+        return batch["a"] + batch["b"] + pair[0] * pair[1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "pair", "message"),
+    [
+        ({"a": X}, (X, X), r"argument batch has the keys 'a', but the model was captured with 'a', 'b'"),
+        ({"a": X, "b": X[:2]}, (X, X), r"argument batch\['b'\] dim 0 is 2, but the model was captured for 5"),
+        ({"a": X, "b": X}, [X, X], "argument pair is a list, but the model was captured with a tuple there"),
+        ({"a": X, "b": X}, (X,), "argument pair has 1 items, but the model was captured with 2"),
+        (X, (X, X), "argument batch is a Tensor, but the model was captured with a dict there"),
+    ],
+)
+def test_a_misfit_inside_a_nested_argument_names_its_path(batch, pair, message):
+    model = compiled(Nested(), {"a": X, "b": X}, (X, X))
+    with pytest.raises(gw.InputError, match=f"^{message}"):
+        model(batch, pair)
+
+
+def test_two_arguments_that_are_one_tensor_in_the_example_stay_two():
+    class Difference(nn.Module):
+        def forward(self, a, b):
+            return a - b
+
+    for model in (compiled(Difference(), X, X), gw.compile(Difference(), backend="aten")):
+        assert torch.equal(model(X, X), X - X)
+        assert torch.equal(model(X, 3 * X), X - 3 * X)
+
+
+def test_a_dict_may_come_in_another_order():
+    model, y = compiled(Nested(), {"a": X, "b": 2 * X}, (X, X)), torch.rand(5, 6)
+    assert torch.equal(model({"b": y, "a": X}, (X, X)), Nested()({"a": X, "b": y}, (X, X)))
+
+
+def test_sizes_of_one_symbol_must_agree():
+    class Sum(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+    rows = torch.export.Dim("rows", max=20)
+    model = compiled(Sum(), X, X, dynamic_shapes={"a": {0: rows}, "b": {0: rows}})
+    with pytest.raises(gw.InputError, match="^argument b dim 0 is 4, but rows is 5 already, from a dim 0"):
+        model(X, X[:4])
+
+
+def test_sizes_that_are_multiples_of_a_symbol_must_agree():
+    class Pairs(nn.Module):
+        def forward(self, a, b):
+            return a + b.reshape(a.shape[0], 2, 6).sum(1)
+
+    rows = torch.export.Dim("rows", max=20)
+    model = compiled(Pairs(), X, torch.randn(10, 6), dynamic_shapes={"a": {0: rows}, "b": {0: 2 * rows}})
+    assert model(X[:3], torch.randn(6, 6)).shape == (3, 6)
+    with pytest.raises(gw.InputError, match=r"^argument b dim 0 is 7, but 2\*rows is 6"):
+        model(X[:3], torch.randn(7, 6))
+
+
+def test_inputs_may_lie_in_memory_in_another_order():
+    class View(nn.Module):
+        def forward(self, x):
+            return x.reshape(30) * 2
+
+    assert torch.equal(compiled(View())(X.t().contiguous().t()), View()(X))
+
+
+@dataclasses.dataclass
+class Output:
+    first: torch.Tensor
+    second: torch.Tensor | None
+
+
+torch.utils._pytree.register_dataclass(Output, serialized_type_name="tests.Output")
+
+
+def test_a_dataclass_comes_back_as_itself():
+    class Net(nn.Module):
+        def forward(self, pair: Output) -> Output:
+            return Output(pair.first + pair.second, None)
+
+    output = compiled(Net(), Output(X, X))(Output(X, 2 * X))
+    assert type(output) is Output and torch.equal(output.first, 3 * X) and output.second is None
+
+
+# --- states ----------------------------------------------------------------------------------------------------------------
+
+
+def test_states_are_the_models_own_and_move_with_each_call():
+    net = Net()
+    model = compiled(net)
+    for call in (1, 2, 3):
+        output = model(X)
+        assert torch.equal(output["more"][0] - output["y"], (output["y"] + call) - output["y"])
+    assert net.count == 0 and model.state_dict()["count"] == 3
+
+
+def test_an_input_that_the_model_writes_to_is_written_to():
+    class Append(nn.Module):
+        def forward(self, cache, x):
+            cache[1].copy_(x)
+            return cache.sum(0)
+
+    cache, theirs, x = torch.zeros(3, 6), torch.zeros(3, 6), torch.randn(6)
+    model = compiled(Append(), torch.zeros(3, 6), x)
+    assert torch.equal(model(cache, x), Append()(theirs, x)) and torch.equal(cache, theirs)
+    strided = torch.zeros(6, 3).t()
+    model(strided, x)
+    assert torch.equal(strided, theirs)
+
+
+def test_an_output_does_not_change_when_a_later_call_moves_the_state_that_it_shows():
+    class Show(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(2))
+
+        def forward(self, x):
+            self.count.add_(x)
+            return self.count
+
+    model = compiled(Show(), torch.ones(2))
+    first, second = model(torch.ones(2)), model(torch.ones(2))
+    assert first.tolist() == [1, 1] and second.tolist() == [2, 2]
+
+
+# --- as a module -----------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_and_buffers_keep_their_names_and_share_memory():
+    net = Net()
+    model = compiled(net)
+    assert list(model.state_dict()) == ["linear.weight", "linear.bias", "count"]
+    assert dict(model.named_parameters()).keys() == {"linear.weight", "linear.bias"}
+    assert model.state_dict()["linear.weight"].data_ptr() == net.linear.weight.data_ptr()
+
+
+def test_what_a_compiled_model_cannot_do_says_what_to_do():
+    model = compiled(Net().eval())
+    for attempt, error, message in (
+        (lambda: model.half(), gw.TargetError, "convert the original module and compile it again"),
+        (lambda: model.to("meta"), gw.TargetError, "convert the original module and compile it again"),
+        (lambda: model.train(), gw.InputError, r"captured in eval mode: compile the original after .train\(\)"),
+        (lambda: model.load_state_dict({}), gw.InputError, "load them into the original module and compile it again"),
+        (lambda: torch.save(model, io.BytesIO()), gw.ArtifactError, r"compiled.save\('model.gw'\)"),
+        (lambda: copy.deepcopy(model), gw.ArtifactError, "share it"),
+    ):
+        with pytest.raises(error, match=message):
+            attempt()
+    assert model.float().to("cpu").eval() is model
+
+
+def test_measuring_keeps_states_and_fills_in_the_report():
+    model = compiled()
+    assert "not measured" in str(model.report())
+    measured = model.measure(X)
+    assert model.state_dict()["count"] == 0 and measured.seconds > 0
+    text = str(model.report())
+    assert "contract: exact." in text and "predicted, planned" in text and "measured" in text and "backend: aten" in text
+
+
+# --- what may be compiled ----------------------------------------------------------------------------------------------------
+
+
+def test_a_module_is_captured_on_its_first_call():
+    net = Net()
+    model = gw.compile(net, backend="aten")
+    with pytest.raises(gw.InputError, match="captured on its first call"):
+        print(model.program)
+    assert torch.equal(model(X, scale=4.0)["y"], net(X, scale=4.0)["y"])
+    assert "aten.linear" in str(model.program)
+
+
+def test_an_exported_program_a_program_and_files_are_compiled_too(tmp_path):
+    net = Net()
+    exported = torch.export.export(net, (X,), strict=False)
+    model = gw.compile(exported, backend="aten")
+    model.save(tmp_path / "net.gw")
+    torch.export.save(exported, tmp_path / "net.pt2")
+    expected = net(X)["y"]
+    for source in (exported, model.program, model, tmp_path / "net.gw", str(tmp_path / "net.gw")):
+        assert torch.equal(gw.compile(source, backend="aten")(X)["y"], expected)
+    assert torch.equal(gw.compile(tmp_path / "net.pt2", backend="aten", trusted=True)(X)["y"], expected)
+    with pytest.raises(gw.ArtifactError, match="can run code when it is read: pass trusted=True"):
+        gw.compile(tmp_path / "net.pt2")
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(gw.InputError, match="not a int"):
+        gw.compile(3)
+    with pytest.raises(gw.InputError, match="net.onnx is no model file"):
+        gw.compile(tmp_path / "net.onnx")
+    (tmp_path / "bad.pt2").write_bytes(b"nothing")
+    with pytest.raises(gw.ArtifactError, match="bad.pt2 is not read by torch.export"):
+        gw.compile(tmp_path / "bad.pt2", trusted=True)
+
+
+def test_passes_run_are_held_to_their_contract_and_leave_their_programs():
+    seen = []
+    model = compiled(passes="remove-dead-code,fold-constants", cleanups=False, verify="numeric", progress=lambda *args: seen.append(args))
+    assert model.program.pipeline == "remove-dead-code,fold-constants" and len(model.history) == 3
+    assert seen[-1][0] == seen[-1][1] == 2
+    assert "fold-constants" in str(model.report())
+
+
+# --- backends --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
+def test_inductor_serves_every_size_in_the_range_and_leaves_program_and_configuration_alone():
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    configs = [torch._dynamo.config, torch._inductor.config]
+    before = [config.save_config_portable() for config in configs]
+    net = Net()
+    model = compiled(net, dynamic_shapes={"x": {0: torch.export.Dim("batch", max=64)}}, backend="inductor")
+    text = str(model.program)
+    for rows in (1, 2, 5, 64):
+        x = torch.randn(rows, 6)
+        # Fused code reassociates sums of 6 float32 terms.
+        torch.testing.assert_close(model(x)["more"][0], net(x)["more"][0], rtol=1e-6, atol=1e-6)
+    assert str(model.program) == text
+    assert [config.save_config_portable() for config in configs] == before
+
+
+def test_a_backend_that_cannot_run_here_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(backend_module, "has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, message in (
+        ("inductor", "install g\\+\\+ or clang\\+\\+, or use backend='aten'"),
+        ("triton", "needs a GPU and found none"),
+        ("tpu", "it is one of auto, aten, inductor, triton"),
+    ):
+        with pytest.raises(gw.TargetError, match=message):
+            compiled(backend=name)
+    assert backend_module.choose_backend("auto") == "aten"
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------------
+
+
+def in_threads(count, work):
+    """Runs `work(n)` in `count` threads that start together; their results, or the first failure."""
+    results, barrier = [None] * count, threading.Barrier(count)
+
+    def body(n):
+        barrier.wait()
+        try:
+            results[n] = work(n)
+        except Exception as error:
+            results[n] = error
+
+    threads = [threading.Thread(target=body, args=(n,), daemon=True) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a call hangs"
+    return results
+
+
+def test_calls_from_threads_equal_calls_in_turn():
+    model = compiled(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)), dynamic_shapes=({0: torch.export.Dim("batch", max=40)},))
+    inputs = [torch.randn(2 + n, 6) for n in range(16)]
+    expected = [model(x) for x in inputs]
+    results = in_threads(16, lambda n: [model(inputs[n]) for _ in range(50)])
+    for outputs, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(output, wanted) for output in outputs)
+
+
+def test_no_call_loses_a_state_update():
+    model = compiled()
+    in_threads(8, lambda n: [model(X) for _ in range(25)])
+    assert model.state_dict()["count"] == 200
+
+
+def test_threads_that_call_first_share_one_capture():
+    model = gw.compile(nn.Linear(6, 6), backend="aten")
+    programs = in_threads(8, lambda n: (model(X), model.program)[1])
+    assert all(program is programs[0] for program in programs)
+
+
+# --- untouched -------------------------------------------------------------------------------------------------------------
+
+
+def surroundings():
+    """Every global that compiling must leave alone."""
+    return {
+        "torch rng": torch.get_rng_state().tolist(),
+        "numpy rng": str(np.random.get_state()),
+        "random": random.getstate(),
+        "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "filters": list(warnings.filters),
+        "path": list(sys.path),
+    }
+
+
+def portrait(module):
+    """Everything of a module that a user can see."""
+    return {
+        name: (
+            m.training,
+            sorted(m.__dict__),
+            {k: (id(v), v.requires_grad, v.tolist()) for k, v in m._parameters.items() if v is not None},
+            {k: (id(v), v.tolist()) for k, v in m._buffers.items() if v is not None},
+            [len(hooks) for key, hooks in sorted(m.__dict__.items()) if key.endswith("_hooks")],
+        )
+        for name, m in module.named_modules()
+    }
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiling_and_calling_leaves_the_module_and_the_process_as_they_were(training, tmp_path):
+    net = Net().train(training)
+    net.linear.weight.requires_grad_(False)
+    net.linear.register_forward_hook(lambda module, args, output: output * 1)
+    compiled(net)(X)  # imports what is imported late
+    before, around = portrait(net), surroundings()
+    model = compiled(net)
+    model(X)
+    model.save(tmp_path / "net.gw")
+    with pytest.raises(gw.InputError):
+        model(X[:2])
+    assert portrait(net) == before
+    assert surroundings() == around
+
+
+def test_a_failed_capture_leaves_the_module_as_it_was():
+    class Branch(Net):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    net = Branch()
+    before, around = portrait(net), surroundings()
+    with pytest.raises(gw.CaptureError):
+        compiled(net)
+    assert portrait(net) == before and surroundings() == around
+
+
+# --- import ----------------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_imports_none_of_torch_and_public_names_resolve():
+    program = "import sys, graphwright; print([m for m in sys.modules if m.split('.')[0] == 'torch'])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert set(gw.__all__) <= set(dir(gw))
+    for name in gw.__all__:
+        assert getattr(gw, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'missing'"):
+        _ = gw.missing

@@ -1,0 +1,89 @@
+"""The memory meter sees every allocation that was made while it watched, and nothing else."""
+
+import pytest
+import torch
+from graphwright.runtime.backend import has_cpp_compiler
+from graphwright.runtime.memory import measure_peak
+
+KIB = 1024
+
+
+def block(kib):
+    return torch.empty(kib * KIB, dtype=torch.uint8)
+
+
+def test_blocks_that_live_together_add_up():
+    def run():
+        a, b = block(100), block(50)
+        return a, b
+
+    assert measure_peak(run).peak_bytes == 150 * KIB
+
+
+def test_blocks_that_follow_one_another_do_not():
+    def run():
+        for kib in (70, 100, 80):
+            block(kib)
+
+    assert measure_peak(run).peak_bytes == 100 * KIB
+
+
+def test_the_peak_may_lie_in_the_middle():
+    def run():
+        a = block(10)
+        b, c = block(200), block(30)
+        del b, c
+        return a, block(20)
+
+    measured = measure_peak(run)
+    assert (measured.peak_bytes, measured.kept_bytes) == (240 * KIB, 30 * KIB)
+
+
+def test_what_was_there_before_counts_for_nothing_even_when_it_is_freed():
+    held = [block(1000)]
+
+    def run():
+        held.clear()
+        return block(10)
+
+    assert measure_peak(run).peak_bytes == 10 * KIB
+
+
+def test_what_an_earlier_measurement_kept_counts_for_nothing_when_it_is_freed():
+    held = []
+    measure_peak(lambda: held.append(block(1000)))
+
+    def run():
+        a = block(30)
+        held.clear()
+        return a, block(20)
+
+    measured = measure_peak(run)
+    assert (measured.peak_bytes, measured.kept_bytes) == (50 * KIB, 50 * KIB)
+
+
+def test_scratch_inside_a_kernel_is_seen():
+    x = torch.randn(1, 64, 64)
+    # The math form of attention materialises its scores; its output alone is one x.
+    mask = torch.zeros(64, 64)
+    measured = measure_peak(lambda: torch.ops.aten._scaled_dot_product_attention_math(x, x, x, mask))
+    assert measured.peak_bytes >= 3 * 64 * 64 * 4
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
+def test_allocations_of_compiled_code_are_seen():
+    from torch._inductor.compile_fx import compile_fx
+
+    def two_matmuls(x):
+        return [(x @ x).relu() @ x]
+
+    x = torch.randn(64, 64)
+    with torch.no_grad():
+        compiled = compile_fx(torch.fx.symbolic_trace(two_matmuls), [x])
+        compiled(x)
+        assert measure_peak(lambda: compiled(x)).peak_bytes == 2 * 64 * 64 * 4
+
+
+def test_time_is_measured_only_on_demand():
+    assert measure_peak(lambda: None).seconds is None
+    assert measure_peak(lambda: None, timed=True).seconds > 0
