@@ -432,7 +432,9 @@ def test_adding_zero_to_a_float_stays_because_of_the_sign_of_zero() -> None:
     assert run(program(body), [torch.full((4,), -0.0)])[0][0][0] == torch.inf  # 1/-0.0 would be -inf
 
 
-@pytest.mark.parametrize(("dtype", "call"), [("i64", "aten.add.Tensor(%x, 0)"), ("i64", "aten.mul.Tensor(%x, 1)"), ("i64", "aten.sub.Tensor(%x, 0)")])
+@pytest.mark.parametrize(
+    ("dtype", "call"), [("i64", "aten.add.Tensor(%x, 0)"), ("i64", "aten.mul.Tensor(%x, 1)"), ("i64", "aten.sub.Tensor(%x, 0)")]
+)
 def test_neutral_arithmetic_on_integers_goes(dtype: str, call: str) -> None:
     body = f"input %x : {dtype}[4]\n" + "{}%z = aten.neg.default({})\nreturn %z"
     becomes(RemoveNoOps(), body.format(f"%y = {call}\n", "%y"), body.format("", "%x"))
@@ -443,7 +445,9 @@ def test_arithmetic_that_changes_the_dtype_stays(call: str) -> None:
     stays(RemoveNoOps(), f"input %x : i64[4]\n%y = {call}\n%z = aten.neg.default(%y)\nreturn %z")
 
 
-@given(st.sampled_from([1, 1.0, 0, 0.0, -0.0]), st.sampled_from(["mul.Tensor", "div.Tensor", "add.Tensor", "sub.Tensor", "pow.Tensor_Scalar"]))
+@given(
+    st.sampled_from([1, 1.0, 0, 0.0, -0.0]), st.sampled_from(["mul.Tensor", "div.Tensor", "add.Tensor", "sub.Tensor", "pow.Tensor_Scalar"])
+)
 @settings(max_examples=25)
 def test_whatever_goes_was_the_identity_on_every_kind_of_float(scalar: float, name: str) -> None:
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3e38, torch.inf, -torch.inf, torch.nan])
@@ -574,7 +578,9 @@ def test_a_batch_norm_in_eval_mode_disappears_into_the_layer_before_it(
         (torch.nn.ReLU(), torch.nn.BatchNorm1d(3), (2, 3, 4), "what it normalises is no convolution or linear layer"),
     ],
 )
-def test_a_batch_norm_that_cannot_be_folded_says_why(layer: torch.nn.Module, norm: torch.nn.Module, shape: tuple[int, ...], reason: str) -> None:
+def test_a_batch_norm_that_cannot_be_folded_says_why(
+    layer: torch.nn.Module, norm: torch.nn.Module, shape: tuple[int, ...], reason: str
+) -> None:
     _, report = clean(FoldBatchNorm(), capture(batch_norm_model(layer, norm), (torch.randn(shape),)))
     assert report.records == () and [left.reason for left in report.left] == [reason]
 
@@ -671,6 +677,7 @@ def chain(sites: int) -> str:
 
 def test_each_site_is_looked_at_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear, as counted: inferences a site do not grow with the program."""
+
     def inferences(sites: int) -> int:
         counted, before = [0], program(chain(sites))
         original = remove_no_ops.infer
