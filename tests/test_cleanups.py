@@ -274,10 +274,12 @@ def test_a_weight_is_named_after_its_module_and_captured_node_and_never_collides
         "aten.new_empty.default(@w, [4])",
         "aten.view.default(@w, [4])",
         "aten.expand.default(@w, [4])",
+        "aten.split.Tensor(@w, 4)\n%c = getitem(%p, 0)",
     ],
 )
 def test_random_uninitialised_and_merely_viewed_values_are_not_folded(constant: str) -> None:
-    body = f"input %x : f32[4]\n%c = {constant}\n%y = aten.mul.Tensor(%x, %c)\nreturn %y, %x"
+    first = "%p" if "%p" in constant else "%c"
+    body = f"input %x : f32[4]\n{first} = {constant}\n%y = aten.mul.Tensor(%x, %c)\nreturn %y, %x"
     before = program(body, {"w": torch.rand(4)})
     after = PassManager([FoldConstants()]).run(before)
     assert function_text(after.program) == function_text(before)
@@ -344,6 +346,22 @@ def test_the_parts_of_a_split_constant_are_folded() -> None:
         return %y"""),
     )
     assert function_text(cleaned).count("aten.") == 1
+
+
+def test_of_a_call_whose_parts_the_caller_receives_only_the_operands_are_folded() -> None:
+    cleaned, _ = clean(
+        FoldConstants(),
+        program(
+            """
+        input %x : f32[2]
+        %e = aten.exp.default(@w)
+        %t = aten.topk.default(%e, 2)
+        %a = getitem(%t, 0)
+        return %a, %x""",
+            {"w": torch.rand(4)},
+        ),
+    )
+    assert list(cleaned.weights) == ["constant"] and "aten.exp" not in str(cleaned) and "aten.topk" in str(cleaned)
 
 
 def test_a_program_without_values_says_why_nothing_was_folded() -> None:
