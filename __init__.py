@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .ir import capture as capture
     from .ir import op as op
     from .ir import parse as parse
+    from .ir.diff import diff as diff
     from .ir.errors import ArtifactError as ArtifactError
     from .ir.errors import BudgetError as BudgetError
     from .ir.errors import CaptureError as CaptureError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _HOMES = {
     ".compiler": ("compile", "load"),
     ".ir": ("Program", "capture", "op", "parse"),
+    ".ir.diff": ("diff",),
     ".ir.errors": (
         "ArtifactError", "BudgetError", "CaptureError", "ContractError", "GraphwrightError", "InputError", "ParseError", "PassError",
         "TargetError", "VerifyError",

@@ -190,7 +190,9 @@ class _Importer:
             elif spec.kind == OutputKind.USER_OUTPUT:
                 user.append(value)
             else:
-                raise CaptureError(f"the exported program has an output of kind {spec.kind.name}, which only training needs: export for inference")
+                raise CaptureError(
+                    f"the exported program has an output of kind {spec.kind.name}, which only training needs: export for inference"
+                )
         set_outputs(self.graph, [*user, *states], tuple(names))
 
 

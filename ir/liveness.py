@@ -21,7 +21,7 @@ from .calls import name_of
 from .donation import plan_donations
 from .infer import storage_key, tensors_of
 from .program import Function, Node, region_of
-from .workspace import workspace
+from .workspace import NOMINAL_THREADS, workspace
 
 
 @dataclass
@@ -70,12 +70,12 @@ class MemoryProfile:
         return [self.storage_of[key] for key in storage_keys(value) if key in self.storage_of]
 
 
-def profile(function: Function) -> MemoryProfile:
+def profile(function: Function, threads: int = NOMINAL_THREADS) -> MemoryProfile:
     """The memory profile of a function, at the hints of its symbols; region outputs take donated storages as the runtime does."""
-    return profile_graph(function.graph)
+    return profile_graph(function.graph, threads)
 
 
-def profile_graph(graph: fx.Graph) -> MemoryProfile:
+def profile_graph(graph: fx.Graph, threads: int = NOMINAL_THREADS) -> MemoryProfile:
     """The memory profile of a graph or region body."""
     donations = plan_donations(graph)
     nodes = [node for node in graph.nodes if node.op == "call_function"]
@@ -107,7 +107,7 @@ def profile_graph(graph: fx.Graph) -> MemoryProfile:
             storage.values.append(node)
             last = max((position.get(user, len(nodes)) for user in node.users), default=i)
             storage.dies = max(storage.dies, last, i)
-    workspaces = np.array([node_workspace(node) for node in nodes], dtype=np.int64)
+    workspaces = np.array([node_workspace(node, threads) for node in nodes], dtype=np.int64)
     live = live_bytes(storages, len(nodes)) + workspaces
     return MemoryProfile(nodes, storages, live, workspaces, by_key, input_bytes, weight_bytes)
 
@@ -121,10 +121,10 @@ def live_bytes(storages: Sequence[Storage], length: int) -> np.ndarray:
     return np.cumsum(delta)[:length]
 
 
-def node_workspace(node: Node) -> int:
+def node_workspace(node: Node, threads: int = NOMINAL_THREADS) -> int:
     """Bytes that a call needs beside operands and results; for a region, the peak inside its body."""
     body = region_of(node)
-    return profile_graph(body.graph).peak_bytes if body is not None else workspace(node)
+    return profile_graph(body.graph, threads).peak_bytes if body is not None else workspace(node, threads).total
 
 
 def storage_keys(value: Any) -> list[int]:

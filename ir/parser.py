@@ -59,8 +59,7 @@ _KINDS = ("parameter", "buffer", "constant", "state")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
 _LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
 _FORMATS = {
-    str(x).removeprefix("torch."): x
-    for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+    str(x).removeprefix("torch."): x for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 
 

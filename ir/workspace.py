@@ -1,9 +1,121 @@
-"""Bytes that an ATen kernel allocates beside its operands and results, on CPU, as measured with torch 2.13."""
+"""Bytes that a CPU kernel allocates beside its operands and results, as measured with torch 2.13.
 
-from typing import Any
+Where a kernel wants an operand in another layout, it makes a copy: oneDNN's convolutions take input and weight in blocks, norms
+take contiguous input. Attention keeps a tile of scores for each thread. Plans must not depend on the thread count of the machine
+that makes them, so a nominal one stands in unless the caller knows better.
+"""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .infer import contiguous_stride, tensors_of
+from .pattern import named_arguments
 from .program import Node
 
+NOMINAL_THREADS = 2
+_FLOAT = 4
 
-def workspace(node: Node) -> int:
-    return 0
+
+class Workspace(NamedTuple):
+    """Scratch bytes of a call: `moving` shrink with a slice of its rows, `fixed` do not."""
+
+    moving: int = 0
+    fixed: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.moving + self.fixed
+
+
+def workspace(node: Node, threads: int = NOMINAL_THREADS) -> Workspace:
+    """The scratch of one call, symbols at their hints; none for an operation that is not known to need any."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    rule = _RULES.get(name)
+    return rule(named_arguments(node), node, threads) if rule is not None else Workspace()
+
+
+def _conv(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+    return Workspace(_bytes(a["input"]), _bytes(a["weight"]))
+
+
+def _layer_norm(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+    x = a["input"]
+    rows = _numel(x) // max(1, _product(a["normalized_shape"]))
+    return Workspace((0 if _is_contiguous(x) else _bytes(x)) + 2 * rows * _FLOAT)
+
+
+def _group_norm(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+    return Workspace(0 if _is_contiguous(a["input"]) else _bytes(a["input"]))
+
+
+def _upsample(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+    return Workspace(_bytes(a["input"]) + _bytes(node))
+
+
+def _attention(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+    """ATen's flash kernel: for each thread a tile of scores, its row maxima and sums, and a tile of the result; the row
+    log-sum-exp for all rows. Tiles are 256, 64 or 32 queries by 512 keys."""
+    *batch, length, width = _sizes(a["query"])
+    keys = _sizes(a["key"])[-2]
+    tile = min(length, 256 if length >= 768 else 64 if length >= 192 else 32)
+    scores = tile * min(keys, 512) + 2 * tile + tile * width
+    return Workspace(_product(batch) * length * _FLOAT, threads * scores * _FLOAT)
+
+
+def _causal_attention(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+    """As attention, with the mask that the body makes: booleans [L, S] and their float form."""
+    mask = _sizes(a["q"])[-2] * _sizes(a["k"])[-2]
+    moving, fixed = _attention({"query": a["q"], "key": a["k"]}, node, threads)
+    return Workspace(moving + mask * (1 + _FLOAT), fixed)
+
+
+def _norm_stats(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+    return Workspace(_bytes(a["x"]) // max(1, a["groups"]))
+
+
+_RULES: dict[str, Callable[[dict[str, Any], Node, int], Workspace]] = {
+    "aten::conv1d": _conv,
+    "aten::conv2d": _conv,
+    "aten::conv3d": _conv,
+    "aten::layer_norm": _layer_norm,
+    "aten::group_norm": _group_norm,
+    "aten::upsample_nearest2d": _upsample,
+    "aten::scaled_dot_product_attention": _attention,
+    "gw::causal_attention": _causal_attention,
+    "gw::norm_stats": _norm_stats,
+}
+
+
+def _tensor(node: Any) -> torch.Tensor:
+    return tensors_of(node.meta["val"])[0]
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _sizes(node: Any) -> list[int]:
+    return [_hint(size) for size in _tensor(node).shape]
+
+
+def _product(sizes: Any) -> int:
+    result = 1
+    for size in sizes:
+        result *= _hint(size) if not isinstance(size, Node) else 1
+    return result
+
+
+def _numel(node: Any) -> int:
+    return _product(_sizes(node))
+
+
+def _bytes(node: Any) -> int:
+    return _numel(node) * _tensor(node).dtype.itemsize
+
+
+def _is_contiguous(node: Any) -> bool:
+    value = _tensor(node)
+    expected = contiguous_stride(_sizes(node))
+    return all(_hint(n) <= 1 or _hint(s) == e for n, s, e in zip(value.shape, value.stride(), expected, strict=True))

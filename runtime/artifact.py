@@ -139,7 +139,9 @@ def _blaming(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        raise ArtifactError(f"{path} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise ArtifactError(
+            f"{path} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
 
 
 def _content(path: Path) -> torch.Tensor:

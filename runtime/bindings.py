@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..codegen.cpu_kernels import KERNELS
+
 _FUNCTIONS = """
     add.Tensor sub.Tensor mul.Tensor div.Tensor pow.Tensor_Scalar neg.default exp.default log.default sqrt.default rsqrt.default
     abs.default sin.default cos.default tanh.default sigmoid.default relu.default eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor
@@ -37,6 +39,6 @@ _BINDINGS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def binding(target: Callable[..., Any]) -> Callable[..., Any]:
-    """A callable that computes what `target` does on the same arguments, with less overhead."""
+    """A callable that computes what `target` does on the same arguments, with less overhead: a kernel of ours, torch's function."""
     # `_op` is what OpOverload.__call__ calls: one Python frame less.
-    return _BINDINGS.get(target) or (target._op if isinstance(target, torch._ops.OpOverload) else target)
+    return KERNELS.get(target) or _BINDINGS.get(target) or (target._op if isinstance(target, torch._ops.OpOverload) else target)

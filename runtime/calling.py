@@ -65,7 +65,10 @@ class Call:
 
     def _arranged(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tree, Any]]:
         """(name, tree, value) of each captured argument, however it was passed."""
-        captured = [*zip(self._names, self._positional.children, strict=True), *zip(self._keyword.keys, self._keyword.children, strict=True)]
+        captured = [
+            *zip(self._names, self._positional.children, strict=True),
+            *zip(self._keyword.keys, self._keyword.children, strict=True),
+        ]
         given = self._by_name(args, kwargs)
         arranged = []
         for name, tree in captured:
@@ -195,7 +198,9 @@ class _LeafCheck:
         """`value` as the program takes it: laid out in memory as at capture."""
         if self.kind == "constant":
             if not _equal_constants(value, self.constant):
-                raise InputError(f"argument {path} is {_shown(value)}, but the model was captured for {_shown(self.constant)}: compile it again")
+                raise InputError(
+                    f"argument {path} is {_shown(value)}, but the model was captured for {_shown(self.constant)}: compile it again"
+                )
             return value
         if self.kind == "size":
             if type(value) is not int:

@@ -218,7 +218,10 @@ class _Runner:
     def saved(self) -> Saved:
         compiled = self.compilation
         with self._turn:
-            states = {name: replace(compiled.program.weights[name], tensor=s.clone(), known_digest=None, _memo={}) for name, s in self.states.items()}
+            states = {
+                name: replace(compiled.program.weights[name], tensor=s.clone(), known_digest=None, _memo={})
+                for name, s in self.states.items()
+            }
         program = compiled.program.copy()
         program.weights.update(states)
         return Saved(program, compiled.parameters, compiled.contract, tuple(map(str, compiled.reports)))

@@ -32,7 +32,7 @@ class Executor:
         self._states = {str(p.target): _tensor(program, p) for p in body.placeholders if p.meta.get("role", "input") == "state"}
         # Where each placeholder's value comes from: a name for a state, None for the next input.
         self._sources = [str(p.target) if p.meta.get("role", "input") == "state" else None for p in body.placeholders]
-        self._flat = FlatGraph(lower(body.graph, backend), lambda node: _tensor(program, node))
+        self._flat = FlatGraph(lower(body.graph, program.symbols, backend), lambda node: _tensor(program, node))
 
     def __call__(
         self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None

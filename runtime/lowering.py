@@ -1,32 +1,144 @@
-"""From a function's graph to the graph that runs: each region becomes a `SlicedRun`, and what a backend compiles one call."""
+"""From a function's graph to the graph that runs: each region becomes a `SlicedRun`, and what a backend compiles one call.
 
-from collections.abc import Callable, Mapping
+With Inductor, the longest runs of operations between regions are compiled, and each region's body for the one or two lengths that
+its slices have.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from ..ir import Node
-from ..ir.program import region_of
+from ..ir import Node, Region, SymbolTable
+from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
-from .sliced import SlicedRun
+from ..ir.infer import storage_key, tensors_of
+from ..ir.program import region_of
+from ..ir.region import slice_bounds, units_of
+from .flat import Boxed, FlatGraph
+from .sliced import Body, SlicedRun
 
 Backend = str
 
 
-def lower(graph: fx.Graph, backend: Backend) -> fx.Graph:
+def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend) -> fx.Graph:
     """The runnable form of `graph` for `backend`, "aten" or "inductor"."""
+    lowering = _Inductor(symbols) if backend == "inductor" else _Aten()
     donors = plan_donations(graph)
-    return _lower_regions(graph, lambda call: SlicedRun(call, donors.get(call, {})))
-
-
-def _lower_regions(graph: fx.Graph, run: Callable[[Node], SlicedRun]) -> fx.Graph:
-    """`graph` with each region call replaced by a call of what `run` gives for it, on `(count, units, *operands)`."""
     lowered, copies = fx.Graph(), {}
-    for node in graph.nodes:
-        copies[node] = lowered.node_copy(node, copies.__getitem__)
-        if region_of(node) is not None:
-            _, _, _, count, *operands = copies[node].args
-            copies[node].args = (count, copies[node].kwargs.get("units"), *operands)
-            copies[node].kwargs = {}
-            copies[node].target = run(node)
+    for piece in _pieces(graph):
+        if isinstance(piece, list):
+            lowering.segment(piece, lowered, copies)
+        elif region_of(piece) is not None:
+            _sliced_call(SlicedRun(piece, donors.get(piece, {}), lowering.bodies(piece)), piece, lowered, copies)
+        else:
+            copies[piece] = lowered.node_copy(piece, copies.__getitem__)
     return lowered
+
+
+def _pieces(graph: fx.Graph) -> "list[Node | list[Node]]":
+    """The graph in order: runs of calls as lists; regions with their results, and whatever is no call, one by one."""
+    pieces: list[Any] = []
+    for node in graph.nodes:
+        result_of_region = node.target is GETITEM and region_of(node.args[0]) is not None
+        if node.op != "call_function" or region_of(node) is not None or result_of_region:
+            pieces.append(node)
+        elif pieces and isinstance(pieces[-1], list):
+            pieces[-1].append(node)
+        else:
+            pieces.append([node])
+    return pieces
+
+
+def _sliced_call(run: SlicedRun, call: Node, lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+    _, _, _, count, *operands = call.args
+    arguments = fx.map_arg((count, call.kwargs.get("units"), *operands), copies.__getitem__)
+    copies[call] = lowered.create_node("call_function", run, arguments, name="sliced")
+    copies[call].meta = call.meta
+
+
+class _Aten:
+    """Every operation by its own kernel."""
+
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+        for node in nodes:
+            copies[node] = lowered.node_copy(node, copies.__getitem__)
+
+    def bodies(self, call: Node) -> Mapping[int, Body]:
+        return {}
+
+
+class _Segment(Boxed):
+    """Compiled code as an operation."""
+
+    def __init__(self, run: Callable[[list[Any]], list[Any]]):
+        self.run = run
+
+    def __call__(self, arguments: list[Any]) -> list[Any]:
+        return self.run(arguments)
+
+    def __str__(self) -> str:
+        return "a compiled segment"
+
+
+@dataclass(frozen=True)
+class _Inductor:
+    """Segments and bodies as Inductor's C++."""
+
+    symbols: SymbolTable
+
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+        inside = set(nodes)
+        inputs = list(dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside))
+        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+        if not _computes(outputs, inputs):
+            _Aten().segment(nodes, lowered, copies)
+            return
+        graph = _cut_out(nodes, inputs, outputs)
+        run = _Segment(self._compiled(graph, [node.meta["val"] for node in inputs]))
+        call = lowered.create_node("call_function", run, tuple(map(copies.__getitem__, inputs)), name="segment")
+        for index, output in enumerate(outputs):
+            copies[output] = lowered.call_function(GETITEM, (call, index))
+            copies[output].meta = output.meta
+
+    def bodies(self, call: Node) -> Mapping[int, Body]:
+        """The body compiled for each length of its slices; none where the lengths are not known before the call."""
+        region, in_dims, _, count, *operands = call.args
+        values = [operand.meta["val"] for operand in operands]
+        units = units_of(in_dims, values, call.kwargs.get("units"))
+        if not isinstance(units, int) or not isinstance(count, int):
+            return {}
+        lengths = {end - begin for begin, end in slice_bounds(units, min(count, units))}
+        return {length: self._body(region, in_dims, values, units, length) for length in sorted(lengths)}
+
+    def _body(self, region: Region, in_dims: Sequence[int], values: Sequence[Any], units: int, length: int) -> Body:
+        with self.symbols.inference():
+            examples = [
+                value if dim < 0 else value.narrow(dim, 0, length * (value.size(dim) // units))
+                for value, dim in zip(values, in_dims, strict=True)
+            ]
+        return self._compiled(region.graph, examples)
+
+    def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Body:
+        from ..codegen.cpu_inductor import CompiledGraph
+
+        return CompiledGraph(graph, examples, self.symbols, FlatGraph(graph))
+
+
+def _computes(outputs: Sequence[Node], inputs: Sequence[Node]) -> bool:
+    """Whether a segment makes a tensor: views and arithmetic on sizes are not worth a compilation."""
+    known = {storage_key(tensor) for node in inputs for tensor in tensors_of(node.meta["val"])}
+    return any(storage_key(tensor) not in known for node in outputs for tensor in tensors_of(node.meta["val"]))
+
+
+def _cut_out(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> fx.Graph:
+    """The graph of `nodes` alone."""
+    graph, copies = fx.Graph(), {}
+    for index, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"input_{index}")
+        copies[node].meta = node.meta
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return graph

@@ -9,6 +9,7 @@ from ..ir.liveness import profile
 from ..passes import Contract
 from .memory import Measurement
 
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of activations at the peak, as predicted: as captured, as planned by the passes, and the least that any plan can reach."""

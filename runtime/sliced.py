@@ -171,7 +171,8 @@ def _positional(target: Any) -> int:
 def _reads_are_over(region: Region, part: Node, donor: Node) -> bool:
     """Whether nothing after `part` reads the donated slice, and `part` itself only element by element."""
     aliases = {
-        node for node in region.graph.nodes
+        node
+        for node in region.graph.nodes
         if isinstance(node.meta.get("val"), torch.Tensor) and storage_key(node.meta["val"]) == storage_key(donor.meta["val"])
     }
     after = False

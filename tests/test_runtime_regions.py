@@ -3,10 +3,8 @@
 import pytest
 import torch
 from graphwright import ir
-from graphwright.ir.program import region_of
 from graphwright.ir.rewriter import RegionBuilder
 from graphwright.ir.run import run as reference_run
-from graphwright.ir.donation import plan_donations
 from graphwright.runtime.executor import Executor
 from torch import nn
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ...ir import Node
-from ...ir.links import Refusal, Tag
 from ...ir.infer import tensors_of
+from ...ir.links import Refusal, Tag
 from ...ir.liveness import hint
 from .scene import END, Scene, is_dense, value_bytes
 
@@ -110,6 +110,7 @@ class _Sweep:
     weights: int = 0
     allocating: int = 0
     hoisted: int = 0
+    fixed: int = 0
 
 
 def sweep(
@@ -239,7 +240,8 @@ def _add(scene: Scene, state: _Sweep, node: Node, tags: tuple[Tag | None, ...]) 
             if key not in state.storage_bytes:
                 state.storage_bytes[key] = hint(tensor.untyped_storage().nbytes())
                 state.live += state.storage_bytes[key]
-    state.transient = max(state.transient, state.live + scene.workspace_of[node])
+    state.transient = max(state.transient, state.live + scene.workspace_of[node].moving)
+    state.fixed = max(state.fixed, scene.workspace_of[node].fixed)
     owned = [key for key in set(scene.keys[node]) if key in state.storage_bytes]
     users = len(scene.users[node])
     state.waiting[node] = users
@@ -262,11 +264,7 @@ def _add(scene: Scene, state: _Sweep, node: Node, tags: tuple[Tag | None, ...]) 
 
 def _snapshot(scene: Scene, axis: Axis, state: _Sweep, order: list[Node], start: int, position: int, base: int) -> Candidate | None:
     """The candidate that ends after `position`; None if an output could not be laid out again as it was."""
-    escaping = [
-        node
-        for node, waiting in state.waiting.items()
-        if waiting and any(key in state.storage_bytes for key in scene.keys[node])
-    ]
+    escaping = [node for node, waiting in state.waiting.items() if waiting and any(key in state.storage_bytes for key in scene.keys[node])]
     for node in escaping:
         if len(tensors_of(node.meta["val"])) != 1 or isinstance(node.meta["val"], tuple) or not is_dense(node):
             return None
@@ -279,7 +277,7 @@ def _snapshot(scene: Scene, axis: Axis, state: _Sweep, order: list[Node], start:
         tags=dict(state.tags),
         first=start,
         last=position,
-        base=base + state.hoisted,
+        base=base + state.hoisted + state.fixed,
         escaping=state.escaping - donated,
         transient=state.transient,
         weight_bytes=state.weights,

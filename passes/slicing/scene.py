@@ -11,6 +11,8 @@ from ...ir import Function, Node
 from ...ir.infer import contiguous_stride, storage_key, tensors_of
 from ...ir.links import OperandSlot, Refusal, Tag, backward, forward, kind
 from ...ir.liveness import hint, node_workspace, storage_bytes
+from ...ir.program import region_of
+from ...ir.workspace import Workspace, workspace
 
 END = 2**62  # the position of the function's return
 
@@ -26,8 +28,7 @@ class Scene:
     keys: dict[Node, tuple[int, ...]]
     outside_keys: frozenset[int]
     makes: dict[Node, int]
-    workspaces: list[int]
-    workspace_of: dict[Node, int]
+    workspace_of: dict[Node, Workspace]
     weight_bytes: dict[Node, int]
     _backward: dict[Any, Any] = field(default_factory=dict)
     _forward: dict[Any, Any] = field(default_factory=dict)
@@ -56,8 +57,7 @@ class Scene:
             keys=keys,
             outside_keys=frozenset(outside),
             makes=makes,
-            workspaces=(workspaces := [node_workspace(node) for node in nodes]),
-            workspace_of=dict(zip(nodes, workspaces, strict=True)),
+            workspace_of={node: _scratch(node) for node in nodes},
             weight_bytes={n: sum(storage_bytes(o.meta["val"]) for o in n.all_input_nodes if o.op == "get_attr") for n in nodes},
         )
 
@@ -89,6 +89,10 @@ class Scene:
     def values(self, node: Node) -> Iterator[Any]:
         """The tensors that a node gives."""
         yield from tensors_of(node.meta["val"])
+
+
+def _scratch(node: Node) -> Workspace:
+    return Workspace(fixed=node_workspace(node)) if region_of(node) is not None else workspace(node)
 
 
 def value_bytes(node: Node) -> int:

@@ -1,0 +1,142 @@
+"""Inductor's C++ for a functional graph: straight from FX, without Dynamo, and boxed, so that inputs die at their last use.
+
+Compiling guesses at dynamic sizes and records what it took for granted; `CompiledGraph` holds these guards against the sizes of
+each call and runs ATen where one fails. Symbols are declared anew for it, so that no guess reaches the program.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..ir import Node, Symbol, SymbolTable
+from ..ir.infer import fake_like
+
+Boxed = Callable[[list[Any]], list[Any]]
+
+
+class CompiledGraph:
+    """A graph compiled for inputs of the types `examples` (FakeTensors and SymInts), called with a list that it empties.
+
+    `fallback` runs the same graph for sizes that the compiled code was not made for.
+    """
+
+    def __init__(self, graph: fx.Graph, examples: Sequence[Any], symbols: SymbolTable, fallback: Boxed):
+        fresh = _FreshSymbols(symbols)
+        inputs = [fresh.value(example) for example in examples]
+        self._run = _compile(graph, inputs)
+        self._fallback = fallback
+        self._strides = [_static_stride(leaf) for leaf in graph.output_node().args[0]]
+        self._guards = fresh.guards()
+        self._sizes = _size_places(inputs)
+        self._verdicts: dict[tuple[int, ...], bool] = {}
+
+    def __call__(self, arguments: list[Any]) -> list[Any]:
+        if self._guards and not self._holds(arguments):
+            return self._fallback(arguments)
+        passed = [weakref.ref(argument) for argument in arguments if isinstance(argument, torch.Tensor)]
+        outputs = list(self._run(arguments))
+        return [self._as_typed(n, output) for n, output in enumerate(_distinct(outputs, passed))]
+
+    def _holds(self, arguments: list[Any]) -> bool:
+        sizes = tuple(arguments[n] if dim is None else arguments[n].size(dim) for _, n, dim in self._sizes)
+        if sizes not in self._verdicts:
+            known = {symbol: size for (symbol, _, _), size in zip(self._sizes, sizes, strict=True)}
+            self._verdicts[sizes] = all(guard.xreplace(known) == sympy.true for guard in self._guards)
+        return self._verdicts[sizes]
+
+    def _as_typed(self, index: int, output: Any) -> Any:
+        """Inductor may choose strides; later operations rely on those of the program."""
+        stride = self._strides[index]
+        if stride is None or all(n <= 1 or a == b for n, a, b in zip(output.shape, output.stride(), stride, strict=True)):
+            return output
+        return torch.empty_strided(output.shape, stride, dtype=output.dtype, device=output.device).copy_(output)
+
+
+def _compile(graph: fx.Graph, inputs: list[Any]) -> Boxed:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    module = fx.GraphModule({}, _boxed(graph))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), config.patch(fallback_random=True):
+        warnings.simplefilter("ignore")
+        return compile_fx(module, [inputs])
+
+
+def _boxed(graph: fx.Graph) -> fx.Graph:
+    """`graph` taking its inputs as one list, which torch empties (`steal_arg`)."""
+    result, copies = fx.Graph(), {}
+    box = result.placeholder("inputs")
+    box.meta["steal_arg"] = True
+    index = 0
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = result.call_function(_item, (box, index))
+            index += 1
+        else:
+            copies[node] = result.node_copy(node, copies.__getitem__)
+            copies[node].meta = {}
+    return result
+
+
+def _item(values: list[Any], index: int) -> Any:
+    return values[index]
+
+
+class _FreshSymbols:
+    """The symbols of a program, declared in a table of their own."""
+
+    def __init__(self, symbols: SymbolTable):
+        self.table = SymbolTable()
+        self._of = {symbols.size(s.name).node.expr: self.table.declare(Symbol(s.name, s.low, s.high, s.hint)).node.expr for s in symbols}
+
+    def value(self, example: Any) -> Any:
+        if isinstance(example, torch.Tensor):
+            shape, stride = map(self._size, example.shape), map(self._size, example.stride())
+            return fake_like(self.table, example.dtype, shape, stride, example.device)
+        return self._size(example)
+
+    def _size(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        return self.table.env.create_symintnode(size.node.expr.xreplace(self._of), hint=size.node.hint)
+
+    def guards(self) -> list[Any]:
+        """What compiling took for granted about the sizes."""
+        env = self.table.env
+        fixed = [sympy.Eq(symbol, value) for symbol, value in env.replacements.items()]
+        return [*(guard.expr for guard in env.guards), *fixed]
+
+
+def _size_places(inputs: Sequence[Any]) -> list[tuple[Any, int, int | None]]:
+    """(symbol, input, dim) of a place where each symbol stands alone; dim None for an input that is a size."""
+    places: dict[Any, tuple[int, int | None]] = {}
+    for n, value in enumerate(inputs):
+        sizes = list(enumerate(value.shape)) if isinstance(value, torch.Tensor) else [(None, value)]
+        for dim, size in sizes:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                places.setdefault(size.node.expr, (n, dim))
+    return [(symbol, n, dim) for symbol, (n, dim) in places.items()]
+
+
+def _distinct(outputs: list[Any], passed: Sequence[Any]) -> list[Any]:
+    """Outputs that are the same object as an input, or as another output, as tensors of their own on that memory.
+
+    Inductor drops clones that nobody can tell apart; whoever counts the owners of a storage can.
+    """
+    seen = {id(tensor) for reference in passed if (tensor := reference()) is not None}
+    result = []
+    for output in outputs:
+        result.append(torch.ops.aten.alias(output) if id(output) in seen and isinstance(output, torch.Tensor) else output)
+        seen.add(id(output))
+    return result
+
+
+def _static_stride(leaf: Any) -> tuple[int, ...] | None:
+    value = leaf.meta["val"] if isinstance(leaf, Node) else None
+    stride = value.stride() if isinstance(value, torch.Tensor) else ()
+    return tuple(stride) if isinstance(value, torch.Tensor) and all(isinstance(step, int) for step in stride) else None
