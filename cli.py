@@ -8,10 +8,12 @@ import contextlib
 import difflib
 import importlib
 import json
+import logging
 import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     try:
         options = _parser().parse_args(arguments)
-        result = _run(options)
+        with _quiet_libraries():
+            result = _run(options)
     except _Mistake as mistake:
         return _complain(mistake, as_json)
     except KeyboardInterrupt:
@@ -75,6 +78,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Mistake(Exception):
     """A user's mistake: said in one line."""
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """torch logs and warns on stderr while it captures; what matters of that is in our errors."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _run(options: argparse.Namespace) -> Result:
@@ -165,13 +181,13 @@ def _finish(parser: argparse.ArgumentParser) -> None:
 # --- models ----------------------------------------------------------------------------------------------------------------
 
 
-def _load(spec: str) -> Model:
+def _load(spec: str, trusted: bool) -> Model:
     """The model that `spec` names. Files other than program texts are left to `compile`, which reads them."""
     from . import models
 
     path = Path(spec)
     if path.suffix in SUFFIXES or (path.exists() and not path.is_dir()):
-        return _load_file(path)
+        return _load_file(path, trusted)
     name, colon, rest = spec.partition(":")
     if name in models.names():
         module, args, kwargs = models.load(name, rest if colon else "small")
@@ -183,11 +199,13 @@ def _load(spec: str) -> Model:
     raise _Mistake(f"{spec} is no file, no zoo name and no module:factory: {advice}")
 
 
-def _load_file(path: Path) -> Model:
+def _load_file(path: Path, trusted: bool) -> Model:
     from .ir import parse
 
     if not path.exists():
         raise _Mistake(f"{path} does not exist")
+    if path.suffix == ".pt2" and not trusted:
+        raise _Mistake(f"{path} can run code when it is read: add --trusted if you made it")
     if path.suffix != ".txt":
         return Model(path)
     try:
@@ -269,7 +287,7 @@ def _compile(options: argparse.Namespace) -> Result:
     choose_backend(options.backend)  # a wrong one is said before the work
     output = _writable(options.output)
     parse_pipeline(options.passes or "")
-    model = _load(options.model)
+    model = _load(options.model, options.trusted)
     if isinstance(model.model, Program) and options.model.endswith(".txt"):
         raise _Mistake(f"{options.model} has no weights: compile takes a .gw or .pt2 file, a zoo name or module:factory")
     args, kwargs = model.example or (None, None)
@@ -330,7 +348,7 @@ def _dump(options: argparse.Namespace) -> Result:
     from .passes import PassManager
 
     manager = PassManager(_pipeline(options) if options.passes is not None else ())
-    model = _load(options.model)
+    model = _load(options.model, options.trusted)
     with _progress() as manager.progress:
         program = manager.run(_program(model, options.trusted)).program
     weights = [
@@ -347,7 +365,7 @@ def _dump(options: argparse.Namespace) -> Result:
 def _diff(options: argparse.Namespace) -> Result:
     from .ir.diff import diff
 
-    a, b = (_program(_load(spec), options.trusted) for spec in (options.a, options.b))
+    a, b = (_program(_load(spec, options.trusted), options.trusted) for spec in (options.a, options.b))
     plain = diff(a, b)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and not options.json
     return Result(diff(a, b, color=True) if color else plain, {"equal": not plain, "diff": plain}, FOUND if plain else OK)
@@ -361,7 +379,7 @@ def _verify(options: argparse.Namespace) -> Result:
 
     pipeline = _pipeline(options) if options.passes is not None or options.numeric else ()
     PassManager(pipeline)  # a wrong order is said before the work
-    model = _load(options.model)
+    model = _load(options.model, options.trusted)
     program = _program(model, options.trusted)
     inputs = None
     if model.example is not None:
