@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import json
 import logging
 import os
@@ -82,11 +83,11 @@ class _Mistake(Exception):
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """torch logs and warns on stderr while it captures; what matters of that is in our errors."""
+    """torch logs, warns and prints graphs on stderr while it captures; what matters of that is in our errors."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -111,7 +112,9 @@ def _complain(mistake: _Mistake, as_json: bool) -> int:
         return MISTAKE
     cause = mistake.__cause__
     notes = list(getattr(cause, "__notes__", ()))
-    return _print(json.dumps({"error": {"type": type(cause or mistake).__name__.lstrip("_"), "message": str(mistake), "notes": notes}}), MISTAKE)
+    return _print(
+        json.dumps({"error": {"type": type(cause or mistake).__name__.lstrip("_"), "message": str(mistake), "notes": notes}}), MISTAKE
+    )
 
 
 def _print(text: str, code: int) -> int:
@@ -148,7 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     _finish(parser)
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
 
-    def add(name: str, command: Callable[[argparse.Namespace], Result], about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable[[argparse.Namespace], Result], about: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=list(parents), help=about, description=about[0].upper() + about[1:] + ".")
         _finish(added)
         added.set_defaults(command=command)
@@ -235,7 +240,7 @@ def _users_code() -> Iterator[None]:
     """The current folder can be imported from, and what is printed does not mix with our output."""
     sys.path.insert(0, os.getcwd())
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.__stderr__), contextlib.redirect_stderr(sys.__stderr__):
             yield
     finally:
         sys.path.remove(os.getcwd())
@@ -263,14 +268,15 @@ def _pipeline(options: argparse.Namespace) -> tuple["Pass", ...]:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None] | None]:
     """A callback that moves a bar on a terminal's stderr; None elsewhere."""
-    if not sys.stderr.isatty():
+    terminal = sys.__stderr__  # sys.stderr itself is silenced while a command runs
+    if terminal is None or not terminal.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(file=terminal), transient=True) as bar:
         task = bar.add_task("reading", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name or "done")
 
@@ -397,7 +403,11 @@ def _verify(options: argparse.Namespace) -> Result:
     unjudged = [each.spelling for each in result.reports if each.verdict is not None and each.verdict.kind != "right"]
     lines = ["program: structure right", *map(_verdict_line, result.reports)]
     lines.append(f"not verified: inconclusive after {', '.join(unjudged)}" if unjudged else "verified")
-    data = {"verdict": "inconclusive" if unjudged else "right", "numeric": options.numeric, "passes": [_report_data(each) for each in result.reports]}
+    data = {
+        "verdict": "inconclusive" if unjudged else "right",
+        "numeric": options.numeric,
+        "passes": [_report_data(each) for each in result.reports],
+    }
     return Result("\n".join(lines), data, FOUND if unjudged else OK)
 
 
@@ -422,7 +432,9 @@ def _passes(options: argparse.Namespace) -> Result:
         found.append({"name": name, "contract": str(kind().contract), "cleanup": name in cleanups, "about": about, "options": listed})
     rows = []
     for each in found:
-        shown = [f"{o['name']}={o['default']}  ({o['legal']})" for o in each["options"]] or ["exact clean-up, on by default" if each["cleanup"] else ""]
+        shown = [f"{o['name']}={o['default']}  ({o['legal']})" for o in each["options"]] or [
+            "exact clean-up, on by default" if each["cleanup"] else ""
+        ]
         rows += [[each["name"] if i == 0 else "", each["contract"] if i == 0 else "", line] for i, line in enumerate(shown)]
     return Result(_table(["pass", "contract", "options with their defaults"], rows), {"passes": found})
 
@@ -490,8 +502,19 @@ def _demo(options: argparse.Namespace) -> Result:
         (folder / "demo.txt").write_text(str(compiled.program), encoding="utf-8")
         (folder / "report.txt").write_text(str(compiled.report()), encoding="utf-8")
         lines += ["", f"wrote {folder / 'demo.txt'} and {folder / 'report.txt'}"]
-    sides = {name: {"peak_bytes": s.peak_bytes, "seconds": s.seconds, "live": s.live, "held": s.held} for name, s in (("eager", before), ("compiled", after))}
-    data = {"model": f"video_unet:{size}", "torch": torch.__version__, "threads": threads, "compile_seconds": seconds, "error": error, "left": left, **sides}
+    sides = {
+        name: {"peak_bytes": s.peak_bytes, "seconds": s.seconds, "live": s.live, "held": s.held}
+        for name, s in (("eager", before), ("compiled", after))
+    }
+    data = {
+        "model": f"video_unet:{size}",
+        "torch": torch.__version__,
+        "threads": threads,
+        "compile_seconds": seconds,
+        "error": error,
+        "left": left,
+        **sides,
+    }
     return Result("\n".join(lines), data)
 
 
