@@ -480,12 +480,13 @@ def _demo(options: argparse.Namespace) -> Result:
     threads = torch.get_num_threads()
     head = f"video_unet, {size}, float32, torch {torch.__version__}, CPU with {os.cpu_count()} cores ({threads} threads), backend aten"
     top = max(before.live)
+    peak_ratio, time_ratio = after.peak_bytes / before.peak_bytes, after.seconds / before.seconds
     lines = [
         head,
         f"slice-groups{{memory_budget=25%}}, contract exact; compiled in {seconds:.1f} s",
         "",
-        f"  peak memory of a call   {mib(before.peak_bytes):>10} eager   {mib(after.peak_bytes):>10} compiled   {after.peak_bytes / before.peak_bytes:.2f} x",
-        f"  time of a call          {before.seconds:>8.2f} s eager   {after.seconds:>8.2f} s compiled   {after.seconds / before.seconds:.2f} x",
+        f"  peak memory of a call   {mib(before.peak_bytes):>10} eager   {mib(after.peak_bytes):>10} compiled   {peak_ratio:.2f} x",
+        f"  time of a call          {before.seconds:>8.2f} s eager   {after.seconds:>8.2f} s compiled   {time_ratio:.2f} x",
         f"  largest difference      {error:.1e} of the largest output",
         "",
         f"bytes live at each call, as predicted; the top of both is {mib(top)}",
