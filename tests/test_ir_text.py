@@ -454,7 +454,7 @@ def test_regions_do_not_nest() -> None:
         call("gw.sliced(%x) in_dims=[0] out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n return 3\n}"),
         call("gw.sliced(%x, 3) in_dims=[0, -1] out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n input %2 = 3\n return %1\n}"),
         call("getitem(%x, 99)"),
-        call("sym.pow(9, 999999999)").replace("gives (*)", "gives (*)"),
+        call("sym.pow(9, 100000)"),
         call("aten.relu.default(%x)", "f32[4611686018427387904, 4611686018427387904]"),
         call("aten.relu.default(%x)", "f32[2] strides [4611686018427387904]"),
         call("aten.full.default([1000000000000, 1000000000000], 1.0)"),
