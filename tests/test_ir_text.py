@@ -10,6 +10,7 @@ from graphwright import ir
 from graphwright.ir.errors import InputError, ParseError
 from graphwright.ir.printer import literal
 from graphwright.ir.run import run
+from graphwright.ir.types import DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -73,13 +74,10 @@ def roundtrip(text: str) -> str:
         'aten.clone.default(%x, memory_format=memory_format("preserve_format"))',
         'aten.full.default([2, 3], 1.0, dtype=f32, device=device("cpu"), pin_memory=false)',
         "aten.cat.default([%x, %x], 1)",
-        "aten.index.Tensor(%x, [none, none])",
+        "aten.index.Tensor(%x, [none, none])",  # no item at all: the whole value
     ],
 )
 def test_every_argument_kind_is_written_back_as_it_was_read(written: str) -> None:
-    if "index.Tensor" in written:
-        pytest.raises(ParseError, ir.parse, call(written))  # all none: torch itself refuses it
-        return
     assert f"%0 = {written} : " in roundtrip(call(written))
 
 
@@ -90,7 +88,7 @@ def test_lists_keep_their_none_items() -> None:
     assert "[none, %i, none]) : f32[2, 5, 4]" in roundtrip(text)
 
 
-@pytest.mark.parametrize("name", sorted(ir.types.DTYPES if hasattr(ir, "types") else []) or ["f32"])
+@pytest.mark.parametrize("name", sorted(DTYPES))
 def test_every_dtype_is_a_type_and_an_argument(name: str) -> None:
     text = function(f"  input %x : {name}[2]\n  %0 = aten.empty.memory_format([2], dtype={name})")
     assert f"dtype={name}) : {name}[2]" in roundtrip(text)
@@ -207,14 +205,14 @@ def test_trees_of_dicts_lists_and_objects() -> None:
 
 REGION = function(
     """  input %x : f32[6, 4]
-  %0 = gw.sliced(%x, @w) in_dims=[0, -1] out_dims=[0] count=4 : (f32[6, 3]) {  # [0,1] model.py:7 ffn
-    input %1 : f32[2, 4]
-    input %2 : f32[3, 4]
-    %3 = aten.linear.default(%1, %2) : f32[2, 3]  # [0] model.py:7 ffn
-    %4 = aten.relu.default(%3) : f32[2, 3]  # [1] model.py:8 ffn
-    return %4
+  %4 = gw.sliced(%x, @w) in_dims=[0, -1] out_dims=[0] count=4 : (f32[6, 3]) {  # [0,1] model.py:7 ffn
+    input %0 : f32[2, 4]
+    input %1 : f32[3, 4]
+    %2 = aten.linear.default(%0, %1) : f32[2, 3]  # [0] model.py:7 ffn
+    %3 = aten.relu.default(%2) : f32[2, 3]  # [1] model.py:8 ffn
+    return %3
   }
-  %5 = getitem(%0, 0) : f32[6, 3]  # [1] model.py:8 ffn""",
+  %5 = getitem(%4, 0) : f32[6, 3]  # [1] model.py:8 ffn""",
     returns="%5", before='weight @w : f32[3, 4] parameter "?"\n',
 )  # fmt: skip
 
@@ -235,7 +233,7 @@ def test_regions_keep_units_and_orders() -> None:
     text = (
         REGION.replace("count=4", "count=2 units=3 orders=[[1, 0]]")
         .replace(": (f32[6, 3])", ": (f32[6, 3] strides [1, 6])").replace("f32[2, 4]", "f32[4, 4]")
-        .replace("%4 : f32[2, 3]", "%4").replace(": f32[2, 3]", ": f32[4, 3]").replace("%5 = getitem(%0, 0) : f32[6, 3]", "%5 = getitem(%0, 0)")
+        .replace(": f32[2, 3]", ": f32[4, 3]").replace("%5 = getitem(%0, 0) : f32[6, 3]", "%5 = getitem(%0, 0)")
     )  # fmt: skip
     assert "count=2 units=3 orders=[[1, 0]] : (f32[6, 3] strides [1, 6]) {" in roundtrip(text)
 
@@ -304,7 +302,7 @@ def test_a_hostile_module_path_stays_in_its_comment() -> None:
 
     program = ir.parse(call("aten.relu.default(%x)"))
     program.main.calls[0].meta["where"] = Where("a.py", 1, "x\nreturn %0\n}\u202e")
-    assert str(program).isascii() and ir.parse(str(program)).main.signature().inputs == ir.parse(str(program)).main.signature().inputs
+    assert str(program).isascii() and str(ir.parse(str(program))) == str(program)
     assert len(str(program).splitlines()) == len(call("aten.relu.default(%x)").splitlines())
 
 
@@ -395,12 +393,12 @@ ERRORS = [
     (function("  input %x : f32[2]", returns="%x, %x"), 6, 3, "takes 1 and gives 1 leaves, but has 1 inputs and returns 2"),
     (function("  input %x : f32[2]", returns="%x").rstrip("}\n"), 7, 12, "expected"),
     (function("  input %x : f32[2]", returns="%x") + function("  input %x : f32[2]", returns="%x").removeprefix(HEAD), 10, 10, "defined twice"),
-    (REGION.replace(" count=4", ""), 8, 52, "gw.sliced needs count"),
-    (REGION.replace("count=4", "cuont=4"), 8, 52, "gw.sliced has no attribute cuont"),
-    (REGION.replace("aten.linear.default(%1, %2)", "aten.linear.default(%1, @w)"), 11, 34, "takes its weights as operands"),
-    (REGION.replace("aten.linear.default(%1, %2)", "aten.linear.default(%x, %2)"), 11, 30, "%x is not defined here"),
-    (REGION + "schedule s = [1, }", 22, 18, "expected an integer"),
-    (REGION + 'pipeline 3', 22, 10, "expected a string"),
+    (REGION.replace(" count=4", ""), 8, 55, "gw.sliced needs count"),
+    (REGION.replace("count=4", "cuont=4"), 8, 55, "gw.sliced has no attribute cuont"),
+    (REGION.replace("aten.linear.default(%0, %1)", "aten.linear.default(%0, @w)"), 11, 34, "takes its weights as operands"),
+    (REGION.replace("aten.linear.default(%0, %1)", "aten.linear.default(%x, %1)"), 11, 30, "%x is not defined here"),
+    (REGION + "schedule s = [1, }", 18, 18, "expected an integer"),
+    (REGION + 'pipeline 3', 18, 10, "expected a string"),
 ]  # fmt: skip
 
 
@@ -435,9 +433,9 @@ def test_complex_numbers_do_not_nest_without_bound() -> None:
 
 
 def test_regions_do_not_nest() -> None:
-    inner = "    %3 = gw.sliced(%1) in_dims=[0] out_dims=[0] count=1 {\n" * 5000
+    inner = "    %2 = gw.sliced(%0) in_dims=[0] out_dims=[0] count=1 {\n" * 5000
     with pytest.raises(ParseError):
-        ir.parse(REGION[: REGION.index("    %3")] + inner)
+        ir.parse(REGION[: REGION.index("    %2")] + inner)
 
 
 @pytest.mark.parametrize(
