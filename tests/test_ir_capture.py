@@ -329,8 +329,8 @@ def test_what_is_no_module_is_refused_by_one_of_our_errors(model: object) -> Non
 
 @pytest.mark.parametrize(
     "args",
-    [(), (torch.ones(3), torch.ones(3)), (torch.ones(3, 5),), ("text",), (None,), (torch.ones(2, 4, dtype=torch.long),)],
-    ids=["none", "two", "shape", "text", "None", "dtype"],
+    [(), (torch.ones(3), torch.ones(3)), (torch.ones(3, 5),), ("text",), (None,)],
+    ids=["none", "two", "shape", "text", "None"],
 )
 def test_example_inputs_that_the_model_refuses_are_an_input_error(args: tuple) -> None:
     with pytest.raises(InputError, match="the model itself fails on the example inputs"):

@@ -233,7 +233,7 @@ def test_regions_keep_units_and_orders() -> None:
     text = (
         REGION.replace("count=4", "count=2 units=3 orders=[[1, 0]]")
         .replace(": (f32[6, 3])", ": (f32[6, 3] strides [1, 6])").replace("f32[2, 4]", "f32[4, 4]")
-        .replace(": f32[2, 3]", ": f32[4, 3]").replace("%5 = getitem(%0, 0) : f32[6, 3]", "%5 = getitem(%0, 0)")
+        .replace(": f32[2, 3]", ": f32[4, 3]").replace("%5 = getitem(%4, 0) : f32[6, 3]", "%5 = getitem(%4, 0)")
     )  # fmt: skip
     assert "count=2 units=3 orders=[[1, 0]] : (f32[6, 3] strides [1, 6]) {" in roundtrip(text)
 
