@@ -80,9 +80,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def cases(quick: bool) -> list[Case]:
     if quick:
         return [
-            Case("video_unet/tiny", lambda: models.load("video_unet", "tiny", height=16, width=16)),
             Case("decoder/tiny", lambda: models.load("decoder", "tiny", length=512)),
             Case("dit/tiny", lambda: models.load("dit", "tiny", length=1024, batch=1)),
+            Case("video_unet/tiny", lambda: models.load("video_unet", "tiny", height=16, width=16)),
             Case("video_unet_svd/tiny", lambda: models.load("video_unet_svd", "tiny")),
             Case("diffusers_motion/tiny", lambda: motion((32, 64), frames=4, size=16), chunks=True, splits=True),
         ]
