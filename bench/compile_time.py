@@ -66,7 +66,9 @@ def imports(bench: Bench, rounds: int) -> None:
     spread = max(map(relative_spread, samples.values()))
     peer = statistics.median(samples["torch"])
     bench.row("import graphwright", "time", "s", statistics.median(samples["graphwright"]), {"import torch": peer}, spread)
-    bench.row("import graphwright; graphwright.compile", "time", "s", statistics.median(samples["first use"]), {"import torch": peer}, spread)
+    bench.row(
+        "import graphwright; graphwright.compile", "time", "s", statistics.median(samples["first use"]), {"import torch": peer}, spread
+    )
 
 
 def against_export(bench: Bench, nodes: int, rounds: int) -> None:

@@ -215,10 +215,15 @@ def contestants(bench: Bench, case: Case, model: torch.nn.Module, inputs: Inputs
         variants = {f"chunk_size={size}": (lambda size=size: _chunked(model, size)) for size in CHUNK_SIZES}
         found["diffusers chunked"] = best(bench, case, "enable_forward_chunking", variants, inputs)
     if case.splits and "diffusers split" not in skipped:
-        variants = {f"spatial={spatial}, temporal={temporal}": (lambda s=spatial, t=temporal: _split(model, s, t)) for spatial, temporal in SPLIT_SIZES}
+        variants = {
+            f"spatial={spatial}, temporal={temporal}": (lambda s=spatial, t=temporal: _split(model, s, t))
+            for spatial, temporal in SPLIT_SIZES
+        }
         found["diffusers split"] = best(bench, case, "enable_free_noise_split_inference", variants, inputs)
     elif case.chunks:
-        bench.note(f"{case.name}: no split inference, which diffusers has for AnimateDiff pipelines only (it would cut through the temporal layers here)")
+        bench.note(
+            f"{case.name}: no split inference, which diffusers has for AnimateDiff pipelines only (it would cut through the temporal layers here)"
+        )
     return found
 
 
