@@ -345,21 +345,18 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             logger.setLevel(level)
     found = []
     for failure in draft._report.failures:
-        stack = failure.data.get("stack") or failure.data.get("user_stack") or []
+        stack = failure.data.get("user_stack") or failure.data.get("stack") or []
         frames = [(frame.get("filename"), frame.get("line")) for frame in stack if isinstance(frame, dict)]
-        file, line = _innermost_user_frame(frames)
+        file, line = _innermost_user_frame(frames, draft._report.str_to_filename)
         expression = failure.data.get("expr") or failure.data.get("op") or ""
         found.append((Where(file, line), f"{advice.get(failure.failure_type.name, failure.failure_type.name)} ({expression})"))
     return found
 
 
-def _innermost_user_frame(frames: list[tuple[Any, Any]]) -> tuple[str, int]:
-    from torch._logging._internal import LazyString  # noqa: F401
-    from torch._logging.structured import INTERN_TABLE
-
-    by_index = {index: name for name, index in INTERN_TABLE.items()}
+def _innermost_user_frame(frames: list[tuple[Any, Any]], names: Mapping[Any, str]) -> tuple[str, int]:
+    """The last frame outside torch; the report numbers its files."""
     for file, line in reversed(frames):
-        name = by_index.get(file, "") if isinstance(file, int) else str(file)
+        name = str(names.get(str(file), names.get(file, "")))
         if name and not os.path.abspath(name).startswith(_TORCH_ROOT):
             return relative_file(name), int(line)
     return "", 0

@@ -307,7 +307,9 @@ def test_one_blocker_is_one_sentence() -> None:
                 return x + 1
             return x
 
-    with pytest.raises(CaptureError, match=r"the model cannot be captured, at test_ir_capture.py:\d+: control flow depends on tensor values"):
+    with pytest.raises(
+        CaptureError, match=r"the model cannot be captured, at test_ir_capture.py:\d+: control flow depends on tensor values"
+    ):
         ir.capture(Branch(), (torch.ones(3),))
 
 
@@ -337,7 +339,9 @@ def test_example_inputs_that_the_model_refuses_are_an_input_error(args: tuple) -
         ir.capture(nn.Linear(4, 3), args)
 
 
-@pytest.mark.parametrize("args", [torch.ones(2, 4), [torch.ones(2, 4)], {"x": torch.ones(2, 4)}, None], ids=["tensor", "list", "dict", "None"])
+@pytest.mark.parametrize(
+    "args", [torch.ones(2, 4), [torch.ones(2, 4)], {"x": torch.ones(2, 4)}, None], ids=["tensor", "list", "dict", "None"]
+)
 def test_example_inputs_are_a_tuple(args: object) -> None:
     with pytest.raises(InputError, match=r"example inputs are a tuple of positional arguments, not a \w+: write \(x,\)"):
         ir.capture(nn.Linear(4, 3), args)  # type: ignore[arg-type]

@@ -207,7 +207,9 @@ def test_a_value_is_replaced_by_one_of_its_own_type_only(target, args, shown) ->
         edit()
         ir.verify(rewriter.program)
         return
-    with pytest.raises(VerifyError, match=rf"pass example replaces aten.mul.Tensor \[1\].* of type f32\[6, 4\] by {target} .*of type {shown}"):
+    with pytest.raises(
+        VerifyError, match=rf"pass example replaces aten.mul.Tensor \[1\].* of type f32\[6, 4\] by {target} .*of type {shown}"
+    ):
         edit()
 
 

@@ -82,9 +82,7 @@ def test_every_argument_kind_is_written_back_as_it_was_read(written: str) -> Non
 
 
 def test_lists_keep_their_none_items() -> None:
-    text = function(
-        "  input %x : f32[2, 3, 4]\n  input %i : i64[5]\n  %0 = aten.index.Tensor(%x, [none, %i, none])", takes="((*, *), {})"
-    )
+    text = function("  input %x : f32[2, 3, 4]\n  input %i : i64[5]\n  %0 = aten.index.Tensor(%x, [none, %i, none])", takes="((*, *), {})")
     assert "[none, %i, none]) : f32[2, 5, 4]" in roundtrip(text)
 
 
@@ -111,7 +109,7 @@ def test_any_scalar_survives_bit_for_bit(value: complex) -> None:
 @given(st.text(max_size=40))
 @settings(max_examples=150)
 def test_any_string_survives(value: str) -> None:
-    tree = f'object {json.dumps(value)} {json.dumps(value)} (*)'
+    tree = f"object {json.dumps(value)} {json.dumps(value)} (*)"
     text = function("  input %x : f32[2]\n  %0 = aten.relu.default(%x)", gives=tree)
     program = ir.parse(text)
     assert program.main.out_tree.type_name == value and program.main.out_tree.context == value
@@ -123,7 +121,16 @@ def test_any_string_survives(value: str) -> None:
 
 @pytest.mark.parametrize(
     "type_",
-    ["f32[]", "f32[0, 3]", "i64[2, 3]", "bool[1]", "f32[2, 3] strides [1, 2]", "f32[2, 3] strides [0, 1]", "f32[2] on meta", "f32[4] on cuda:0"],
+    [
+        "f32[]",
+        "f32[0, 3]",
+        "i64[2, 3]",
+        "bool[1]",
+        "f32[2, 3] strides [1, 2]",
+        "f32[2, 3] strides [0, 1]",
+        "f32[2] on meta",
+        "f32[4] on cuda:0",
+    ],
 )
 def test_a_type_says_strides_and_device_only_where_not_the_default(type_: str) -> None:
     text = function(f"  input %x : {type_}", returns="%x")
@@ -144,7 +151,8 @@ def test_a_call_with_several_results_has_the_types_of_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "size", ["s0", "2*s0", "s0 + 1", "s0 - 1", "s0 // 2", "s0 % 2", "(s0 + 1) // 2", "s0*s1", "2*s0 + 3*s1", "s0*s0", "(s0 + s1) % 3", "-1 + s0"]
+    "size",
+    ["s0", "2*s0", "s0 + 1", "s0 - 1", "s0 // 2", "s0 % 2", "(s0 + 1) // 2", "s0*s1", "2*s0 + 3*s1", "s0*s0", "(s0 + s1) % 3", "-1 + s0"],
 )
 def test_sizes_are_expressions_over_named_symbols(size: str) -> None:
     text = function(
@@ -250,7 +258,7 @@ def test_schedules_and_the_pipeline_are_part_of_the_text() -> None:
 
 @pytest.mark.parametrize("number", [1e-05, 1e22, -0.0, 2**62, -3, 1.5e300])
 def test_schedule_numbers_survive(number: float) -> None:
-    text = function("  input %x : f32[2]", returns="%x") + f'\nschedule s = {json.dumps([number])}\n'
+    text = function("  input %x : f32[2]", returns="%x") + f"\nschedule s = {json.dumps([number])}\n"
     again = ir.parse(str(ir.parse(text))).schedules["s"][0]
     assert type(again) is type(number) and repr(again) == repr(number)
 
@@ -273,7 +281,8 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE)
 def test_any_weight_name_is_data(name: str) -> None:
     text = function(
-        f"  input %x : f32[2]\n  %0 = aten.add.Tensor(%x, @{json.dumps(name)})", before=f"weight @{json.dumps(name)} : f32[2] parameter \"?\"\n"
+        f"  input %x : f32[2]\n  %0 = aten.add.Tensor(%x, @{json.dumps(name)})",
+        before=f'weight @{json.dumps(name)} : f32[2] parameter "?"\n',
     )
     printed = roundtrip(text)
     assert list(ir.parse(printed).weights) == [name]
@@ -290,7 +299,9 @@ def test_any_input_name_is_data(name: str) -> None:
 
 def test_hostile_names_change_nothing_but_the_name() -> None:
     def text(name: str) -> str:
-        return roundtrip(function(f"  input %{json.dumps(name)} : f32[2]\n  %1000 = aten.relu.default(%{json.dumps(name)})", returns="%1000"))
+        return roundtrip(
+            function(f"  input %{json.dumps(name)} : f32[2]\n  %1000 = aten.relu.default(%{json.dumps(name)})", returns="%1000")
+        )
 
     for name in HOSTILE:
         spelled = json.dumps(name) if f"%{json.dumps(name)}" in text(name) else name
@@ -321,7 +332,7 @@ def programs(draw: st.DrawFn) -> str:
                 [
                     f"aten.add.Tensor({a}, {b})", f"aten.mul.Tensor({a}, {b})", f"aten.add.Scalar({a}, {scalar})",
                     f"aten.matmul.default({a}, {b})", f"aten.permute.default({a}, [1, 0])", f"aten.softmax.int({a}, {draw(st.integers(-2, 1))})",
-                    f"aten.cat.default([aten_placeholder])".replace("[aten_placeholder]", f"[{a}, {b}]") + "",
+                    "aten.cat.default([aten_placeholder])".replace("[aten_placeholder]", f"[{a}, {b}]") + "",
                     f"aten.layer_norm.default({a}, [4], none, none, 1e-05)", f"aten.view.default({a}, [4, 4])", f"aten.where.self(%m, {a}, {b})",
                 ]
             )
@@ -330,7 +341,7 @@ def programs(draw: st.DrawFn) -> str:
             lines.append(f"  %{k}c = {shape}")
             shape = f"aten.slice.Tensor(%{k}c, 0, 0, 4)"
         if "view.default" in shape:
-            lines.append(f"  %{k}v = aten.clone.default({a}, memory_format=memory_format(\"contiguous_format\"))")
+            lines.append(f'  %{k}v = aten.clone.default({a}, memory_format=memory_format("contiguous_format"))')
             shape = f"aten.view.default(%{k}v, [2, 8])"
             lines.append(f"  %{k}w = {shape}")
             shape = f"aten.reshape.default(%{k}w, [4, 4])"
@@ -447,7 +458,9 @@ def test_regions_do_not_nest() -> None:
         call("gw.sliced(%x)"),
         call("gw.sliced(%x) in_dims=3 out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n return %1\n}"),
         call("gw.sliced(%x) in_dims=[0] out_dims=[0] count=0 {\n input %1 : f32[2, 3, 4, 4]\n %2 = aten.relu.default(%1)\n return %2\n}"),
-        call("gw.sliced(%x) in_dims=[0] out_dims=[0] count=none {\n input %1 : f32[2, 3, 4, 4]\n %2 = aten.relu.default(%1)\n return %2\n}"),
+        call(
+            "gw.sliced(%x) in_dims=[0] out_dims=[0] count=none {\n input %1 : f32[2, 3, 4, 4]\n %2 = aten.relu.default(%1)\n return %2\n}"
+        ),
         call("gw.sliced(%x) in_dims=[9] out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n %2 = aten.relu.default(%1)\n return %2\n}"),
         call("gw.sliced(%x) in_dims=[0] out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n return 3\n}"),
         call("gw.sliced(%x, 3) in_dims=[0, -1] out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n input %2 = 3\n return %1\n}"),
@@ -458,10 +471,10 @@ def test_regions_do_not_nest() -> None:
         call("aten.full.default([1000000000000, 1000000000000], 1.0)"),
         HEAD + "symbol s in [1, 9223372036854775807] hint 9223372036854775807\nsymbol inf in [0, 1] hint 0\nweight @w",
         HEAD + "symbol s in [1, 9223372036854775808] hint 1\n",
-        HEAD + "weight @w : f32[2] on cuda:99999999999 buffer \"?\"\n",
+        HEAD + 'weight @w : f32[2] on cuda:99999999999 buffer "?"\n',
         function("  input %x : size(3 // -1)\n  %0 = sym.add(%x, 1)"),
         function("  input %x : f32[2]", returns="%x") + "schedule s = 1e999999",
-        function("  input %x : f32[2]", returns='3 state a = 4'),
+        function("  input %x : f32[2]", returns="3 state a = 4"),
         function("  input %x : f32[2]\n  %0 = sym.floordiv(1, 0)"),
         function("  input %x = [[[1]]]", returns="%x"),
         HEAD + 'weight @"\\ud800" : f32[2] buffer "?"',

@@ -328,7 +328,11 @@ def test_regions_are_not_nested() -> None:
 
 
 def test_an_output_depends_on_the_slice() -> None:
-    text = REGION.replace("aten.linear.default(%1, %2)", "aten.linear.default(%2, %2)").replace("count=4", "count=6").replace("f32[2, 4]", "f32[1, 4]")
+    text = (
+        REGION.replace("aten.linear.default(%1, %2)", "aten.linear.default(%2, %2)")
+        .replace("count=4", "count=6")
+        .replace("f32[2, 4]", "f32[1, 4]")
+    )
     broken(ir.parse(text), "output 0 of gw.sliced does not depend on the slice: compute it outside")
 
 

@@ -46,7 +46,9 @@ def body_of(symbols: ir.SymbolTable, shapes: list[list[int]], build: Callable[..
     """A region body over float64 placeholders of slice shapes."""
     graph = torch.fx.Graph()
     inputs = [
-        ir.build.add_placeholder(graph, f"v{i}", ir.infer.fake_like(symbols, torch.float64, s, ir.infer.contiguous_stride(s), torch.device("cpu")))
+        ir.build.add_placeholder(
+            graph, f"v{i}", ir.infer.fake_like(symbols, torch.float64, s, ir.infer.contiguous_stride(s), torch.device("cpu"))
+        )
         for i, s in enumerate(shapes)
     ]
     outputs = build(lambda target, *args: ir.build.add_call(graph, symbols, target, args), *inputs)
@@ -466,7 +468,9 @@ def test_random_draws_are_never_grouped() -> None:
     program = ir.capture(Noisy(), (torch.randn(32, 8),))
     after = PassManager([SliceGroups("5%")]).run(program).program
     outside = {node.target for node in after.main.calls}
-    assert {ATEN.rand_like.default, ATEN.dropout.default} <= outside | {ATEN.dropout.default if ATEN.native_dropout.default in outside else None}
+    assert {ATEN.rand_like.default, ATEN.dropout.default} <= outside | {
+        ATEN.dropout.default if ATEN.native_dropout.default in outside else None
+    }
     torch.manual_seed(1)
     expected = run(program, random_inputs(program))[0][0]
     torch.manual_seed(1)

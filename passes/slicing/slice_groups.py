@@ -39,7 +39,6 @@ def _are_axes(value: Any) -> bool:
     return all(isinstance(axis, str) and (axis in KINDS or _is_place(axis)) for axis in value)
 
 
-
 def _is_place(axis: str) -> bool:
     name, _, dim = axis.rpartition(":")
     return bool(name) and dim.isdigit()
