@@ -424,7 +424,7 @@ def _passes(options: argparse.Namespace) -> Result:
     from .passes.options import spell_value
 
     cleanups = {each.name for each in CLEANUPS}
-    found = []
+    found: list[dict[str, Any]] = []
     for name, kind in all_passes().items():
         spelled = [f for f in fields(kind) if f.metadata.get("spelled", True)]
         listed = [{"name": f.name, "default": spell_value(f.default), "legal": f.metadata.get("legal", "")} for f in spelled]

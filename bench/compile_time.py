@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 
-import graphwright as gw
 import torch
+from harness import Bench, relative_spread
+
+import graphwright as gw
 from graphwright.ir import Program, capture
 from graphwright.models import decoder
 from graphwright.models.random_weights import draw_weights
 from graphwright.passes import CLEANUPS, Pass, PassManager
-from harness import Bench, relative_spread
 
 PEERS = {"torch.export": "torch", "import torch": "torch", "smallest": "torch"}
 EXPORT_NODES = {"quick": 150, "full": 2000}

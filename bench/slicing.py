@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import graphwright as gw
 import torch
+from harness import Bench, relative_spread
+from torch.utils import _pytree as pytree
+
+import graphwright as gw
 from graphwright import models
 from graphwright.ir.float64 import Widening, widened
 from graphwright.ir.run import run
@@ -20,8 +23,6 @@ from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.calling import Call
 from graphwright.runtime.compiled import CompiledModel
 from graphwright.runtime.memory import measure_peak
-from harness import Bench, relative_spread
-from torch.utils import _pytree as pytree
 
 PEERS = {
     "eager": "torch",
@@ -221,9 +222,7 @@ def contestants(bench: Bench, case: Case, model: torch.nn.Module, inputs: Inputs
         }
         found["diffusers split"] = best(bench, case, "enable_free_noise_split_inference", variants, inputs)
     elif case.chunks:
-        bench.note(
-            f"{case.name}: no split inference, which diffusers has for AnimateDiff pipelines only (it would cut through the temporal layers here)"
-        )
+        bench.note(f"{case.name}: no split inference, which diffusers has for AnimateDiff alone (temporal layers would be cut here)")
     return found
 
 

@@ -41,7 +41,7 @@ SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sym.float": torch.sym_float,
     "sym.int": torch.sym_int,
     "sym.ite": torch.sym_ite,
-    "sym.sqrt": torch._sym_sqrt,
+    "sym.sqrt": torch.sym_sqrt,
     "sym.ceil": math.ceil,
     "sym.floor": math.floor,
     "sym.trunc": math.trunc,
@@ -54,7 +54,7 @@ _FORBIDDEN = {"from_file", "save", "set_", "set", "_from_file", "resize_", "_res
 
 
 @functools.cache
-def _operator_names(generation: int) -> frozenset[str]:
+def _operator_names() -> frozenset[str]:
     names = set()
     for qualified in torch._C._dispatch_get_all_op_names():
         namespace, _, rest = qualified.partition("::")
@@ -89,8 +89,10 @@ def target_of(name: str) -> Callable[..., Any]:
         from .region import sliced
 
         return sliced
-    if name not in _operator_names(len(torch._C._dispatch_get_all_op_names())):
-        raise KeyError(name)
+    if name not in _operator_names():
+        _operator_names.cache_clear()  # an operator may have been declared since; listing all takes 2 ms
+        if name not in _operator_names():
+            raise KeyError(name)
     namespace, packet, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 

@@ -337,7 +337,7 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         with _undisturbed(), _buffers_restored(model):
-            draft = torch.export.draft_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            draft: Any = torch.export.draft_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception:
         return []
     finally:

@@ -638,7 +638,8 @@ class _Body:
             value: Any = complex(real, self._number())
         else:
             text = parser.string()
-            known = {"layout": _LAYOUTS, "memory_format": _FORMATS}.get(token.text)
+            tables: dict[str, dict[str, Any]] = {"layout": _LAYOUTS, "memory_format": _FORMATS}
+            known = tables.get(token.text)
             value = parser._device(text, token) if known is None else known.get(text)
             if value is None:
                 parser.fail(f"unknown {token.text} {text}", token)

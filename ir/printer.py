@@ -130,7 +130,8 @@ class _FunctionPrinter:
             if node.kwargs.get(name) is not None:
                 attributes += f" {name}={self.literal(node.kwargs[name])}"
         body = self._region(region, indent + "  ")
-        head = f"gw.sliced({', '.join(map(self.literal, operands))}) {attributes} : {type_text(node.meta['val'], self.symbols)} {{{_comment(node)}"
+        type_ = type_text(node.meta["val"], self.symbols)
+        head = f"gw.sliced({', '.join(map(self.literal, operands))}) {attributes} : {type_} {{{_comment(node)}"
         return [self._record(node, f"{indent}{self._fresh(node)} = {head}"), *body, f"{indent}}}"]
 
     def _region(self, region: Region, indent: str) -> list[str]:

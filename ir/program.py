@@ -217,7 +217,8 @@ def region_of(node: Node) -> Region | None:
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A graph with equal nodes in equal order, `meta` shallow-copied."""
-    result, copies = fx.Graph(), {}
+    result = fx.Graph()
+    copies: dict[Node, Node] = {}
     for node in graph.nodes:
         copies[node] = result.node_copy(node, copies.__getitem__)
     return result

@@ -177,9 +177,8 @@ class Rewriter:
         """
         removed = self._in_step()
         if not retype and not same_type(old.meta["val"], new.meta["val"]):
-            raise VerifyError(
-                f"pass {self.pass_name} replaces {label(old)} of type {_shown(old, self.symbols)} by {label(new)} of type {_shown(new, self.symbols)}"
-            )
+            types = [_shown(node, self.symbols) for node in (old, new)]
+            raise VerifyError(f"pass {self.pass_name} replaces {label(old)} of type {types[0]} by {label(new)} of type {types[1]}")
         users = list(old.users)
         old.replace_all_uses_with(new)
         self._refresh_aliases(old, users)

@@ -55,7 +55,7 @@ class SymbolTable:
         source = ConstantSource(f"graphwright_{symbol.name}")
         expr = self.env.create_symbol(symbol.hint, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
         self.env.var_to_range[expr] = ValueRanges(max(symbol.low, 0), symbol.high if symbol.high < UNBOUNDED else sympy.oo)
-        size = self.env.create_symintnode(expr, hint=symbol.hint)
+        size: Any = self.env.create_symintnode(expr, hint=symbol.hint)
         self._symbols[symbol.name], self._sizes[symbol.name], self._names[expr] = symbol, size, symbol.name
         return size
 

@@ -37,7 +37,7 @@ def _verify_function(program: Program, function: Function) -> None:
         raise
 
 
-_HOLE = object()
+_HOLE: Any = object()
 
 
 class _Broken(VerifyError):

@@ -9,13 +9,14 @@ import random
 import struct
 import zipfile
 
-import graphwright as gw
 import pytest
 import torch
+from torch import nn
+
+import graphwright as gw
 from graphwright.ir import Weight
 from graphwright.runtime import artifact, atomic, zip_subset
 from graphwright.runtime.zip_subset import Member
-from torch import nn
 
 
 class Net(nn.Module):

@@ -5,6 +5,9 @@ from textwrap import dedent
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from graphwright.ir import Program, capture, parse
 from graphwright.ir.run import run
 from graphwright.passes import (
@@ -22,8 +25,6 @@ from graphwright.passes import (
     random_inputs,
     remove_no_ops,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int64: "i64", torch.bool: "bool"}
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
+
 from graphwright.ir import capture, parse
 from graphwright.ir.calls import name_of
 from graphwright.passes import CLEANUPS, PassManager, PipelineResult, check_exact

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from graphwright.cli import main
 
 MODELS = """

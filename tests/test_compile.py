@@ -9,13 +9,14 @@ import sys
 import threading
 import warnings
 
-import graphwright as gw
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import graphwright as gw
 from graphwright.runtime import backend as backend_module
 from graphwright.runtime.backend import has_cpp_compiler
-from torch import nn
 
 
 class Net(nn.Module):

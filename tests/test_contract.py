@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from graphwright.ir import Program, Weight, capture, parse
 from graphwright.ir.errors import InputError
 from graphwright.ir.float64 import NoFloat64, RoundedWeight, to_float64

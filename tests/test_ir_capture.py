@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch import nn
+from torch.export import Dim
+
 from graphwright import ir
 from graphwright.ir.errors import CaptureError, GraphwrightError, InputError
 from graphwright.ir.run import run
 from graphwright.ir.tree import unflatten
-from torch import nn
-from torch.export import Dim
 
 
 def capture(model, *args, **options) -> ir.Program:

@@ -5,13 +5,14 @@ import inspect
 
 import pytest
 import torch
+from torch import nn
+
 from graphwright import ir
 from graphwright.ir.errors import VerifyError
 from graphwright.ir.float64 import to_float64
 from graphwright.ir.infer import storage_key
 from graphwright.ir.rewriter import RegionBuilder
 from graphwright.ir.run import run
-from torch import nn
 
 ATEN = torch.ops.aten
 

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from graphwright import ir
 from graphwright.ir.errors import InputError, ParseError
 from graphwright.ir.printer import literal
 from graphwright.ir.run import run
 from graphwright.ir.types import DTYPES
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 HEAD = "graphwright 1\n"
 

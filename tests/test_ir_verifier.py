@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import fx, nn
+
 from graphwright import ir
 from graphwright.ir.errors import VerifyError
 from graphwright.ir.program import Function, region_of
 from graphwright.ir.tree import flat
-from torch import fx, nn
 
 ATEN = torch.ops.aten
 

@@ -5,12 +5,13 @@ import functools
 
 import pytest
 import torch
+from torch.export import Dim, export
+from torch.utils._pytree import tree_map_only
+
 from graphwright import models
 from graphwright.ir.errors import InputError
 from graphwright.models import decoder, video_unet, video_unet_svd
 from graphwright.models.random_weights import draw_weights
-from torch.export import Dim, export
-from torch.utils._pytree import tree_map_only
 
 MILLION = 1_000_000
 

@@ -6,13 +6,14 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from graphwright.ir import Rewriter
 from graphwright.ir.errors import PassError
 from graphwright.passes import CLEANUPS, Contract, FoldConstants, Outcome, Pass, all_passes, parse_pipeline, pass_named, registry, spell
 from graphwright.passes.options import at_least, between, is_share, is_size, one_of, option, share, size_in_bytes
 from graphwright.passes.pipeline import check_order
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from graphwright.ir import Fuel, Node, Program, Rewriter, capture
 from graphwright.ir.errors import BudgetError, ContractError, InputError, PassError
 from graphwright.ir.pattern import named_arguments

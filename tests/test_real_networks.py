@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils._pytree as pytree
+
 from graphwright.ir import capture, parse, verify
 from graphwright.ir.run import run
 

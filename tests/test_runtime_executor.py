@@ -5,13 +5,14 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
+
 from graphwright import ir
 from graphwright.ir.errors import InputError
 from graphwright.ir.run import run as reference_run
 from graphwright.runtime.bindings import BINDINGS
 from graphwright.runtime.executor import Executor
 from graphwright.runtime.memory import measure_peak
-from torch import nn
 
 ATEN = torch.ops.aten
 

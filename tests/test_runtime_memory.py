@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.memory import measure_peak
 

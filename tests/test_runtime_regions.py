@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+
 from graphwright import ir
 from graphwright.ir.donation import plan_donations
 from graphwright.ir.rewriter import RegionBuilder
@@ -10,7 +12,6 @@ from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.executor import Executor
 from graphwright.runtime.memory import measure_peak
 from graphwright.runtime.sliced import SlicedRun
-from torch import nn
 
 
 class FeedForward(nn.Module):

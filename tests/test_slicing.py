@@ -10,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import graphwright as gw
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphwright as gw
 from graphwright import ir
 from graphwright.ir.errors import BudgetError, PassError
 from graphwright.ir.liveness import profile
@@ -24,8 +27,6 @@ from graphwright.passes import PassManager, SliceGroups
 from graphwright.passes.check import check_exact
 from graphwright.passes.inputs import random_inputs
 from graphwright.runtime.executor import Executor
-from torch import nn
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from real_networks import unet_motion  # noqa: E402

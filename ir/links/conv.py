@@ -1,6 +1,7 @@
 """R6-R8, R24, R25: convolutions, pooling, pixel shuffling and upsampling: ops with spatial dims.
 
-    0 <- x 0;   spatial dims only where windows neither overlap nor leave gaps, else `halo`;   channels of an ungrouped conv <- w 0, b 0 [features]
+    0 <- x 0;   spatial dims only where windows neither overlap nor leave gaps, else `halo`
+    channels of an ungrouped conv <- w 0, b 0 [features]
 
 An input without batch dim has its channels at 0. Weights [Co, Ci/groups, *k].
 """

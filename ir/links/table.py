@@ -8,6 +8,7 @@ the same function, so they cannot disagree. Source: specs/feature_slicing.md, se
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -155,10 +156,11 @@ def _barrier(call: Call, key: Key, dim: int) -> Refusal:
     return Refusal("barrier", f"{call.op} needs {node} whole along dim {dim}", node)
 
 
-ROWS: dict[str, object] = {}
-"""`aten::linear`, or `aten::max.dim` where overloads differ -> the row. A row must be sampled in tests/test_links.py or it does not exist."""
+ROWS: dict[str, Any] = {}
+"""`aten::linear`, or `aten::max.dim` where overloads differ -> the row.
+A row must be sampled in tests/test_links.py or it does not exist."""
 
-_FOUND: dict[object, object] = {}
+_FOUND: dict[Any, Any] = {}
 
 
 def row(*names: str):
@@ -207,7 +209,7 @@ def never(reason: str, why: str, *names: str) -> None:
         declare(name, Never(reason, why))
 
 
-def find_row(target) -> object | Refusal:
+def find_row(target) -> Any:
     """The row of an op: its own, or elementwise if ATen tags the op pointwise; else why there is none."""
     found = _FOUND.get(target)
     if found is None:
@@ -215,7 +217,7 @@ def find_row(target) -> object | Refusal:
     return found
 
 
-def _search(target) -> object | Refusal:
+def _search(target) -> Any:
     if target is operator.getitem:
         return ROWS["getitem"]
     if not isinstance(target, torch._ops.OpOverload):

@@ -245,7 +245,7 @@ class Planner:
             yield from self._axes(scene, value, dim, size)
 
     def _axes(self, scene: Scene, value: Node, dim: int, units: int) -> Iterable[Axis]:
-        tried = set()
+        tried: set[int] = set()
         pending = [units]
         while pending and len(tried) < 3:
             units = pending.pop()

@@ -35,7 +35,8 @@ class Scene:
 
     @staticmethod
     def of(function: Function) -> "Scene":
-        nodes, outside = [], set()
+        nodes: list[Node] = []
+        outside: set[int] = set()
         for node in function.graph.nodes:
             if node.op == "call_function":
                 nodes.append(node)
