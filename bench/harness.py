@@ -28,11 +28,13 @@ from pathlib import Path
 import torch
 
 WARM_UP_CALLS = 2
-MIN_ROUNDS = 5
+MIN_ROUNDS = {"quick": 3, "full": 5}
 MAX_ROUNDS = 51
 SECONDS_PER_CASE = {"quick": 2.0, "full": 15.0}
 # A sample repeats the call until it lasts this long, so that the clock and the loop are below a thousandth of it.
 SECONDS_PER_SAMPLE = 0.005
+# A call that takes this many seconds needs no second one to warm up.
+LONG_CALL = 5.0
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,15 @@ class Bench:
 
     name: the "bench" of the JSON object.
     peers: peer -> the distribution that must be installed for it; one that is not is named as missing throughout.
+    add_arguments: adds the benchmark's own arguments, which are then in `options`.
     """
 
     name: str
     peers: dict[str, str]
     argv: list[str] | None = None
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
     rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,7 +80,9 @@ class Bench:
             "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every contestant (default %(default)s)"
         )
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default %(default)s)")
-        options = parser.parse_args(self.argv)
+        if self.add_arguments is not None:
+            self.add_arguments(parser)
+        self.options = options = parser.parse_args(self.argv)
         self.quick: bool = options.quick
         self.json: Path | None = options.json
         self.threads: int = options.threads
@@ -87,10 +94,20 @@ class Bench:
 
     def time(self, case: str, ours: Callable[[], object], peers: dict[str, Callable[[], object]]) -> Row:
         """Seconds of one call, the median of interleaved rounds. Leave out of `peers` those in `self.missing`."""
-        samples = interleave({"ours": ours, **peers}, SECONDS_PER_CASE["quick" if self.quick else "full"], self.device, self.threads)
+        samples = self.interleaved({"ours": ours, **peers})
         medians = {name: statistics.median(values) for name, values in samples.items()}
         spread = max(relative_spread(values) for values in samples.values())
         return self.row(case, "time", "s", medians.pop("ours"), medians, spread)
+
+    def interleaved(self, contestants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds per call of each contestant, for benchmarks that make several rows of one measurement."""
+        mode = "quick" if self.quick else "full"
+        return interleave(contestants, SECONDS_PER_CASE[mode], self.device, self.threads, MIN_ROUNDS[mode])
+
+    def note(self, text: str) -> None:
+        """Record what numbers cannot say: a plan, a peer that does not apply and why."""
+        self.notes.append(text)
+        print(f"  {text}", file=sys.stderr, flush=True)
 
     def row(self, case: str, metric: str, unit: str, ours: float, peers: dict[str, float], spread: float | None = None) -> Row:
         """Record one quantity, measured by the caller."""
@@ -102,13 +119,18 @@ class Bench:
         return row
 
     def finish(self) -> None:
-        """Print the table; write the JSON object where one was asked for, whole or not at all."""
-        print(self.table())
+        """Print the table and the notes; write the JSON object where one was asked for, whole or not at all."""
+        print("\n".join([self.table(), *self.notes]))
+        self.save()
+
+    def save(self) -> None:
+        """Write the JSON object with the rows so far, so that a long benchmark that is stopped leaves what it measured."""
         if self.json:
             write_atomically(self.json, json.dumps(self.as_json(), indent=1, allow_nan=False) + "\n")
 
     def as_json(self) -> dict[str, object]:
-        return {"bench": self.name, "device": self._device_line(), "versions": self.versions, "rows": [row.as_json() for row in self.rows]}
+        rows = [row.as_json() for row in self.rows]
+        return {"bench": self.name, "device": self._device_line(), "versions": self.versions, "rows": rows, "notes": self.notes}
 
     def table(self) -> str:
         head = ["case", "metric", "ours", *(cell for peer in self.peers for cell in (peer, "ratio")), "spread"]
@@ -140,8 +162,10 @@ class Bench:
         print(flush=True)
 
 
-def interleave(contestants: dict[str, Callable[[], object]], seconds: float, device: torch.device, threads: int) -> dict[str, list[float]]:
-    """Seconds per call of each contestant, one sample a round, in turns, for about `seconds` in all and at least MIN_ROUNDS rounds."""
+def interleave(
+    contestants: dict[str, Callable[[], object]], seconds: float, device: torch.device, threads: int, min_rounds: int
+) -> dict[str, list[float]]:
+    """Seconds per call of each contestant, one sample a round, in turns, for about `seconds` in all and at least `min_rounds` rounds."""
     repeats = {name: warm_up(call, device) for name, call in contestants.items()}
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     collecting = gc.isenabled()
@@ -149,7 +173,7 @@ def interleave(contestants: dict[str, Callable[[], object]], seconds: float, dev
     try:
         end = time.perf_counter() + seconds
         for done in range(MAX_ROUNDS):
-            if done >= MIN_ROUNDS and time.perf_counter() > end:
+            if done >= min_rounds and time.perf_counter() > end:
                 break
             for name, call in contestants.items():
                 if torch.get_num_threads() != threads:
@@ -164,7 +188,10 @@ def interleave(contestants: dict[str, Callable[[], object]], seconds: float, dev
 def warm_up(call: Callable[[], object], device: torch.device) -> int:
     """How many calls make a sample long enough. The first calls compile, allocate and fill caches."""
     for _ in range(WARM_UP_CALLS):
+        start = time.perf_counter()
         call()
+        if time.perf_counter() - start > LONG_CALL:
+            return 1
     return max(1, math.ceil(SECONDS_PER_SAMPLE / max(sample(call, 1, device), 1e-9)))
 
 

@@ -6,7 +6,7 @@ from .op import op
 from .parser import parse
 from .program import Function, Node, Program, Stage, Weight, Where
 from .region import Region, sliced
-from .rewriter import Fuel, OutOfFuel, RewriteRecord, Rewriter
+from .rewriter import Fuel, OutOfFuel, Rewriter, RewriteRecord
 from .symbols import Symbol, SymbolTable
 from .verifier import verify
 

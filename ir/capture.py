@@ -71,6 +71,19 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _buffers_restored(model: torch.nn.Module) -> Iterator[None]:
+    """A run of the real module may write its buffers; the user's module stays as it was."""
+    saved = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in saved and saved[name].shape == buffer.shape:
+                    buffer.copy_(saved[name])
+
+
 class _Importer:
     """Rebuilds one exported graph as a Program."""
 
@@ -190,7 +203,9 @@ class _Importer:
             elif spec.kind == OutputKind.USER_OUTPUT:
                 user.append(value)
             else:
-                raise CaptureError(f"the exported program has an output of kind {spec.kind.name}, which only training needs: export for inference")
+                raise CaptureError(
+                    f"the exported program has an output of kind {spec.kind.name}, which only training needs: export for inference"
+                )
         set_outputs(self.graph, [*user, *states], tuple(names))
 
 
@@ -295,7 +310,7 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exception:
     """What stopped torch.export: the example inputs if the module itself refuses them, else every blocker."""
     try:
-        with _undisturbed():
+        with _undisturbed(), _buffers_restored(model):
             model(*args, **kwargs)
     except Exception as eager:
         return InputError(f"the model itself fails on the example inputs ({type(eager).__name__}: {_first_line(eager)}): fix those first")
@@ -321,7 +336,7 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with _undisturbed():
+        with _undisturbed(), _buffers_restored(model):
             draft = torch.export.draft_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception:
         return []
@@ -330,21 +345,18 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             logger.setLevel(level)
     found = []
     for failure in draft._report.failures:
-        stack = failure.data.get("stack") or failure.data.get("user_stack") or []
+        stack = failure.data.get("user_stack") or failure.data.get("stack") or []
         frames = [(frame.get("filename"), frame.get("line")) for frame in stack if isinstance(frame, dict)]
-        file, line = _innermost_user_frame(frames)
+        file, line = _innermost_user_frame(frames, draft._report.str_to_filename)
         expression = failure.data.get("expr") or failure.data.get("op") or ""
         found.append((Where(file, line), f"{advice.get(failure.failure_type.name, failure.failure_type.name)} ({expression})"))
     return found
 
 
-def _innermost_user_frame(frames: list[tuple[Any, Any]]) -> tuple[str, int]:
-    from torch._logging._internal import LazyString  # noqa: F401
-    from torch._logging.structured import INTERN_TABLE
-
-    by_index = {index: name for name, index in INTERN_TABLE.items()}
+def _innermost_user_frame(frames: list[tuple[Any, Any]], names: Mapping[Any, str]) -> tuple[str, int]:
+    """The last frame outside torch; the report numbers its files."""
     for file, line in reversed(frames):
-        name = by_index.get(file, "") if isinstance(file, int) else str(file)
+        name = str(names.get(str(file), names.get(file, "")))
         if name and not os.path.abspath(name).startswith(_TORCH_ROOT):
             return relative_file(name), int(line)
     return "", 0

@@ -76,9 +76,7 @@ def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether strides agree on every dim larger than 1 (the others address nothing)."""
     if a.layout != torch.strided or b.layout != torch.strided or any(isinstance(n, int) and n == 0 for n in a.shape):
         return a.layout == b.layout
-    return all(
-        (isinstance(n, int) and n == 1) or same_size(x, y) for n, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+    return all((isinstance(n, int) and n == 1) or same_size(x, y) for n, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def storage_key(value: torch.Tensor) -> int:

@@ -42,6 +42,7 @@ MAX_NODES = 10**6
 MAX_NAME = 1024
 MAX_DEPTH = 64
 MAX_RANK = 64
+MAX_EXPONENT = 64
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+)|(?P<newline>\n)|(?P<comment>\#[^\n]*)
@@ -59,8 +60,7 @@ _KINDS = ("parameter", "buffer", "constant", "state")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
 _LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
 _FORMATS = {
-    str(x).removeprefix("torch."): x
-    for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+    str(x).removeprefix("torch."): x for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 
 
@@ -324,9 +324,10 @@ class _Parser:
         while self.token.text in ("*", "//", "%") and self.token.kind == "punct":
             operation = self.advance()
             other = self._atom()
-            if operation.text != "*" and isinstance(other, int) and other == 0:
+            try:
+                value = value * other if operation.text == "*" else value // other if operation.text == "//" else value % other
+            except ZeroDivisionError:
                 self.fail("division by zero", operation)
-            value = value * other if operation.text == "*" else value // other if operation.text == "//" else value % other
         return value
 
     def _atom(self) -> Any:
@@ -488,6 +489,8 @@ class _Body:
             args = (Region(_Body(parser, self).read()), *args)
         else:
             origin, where = self._provenance()
+        if name.text == "sym.pow" and not (len(args) == 2 and isinstance(args[1], int) and abs(args[1]) <= MAX_EXPONENT):
+            parser.fail(f"the exponent of sym.pow is an integer of at most {MAX_EXPONENT}", name)
         try:
             node = add_call(self.graph, parser.symbols, target, args, kwargs, origin=origin, where=where)
         except InferenceError as error:
@@ -512,16 +515,14 @@ class _Body:
         return args, {name: attributes[name] for name in ("units", "orders") if attributes.get(name) is not None}
 
     def _stated_type(self) -> str:
-        """The tokens of a type, spaced as the printer does."""
+        """The tokens of a type."""
         parser, pieces = self.parser, []
         line = parser.token.line
         while parser.token.kind != "end" and parser.token.line == line:
             if parser.token.text == "{":
                 break
             pieces.append(parser.advance().text)
-        text = " ".join(pieces)
-        text = re.sub(r" ([\[\](),:])", r"\1", re.sub(r"([\[(:]) ", r"\1", text))
-        return re.sub(r"(\w) ?\*\ ?(\w|\()", r"\1*\2", text.replace("strides[", "strides [").replace(" * ", "*"))
+        return " ".join(pieces)
 
     def _provenance(self) -> tuple[tuple[int, ...], Where]:
         last = self.parser.tokens[self.parser.last]
@@ -593,6 +594,14 @@ class _Body:
             return self._named_literal(token)
         parser.fail(f"expected an argument, found {_shown(token)}", token)
 
+    def _number(self) -> float:
+        parser = self.parser
+        if parser.token.kind == "float":
+            return float(parser.advance().text)
+        if parser.token.text in ("inf", "nan"):
+            return float(parser.advance().text)
+        return float(parser.integer())
+
     def _list(self) -> list[Any]:
         self.parser._enter()
         items: list[Any] = []
@@ -624,9 +633,9 @@ class _Body:
             parser.fail(f"expected an argument, found {token.text}", token)
         parser.expect("(")
         if token.text == "complex":
-            real = self.literal()
+            real = self._number()
             parser.expect(",")
-            value: Any = complex(real, self.literal())
+            value: Any = complex(real, self._number())
         else:
             text = parser.string()
             known = {"layout": _LAYOUTS, "memory_format": _FORMATS}.get(token.text)
@@ -639,7 +648,7 @@ class _Body:
 
 def _nameless(type_: str) -> str:
     # Data-dependent sizes are numbered by torch's own counter, which two runs do not share.
-    return re.sub(r"\bu\d+\b", "u", type_)
+    return re.sub(r"\s", "", re.sub(r"\bu\d+\b", "u", type_))
 
 
 def _shown(token: _Token) -> str:

@@ -49,7 +49,7 @@ def _symbol_line(symbol: Any) -> str:
 
 def _weight_line(weight: Weight, symbols: SymbolTable) -> str:
     type_ = tensor_type_text(weight.dtype, weight.shape, weight.stride, weight.device, symbols)
-    return f"weight {weight_name(weight.name)} : {type_} {weight.kind} \"{weight.digest[:12]}\""
+    return f'weight {weight_name(weight.name)} : {type_} {weight.kind} "{weight.digest[:12]}"'
 
 
 def weight_name(name: str) -> str:

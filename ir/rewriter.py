@@ -259,7 +259,9 @@ class Rewriter:
         results = [self.insert(GETITEM, (call, j), before=anchor, origin=member) for j, (member, _, _) in enumerate(outputs)]
         for (member, _, _), result in zip(outputs, results, strict=True):
             if not same_tensor_type(member.meta["val"], result.meta["val"]) or not same_strides(member.meta["val"], result.meta["val"]):
-                raise VerifyError(f"region output for {label(member)} is {_shown(result, self.symbols)}, not {_shown(member, self.symbols)}")
+                raise VerifyError(
+                    f"region output for {label(member)} is {_shown(result, self.symbols)}, not {_shown(member, self.symbols)}"
+                )
             users = list(member.users)
             member.replace_all_uses_with(result)
             self._refresh_aliases(member, [user for user in users if user not in inside])
@@ -281,7 +283,8 @@ class Rewriter:
                 continue
             if node in inside:
                 if any(source in tainted and source not in inside for source in node.all_input_nodes):
-                    raise VerifyError(f"the members are not convex: {label(node)} needs a value computed outside from a member")
+                    culprit = next(source for source in node.all_input_nodes if source in tainted and source not in inside)
+                    raise VerifyError(f"the members are not convex: {label(node)} needs {label(culprit)}, which needs a member")
                 continue
             if draws(node):
                 raise VerifyError(f"{label(node)} draws random numbers and would move")

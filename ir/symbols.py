@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
-from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+from torch.utils._sympy.functions import FloorDiv, Max, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges
 
 UNBOUNDED = 2**63 - 1
@@ -71,7 +71,7 @@ class SymbolTable:
         """The size as an expression over symbol names with `+ - * // %`."""
         if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
             return str(size)
-        return _expression_text(self.env.simplify(size.node.expr), self._names)
+        return _expression_text(_without_clamps(self.env.simplify(size.node.expr)), self._names)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -87,8 +87,16 @@ def same_size(a: Any, b: Any) -> bool:
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
         if free_unbacked_symbols(a) or free_unbacked_symbols(b):
             return bool(free_unbacked_symbols(a)) == bool(free_unbacked_symbols(b))
-        return a.node.expr == b.node.expr or sympy.expand(a.node.expr - b.node.expr) == 0
+        left, right = _without_clamps(a.node.expr), _without_clamps(b.node.expr)
+        return left == right or sympy.expand(left - right) == 0
     return False
+
+
+def _without_clamps(expr: sympy.Basic) -> sympy.Basic:
+    """Strides count a dim of size 0 as 1, so torch writes Max(1, s0) for s0; where that differs there is no element to address."""
+    if not expr.has(Max):
+        return expr
+    return expr.replace(lambda e: isinstance(e, Max) and len(e.args) == 2 and 1 in e.args, lambda e: next(a for a in e.args if a != 1))
 
 
 _PRECEDENCE = {"or": 0, "cmp": 1, "+": 2, "*": 3, "atom": 4}

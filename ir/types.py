@@ -62,6 +62,5 @@ def _row_major(shape: Any, stride: Any) -> bool:
     if any(isinstance(size, int) and size == 0 for size in shape):
         return True
     return all(
-        (isinstance(size, int) and size == 1) or same_size(a, b)
-        for size, a, b in zip(shape, stride, contiguous_stride(shape), strict=True)
+        (isinstance(size, int) and size == 1) or same_size(a, b) for size, a, b in zip(shape, stride, contiguous_stride(shape), strict=True)
     )

@@ -37,6 +37,9 @@ def _verify_function(program: Program, function: Function) -> None:
         raise
 
 
+_HOLE = object()
+
+
 class _Broken(VerifyError):
     def __init__(self, message: str, node: Node):
         where = str(node.meta.get("where") or "")
@@ -77,7 +80,10 @@ def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
         raise _Broken(f"{name} may not stand inside a region", node)
     if "val" not in node.meta:
         raise _Broken(f"{name} has no metadata", node)
-    seal = (node.target, node.args, node.kwargs, tuple(operand.meta.get("val") for operand in operands_of((node.args, node.kwargs))))
+    operands = operands_of((node.args, node.kwargs))
+    # Operands are told apart by their metadata objects, which copies of a program share, not by their nodes.
+    skeleton = fx.map_arg((node.args, node.kwargs), lambda operand: _HOLE)
+    seal = (node.target, skeleton, tuple(operand.meta.get("val") for operand in operands))
     if _same_seal(node.meta.get("seal"), seal, node):
         return
     body = region_of(node)
@@ -102,9 +108,9 @@ def _aliased(node: Node, value: Any) -> list[bool]:
 
 
 def _same_seal(seal: Any, now: tuple[Any, ...], node: Node) -> bool:
-    if seal is None or seal[0] is not now[0] or seal[4] is not node.meta["val"] or len(seal[3]) != len(now[3]):
+    if seal is None or seal[0] is not now[0] or seal[3] is not node.meta["val"] or len(seal[2]) != len(now[2]):
         return False
-    return all(a is b for a, b in zip(seal[3], now[3], strict=True)) and seal[1] == now[1] and seal[2] == now[2]
+    return all(a is b for a, b in zip(seal[2], now[2], strict=True)) and seal[1] == now[1]
 
 
 def _verify_region(node: Node, body: Region, symbols: SymbolTable) -> None:

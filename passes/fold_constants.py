@@ -81,14 +81,14 @@ class _Constants:
             base = self._without_views(pending.pop())
             if base is None or base in chosen or base in refused:
                 continue
-            growth = _nbytes(base)
-            if isinstance(base.meta["val"], tuple) or growth > limit and growth - self._replaced_bytes(base) > limit:
-                refused.add(base)
-                pending += [source for source in base.all_input_nodes if source in self.nodes]
-                if not isinstance(base.meta["val"], tuple):
-                    left.append(LeftAlone.at(base, f"its {growth} bytes are more than the limit of {limit} above what they replace"))
+            growth, is_tensor = _nbytes(base), not isinstance(base.meta["val"], tuple)
+            if is_tensor and (growth <= limit or growth - self._replaced_bytes(base) <= limit):
+                chosen[base] = None
                 continue
-            chosen[base] = None
+            refused.add(base)
+            pending += [source for source in base.all_input_nodes if source in self.nodes]
+            if is_tensor:
+                left.append(LeftAlone.at(base, f"its {growth} bytes are more than the limit of {limit} above what they replace"))
         return [node for node in self.nodes if node in chosen], tuple(left)
 
     def _without_views(self, node: Node) -> Node | None:
@@ -128,9 +128,9 @@ def _is_static(value: Any) -> bool:
 
 def _is_view(node: Node) -> bool:
     target: Any = node.target
-    if target is torch.ops.aten._unsafe_view.default:
-        return True
-    return target is not GETITEM and any(result.alias_info is not None for result in target._schema.returns)
+    if target is GETITEM:
+        return _is_view(node.all_input_nodes[0])
+    return target is torch.ops.aten._unsafe_view.default or any(result.alias_info is not None for result in target._schema.returns)
 
 
 def _nbytes(node: Node) -> int:

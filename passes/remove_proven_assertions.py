@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from ..ir import Node, Rewriter
 from ..ir.calls import is_assertion
 from ..ir.pattern import named_arguments
-from ..ir.symbols import SymbolTable
+from ..ir.symbols import UNBOUNDED, SymbolTable
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
 
@@ -54,14 +56,23 @@ def _value(value: Any) -> Any:
 
 def _is_true(condition: Any, symbols: SymbolTable) -> bool:
     if isinstance(condition, torch.SymBool):
-        bounds = symbols.env.bound_sympy(condition.node.expr)
+        bounds = _bounds(condition, symbols)
         return bounds.is_singleton() and bool(bounds.lower)
     return not isinstance(condition, torch.Tensor | torch.SymInt | torch.SymFloat) and bool(condition)
 
 
 def _lies_within(size: Any, low: int | None, high: int | None, symbols: SymbolTable) -> bool:
-    if not isinstance(size, int | torch.SymInt):
+    if isinstance(size, int):
+        lower = upper = size
+    elif isinstance(size, torch.SymInt):
+        bounds = _bounds(size, symbols)
+        lower, upper = bounds.lower, bounds.upper
+    else:
         return False
-    bounds = symbols.env.bound_sympy(size.node.expr) if isinstance(size, torch.SymInt) else None
-    lower, upper = (size, size) if bounds is None else (bounds.lower, bounds.upper)
     return bool(lower >= (0 if low is None else low)) and (high is None or bool(upper <= high))
+
+
+def _bounds(size: torch.SymInt | torch.SymBool, symbols: SymbolTable) -> Any:
+    """The range of an expression over the declared ranges. Those of the ShapeEnv are no proof: each assertion narrows them."""
+    declared = {symbols.size(s.name).node.expr: ValueRanges(s.low, s.high if s.high < UNBOUNDED else int_oo) for s in symbols}
+    return bound_sympy(size.node.expr, declared)

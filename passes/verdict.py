@@ -92,7 +92,7 @@ class Comparison:
         if not _is_inexact(self.r):
             return Verdict("wrong", "integers differ", self._worst(error, self.c), math.inf) if error.any() else Verdict("right")
         largest, noise = 0.0, torch.stack(list(self.noise64)).amax(0)
-        for e, scale, n in zip(_rows(error), _rows(_finite(self.r.abs(), self.r)), _rows(noise)):
+        for e, scale, n in zip(_rows(error), _rows(_magnitude(self.r)), _rows(noise)):
             top, size, own = e.amax(1), scale.amax(1), n.amax(1)
             judged = own <= ILL_CONDITIONED * size
             if len(top) == 1 and not judged.all():
@@ -106,21 +106,23 @@ class Comparison:
         return Verdict("right", rewrite_error=largest)
 
     def _judge_numerics(self, rewrite: Verdict) -> Verdict:
-        """Equal NaN and infinities in the working dtype, and RMSE(working, r) <= 4 max(RMSE(own, r), noise)."""
+        """Equal NaN and infinities in the working dtype, and RMSE(working, r) <= 4 max(RMSE(own, r), noise).
+
+        For integers, of which rounding flips ties, the share that differs takes the place of the RMSE.
+        """
         moved = _moved_nonfinite(self.own, self.working)
         if moved.any():
             worst = self._worst(moved, self.working)
             near_overflow = abs(worst.expected) > torch.finfo(self.own.dtype).max / 8
             kind = "inconclusive" if near_overflow else "unstable"
             return replace(rewrite, kind=kind, reason="NaN or infinity moved in the working dtype", worst=worst)
-        error, scale = distance(self.working, self.r), _finite(self.r.abs(), self.r).to(torch.float64)
+        error, mean = distance(self.working, self.r), _rms if _is_inexact(self.r) else _share
         floors = [distance(self.own, self.r), *self.noise]
         verdict = rewrite
-        for e, s, *fs in zip(_rows(error), _rows(scale), *map(_rows, floors)):
-            ratio = _largest_ratio(_rms(e), torch.stack([_rms(f) for f in fs]).amax(0))
-            verdict = replace(
-                verdict, error=max(verdict.error, _largest_ratio(_rms(e), _rms(s))), error_ratio=max(verdict.error_ratio, ratio)
-            )
+        for e, size, *fs in zip(_rows(error), _rows(_magnitude(self.r)), *map(_rows, floors)):
+            ratio = _largest_ratio(mean(e), torch.stack([mean(f) for f in fs]).amax(0))
+            relative = max(verdict.error, _largest_ratio(mean(e), mean(size)))
+            verdict = replace(verdict, error=relative, error_ratio=max(verdict.error_ratio, ratio))
             if ratio > RMSE_FACTOR:
                 reason = f"{ratio:.3g} x as far from float64 as the original"
                 return replace(verdict, kind="unstable", reason=reason, worst=self._worst(error, self.working))
@@ -164,6 +166,11 @@ def _finite(value: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(where), value, torch.zeros_like(value))
 
 
+def _magnitude(r: torch.Tensor) -> torch.Tensor:
+    """abs(r) where it is finite, else 0; 1 for an integer, so that a mean error over it is a share."""
+    return _finite(r.abs(), r) if _is_inexact(r) else torch.ones_like(r, dtype=torch.float64)
+
+
 def _moved_nonfinite(r: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     if not r.dtype.is_floating_point:
         return r.isnan() != c.isnan()
@@ -180,6 +187,10 @@ def _rows(value: torch.Tensor) -> list[torch.Tensor]:
 
 def _rms(rows: torch.Tensor) -> torch.Tensor:
     return rows.square().mean(1).sqrt()
+
+
+def _share(rows: torch.Tensor) -> torch.Tensor:
+    return rows.mean(1)
 
 
 def _largest_ratio(top: torch.Tensor, bottom: torch.Tensor) -> float:

@@ -147,7 +147,10 @@ def vae() -> Case:
     import diffusers
 
     model = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
     )
     return model.eval(), (_noise(1, 3, 32, 32),), {}, None
 
@@ -155,7 +158,9 @@ def vae() -> Case:
 def dit() -> Case:
     import diffusers
 
-    model = diffusers.DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=8, num_layers=2, sample_size=8, num_embeds_ada_norm=10)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, num_layers=2, sample_size=8, num_embeds_ada_norm=10
+    )
     return model.eval(), (_noise(2, 4, 8, 8),), {"timestep": torch.tensor([3, 5]), "class_labels": torch.tensor([1, 2])}, None
 
 

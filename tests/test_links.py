@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-
 from graphwright.ir.links import ROWS, Moves, Row, declare
 from graphwright.ir.links.probe import call_node, check_links
 from graphwright.ir.links.table import Never

@@ -5,11 +5,10 @@ import random
 
 import pytest
 import torch
-from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
-
 from graphwright.ir.links import Refusal, Tag, backward, forward, kind, localize
 from graphwright.ir.links.probe import check_links
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 WITHOUT = "needs {0} to build the network: pip install {0}"
 

@@ -5,14 +5,13 @@ from math import ceil, floor, prod
 
 import pytest
 import torch
+from graphwright.ir.links import ROWS, OperandSlot, Refusal, Tag, backward, declare, forward, halo, kind, localize, tag_through_view
+from graphwright.ir.links.probe import call_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-from graphwright.ir.links import ROWS, OperandSlot, Refusal, Tag, backward, declare, forward, halo, kind, localize, tag_through_view
-from graphwright.ir.links.probe import call_node
 
 aten = torch.ops.aten
 

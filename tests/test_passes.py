@@ -6,14 +6,13 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from graphwright.ir import Rewriter
 from graphwright.ir.errors import PassError
 from graphwright.passes import CLEANUPS, Contract, FoldConstants, Outcome, Pass, all_passes, parse_pipeline, pass_named, registry, spell
 from graphwright.passes.options import at_least, between, is_share, is_size, one_of, option, share, size_in_bytes
 from graphwright.passes.pipeline import check_order
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,9 @@ def test_passes_are_values_and_lists_in_options_become_tuples() -> None:
     assert replace(Example(), rank=4).rank == 4
 
 
-@pytest.mark.parametrize(("text", "nbytes"), [("512B", 512), ("1KiB", 1024), ("1.5MiB", 3 * 2**19), ("2GiB", 2**31), ("1MB", 10**6), (7, 7)])
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("512B", 512), ("1KiB", 1024), ("1.5MiB", 3 * 2**19), ("2GiB", 2**31), ("1MB", 10**6), (7, 7)]
+)
 def test_a_size_is_in_bytes(text: int | str, nbytes: int) -> None:
     assert is_size(text) and size_in_bytes(text) == nbytes
 
@@ -127,7 +128,12 @@ def test_only_options_that_are_not_at_their_default_are_spelled() -> None:
 
 
 _plain = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8), st.sampled_from(["25%", "2GiB", "true", "inf", "1e5"])
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False),
+    st.text(max_size=8),
+    st.sampled_from(["25%", "2GiB", "true", "inf", "1e5"]),
 )
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils._pytree as pytree
-
 from graphwright.ir import capture, parse, verify
 from graphwright.ir.run import run
 

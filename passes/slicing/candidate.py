@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ...ir import Node
-from ...ir.links import Refusal, Tag
 from ...ir.infer import tensors_of
+from ...ir.links import Refusal, Tag
 from ...ir.liveness import hint
 from .scene import END, Scene, is_dense, value_bytes
 
@@ -264,11 +264,7 @@ def _add(scene: Scene, state: _Sweep, node: Node, tags: tuple[Tag | None, ...]) 
 
 def _snapshot(scene: Scene, axis: Axis, state: _Sweep, order: list[Node], start: int, position: int, base: int) -> Candidate | None:
     """The candidate that ends after `position`; None if an output could not be laid out again as it was."""
-    escaping = [
-        node
-        for node, waiting in state.waiting.items()
-        if waiting and any(key in state.storage_bytes for key in scene.keys[node])
-    ]
+    escaping = [node for node, waiting in state.waiting.items() if waiting and any(key in state.storage_bytes for key in scene.keys[node])]
     for node in escaping:
         if len(tensors_of(node.meta["val"])) != 1 or isinstance(node.meta["val"], tuple) or not is_dense(node):
             return None

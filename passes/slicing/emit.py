@@ -61,14 +61,24 @@ def _outline(rewriter: Rewriter, region: PlannedRegion, home: dict[Node, Node]) 
     for node in members:
         body[node], unit = _body_call(builder, node, tags[node], region.units, body)
         coarse = coarse or unit
+    staying = _views_that_stay(members, tags)
+    leaving = [node for node in members if node not in staying]
     outputs = [
         (node, body[node], tag.dim)
-        for node in members
-        if (tag := tags[node][0]) is not None and not _is_outside_view(node, tags) and any(user not in tags for user in node.users)
+        for node in leaving
+        if (tag := tags[node][0]) is not None and any(user not in tags for user in node.users)
     ]
     builder.units = region.units if coarse else None
-    leaving = [node for node in members if not (_is_outside_view(node, tags) and any(user not in tags for user in node.users))]
     rewriter.outline(leaving, builder, outputs, region.count)
+
+
+def _views_that_stay(members: Sequence[Node], inside: dict[Node, Any]) -> set[Node]:
+    """Views of outside values that are used outside too, and the views that these are made from: they cost nothing there."""
+    staying: set[Node] = set()
+    for node in reversed(members):
+        if _is_outside_view(node, inside) and any(user not in inside or user in staying for user in node.users):
+            staying.add(node)
+    return staying
 
 
 def _is_outside_view(node: Node, inside: dict[Node, Any]) -> bool:
@@ -84,9 +94,7 @@ def _is_outside_view(node: Node, inside: dict[Node, Any]) -> bool:
     return bool(sources) and keys <= made_inside and all(_is_outside_view(source, inside) for source in sources)
 
 
-def _body_call(
-    builder: RegionBuilder, node: Node, tags: Sequence[Tag | None], units: int, body: dict[Node, Node]
-) -> tuple[Node, bool]:
+def _body_call(builder: RegionBuilder, node: Node, tags: Sequence[Tag | None], units: int, body: dict[Node, Node]) -> tuple[Node, bool]:
     """The call of `node` inside the body, and whether a unit there is more than one index."""
     tag = next(t for t in tags if t is not None)
     output = tags.index(tag)

@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...ir import Node
-from ...ir.links import Refusal, Tag
 from ...ir.infer import tensors_of
+from ...ir.links import Refusal, Tag
 from ...ir.liveness import hint
 from .candidate import Axis, Candidate, Stop, sweep, trace
 from .scene import END, Scene, value_bytes
 
 _LEAST_GAIN = 0.01  # of the peak: below this a region or a further slice is not worth its time
 _MAX_CUTS = 10
-DEBUG = False
 _MAX_TRIALS = 6  # candidates whose exact profile is computed; the estimate is seldom far off
 
 
@@ -191,7 +190,13 @@ class Planner:
         lived = layout.live[[layout.index[member] for member in candidate.members]]
         cleared = int((lived > max(self.target, peak)).sum())
         met = peak <= self.target
-        return (not met, 0 if met else peak, -cleared, count * candidate.weight_bytes + count * len(candidate.members) * 2**14, len(candidate.members))
+        return (
+            not met,
+            0 if met else peak,
+            -cleared,
+            count * candidate.weight_bytes + count * len(candidate.members) * 2**14,
+            len(candidate.members),
+        )
 
     def _items_between(self, layout: _Layout, candidate: Candidate) -> tuple[int, int]:
         return layout.index[layout.flat[candidate.first]], layout.index[layout.flat[candidate.last]]
@@ -226,7 +231,11 @@ class Planner:
             choices = [(value, dim) for value, dim in self.explicit]
         else:
             around = [node, *scene.operands[node], *scene.users[node]]
-            values = [v for v in around if v.op == "call_function" and len(tensors_of(v.meta["val"])) == 1 and not isinstance(v.meta["val"], tuple)]
+            values = [
+                v
+                for v in around
+                if v.op == "call_function" and len(tensors_of(v.meta["val"])) == 1 and not isinstance(v.meta["val"], tuple)
+            ]
             values.sort(key=lambda v: -value_bytes(v))
             choices = [(v, d) for v in values[:6] for d in range(v.meta["val"].dim())]
         for value, dim in choices:
@@ -280,7 +289,6 @@ class Planner:
         low = min(fresh.index[n] for n in layout.flat[candidate.first : candidate.last + 1])
         high = max(fresh.index[n] for n in layout.flat[candidate.first : candidate.last + 1])
         after = int(fresh.live[low : high + 1].max())
-        if DEBUG: print('try', candidate.first, candidate.last, len(candidate.members), candidate.units, count, 'est', candidate.peak(count), 'base', candidate.base,'esc',candidate.escaping,'tr',candidate.transient, 'before', before, 'after', after, 'max', layout.live.max(), fresh.live.max(), 'region', fresh.live[fresh.index[candidate.members[0]]], 'at', int(fresh.live[low:high+1].argmax())+low, fresh.index[candidate.members[0]])
         if after < before and fresh.live.max() <= layout.live.max():
             return window
         self.regions, self.region_of = before_regions, before_map
@@ -312,7 +320,8 @@ class Planner:
                 cross[min(dies, len(items) - 1) + 1] -= nbytes
         full = np.cumsum(delta)[: len(items)]
         inside = np.array(
-            [self._transient(item) if isinstance(item, PlannedRegion) else self.scene.workspace_of[item].total for item in items], dtype=np.int64
+            [self._transient(item) if isinstance(item, PlannedRegion) else self.scene.workspace_of[item].total for item in items],
+            dtype=np.int64,
         )
         return _Layout(items, index, full + inside, full, np.cumsum(cross)[: len(items)], flat, flat_of_item)
 
@@ -422,7 +431,13 @@ class Planner:
         born: dict[int, int] = {}
         dies: dict[int, int] = {}
         made = {key for m in region.members for key in self.scene.keys[m]} - set(self.scene.outside_keys)
-        outside = {key for m in region.members for o in self.scene.operands[m] if o not in position and o.op == "call_function" for key in self.scene.keys[o]}
+        outside = {
+            key
+            for m in region.members
+            for o in self.scene.operands[m]
+            if o not in position and o.op == "call_function"
+            for key in self.scene.keys[o]
+        }
         for i, member in enumerate(region.members):
             for tensor, key in zip(tensors_of(member.meta["val"]), self.scene.keys[member], strict=True):
                 if key not in made or key in outside:
@@ -499,9 +514,7 @@ def escaping_members(scene: Scene, region: PlannedRegion) -> list[Node]:
     """Members whose value is used outside the region; views of outside values are left out, they stay outside for free."""
     inside = set(region.members)
     made = {key for m in region.members if scene.makes[m] for key in scene.keys[m]}
-    return [
-        m for m in region.members if any(u not in inside for u in scene.users[m]) and any(key in made for key in scene.keys[m])
-    ]
+    return [m for m in region.members if any(u not in inside for u in scene.users[m]) and any(key in made for key in scene.keys[m])]
 
 
 def layout_of(node: Node, tag: Tag | None) -> tuple:

@@ -34,7 +34,9 @@ def _is_budget(value: Any) -> bool:
 
 
 def _are_axes(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) > 0 and all(isinstance(axis, str) and (axis in KINDS or _is_place(axis)) for axis in value)
+    if not isinstance(value, tuple) or not value:
+        return False
+    return all(isinstance(axis, str) and (axis in KINDS or _is_place(axis)) for axis in value)
 
 
 def _is_place(axis: str) -> bool:
@@ -66,14 +68,24 @@ class SliceGroups(Pass):
         before = profile(rewriter.function)
         budget = self.budget_bytes(before.peak_bytes)
         prepared = prepare(rewriter.program, rewriter.function.name)
-        scene = Scene.of(prepared.program.functions[rewriter.function.name])
+        spelled_out = prepared.program.functions[rewriter.function.name]
         kinds = frozenset(axis for axis in self.axes if axis in KINDS) or frozenset({"rows", "query"})
-        plan = Planner(scene, budget, self.max_slices, kinds, self._places(prepared.program.functions[rewriter.function.name].placeholders)).plan()
-        if self.insist and not plan.met:
-            raise BudgetError(f"the memory budget of {mib(budget)} cannot be met, the nearest reachable peak is {mib(plan.planned)}: {_obstacles(plan)}")
+        planner = Planner(Scene.of(spelled_out), budget, self.max_slices, kinds, self._places(spelled_out.placeholders))
+        plan = planner.plan()
         emit(rewriter, prepared, plan)
+        # The plan is made on a copy that spells norms and masks out; what counts is the program that came of it.
+        plan.planned = profile(rewriter.function).peak_bytes
+        if self.insist and not plan.met:
+            nearest = f"the nearest reachable peak is {mib(plan.planned)}"
+            raise BudgetError(f"the memory budget of {mib(budget)} cannot be met, {nearest}: {_obstacles(plan)}")
         left = tuple(LeftAlone.at(held.node, f"{mib(held.nbytes)} live in full at the peak: {held.reason}") for held in plan.held)
-        data = {"unsliced": before.peak_bytes, "planned": plan.planned, "floor": plan.floor, "budget": budget, "regions": len(plan.regions)}
+        data = {
+            "unsliced": before.peak_bytes,
+            "planned": plan.planned,
+            "floor": min(plan.floor, plan.planned),
+            "budget": budget,
+            "regions": len(plan.regions),
+        }
         return Outcome(left=left, lines=tuple(_lines(plan, before.peak_bytes)), data=data)
 
     def budget_bytes(self, unsliced: int) -> int:
@@ -98,7 +110,8 @@ class SliceGroups(Pass):
 def _lines(plan: Plan, unsliced: int) -> list[str]:
     share_left = 100 * plan.planned / unsliced if unsliced else 100.0
     verdict = "met" if plan.met else "not met"
-    lines = [f"peak {mib(unsliced)} -> {mib(plan.planned)} ({share_left:.1f} %), budget {mib(plan.budget)} {verdict}, floor {mib(plan.floor)}"]
+    figures = f"peak {mib(unsliced)} -> {mib(plan.planned)} ({share_left:.1f} %)"
+    lines = [f"{figures}, budget {mib(plan.budget)} {verdict}, floor {mib(min(plan.floor, plan.planned))}"]
     if not plan.met:
         lines.append(f"the peak cannot go lower: {_obstacles(plan)}")
     for i, region in enumerate(plan.regions):
@@ -108,5 +121,8 @@ def _lines(plan: Plan, unsliced: int) -> list[str]:
 
 
 def _obstacles(plan: Plan) -> str:
-    shown = [f"{held.node.target} {[hint(n) for n in tensors_of(held.node.meta['val'])[0].shape]} {mib(held.nbytes)} ({held.reason})" for held in plan.held[:4]]
+    shown = []
+    for held in plan.held[:4]:
+        shape = [hint(n) for n in tensors_of(held.node.meta["val"])[0].shape]
+        shown.append(f"{held.node.target} {shape} {mib(held.nbytes)} ({held.reason})")
     return "live there in full: " + "; ".join(shown)

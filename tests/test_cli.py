@@ -1,0 +1,230 @@
+"""The command line promises: text or one JSON object on stdout, three exit codes, one line for a mistake, silence in a pipe."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from graphwright.cli import main
+
+MODELS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+    def forward(self, x):
+        return self.linear(x).relu() + self.linear(x).relu()
+
+def make():
+    torch.manual_seed(0)
+    print("a factory may print")
+    return Net().eval(), (torch.ones(2, 4),)
+
+def make_with_kwargs():
+    return Net().eval(), (), {"x": torch.ones(2, 4)}
+
+def wrong():
+    return Net()
+
+def failing():
+    raise ValueError("no such checkpoint\\non this machine")
+
+class Branches(Net):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+def uncapturable():
+    return Branches(), (torch.ones(2, 4),)
+"""
+
+needs_diff = pytest.mark.skipif(importlib.util.find_spec("graphwright.ir.diff") is None, reason="needs graphwright/ir/diff.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a module of factories, an artifact, an exported program, and the dumps of a program before and after passes."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "cli_test_models.py").write_text(MODELS)
+    here = Path.cwd()
+    os.chdir(path)
+    try:
+        assert main(["compile", "cli_test_models:make", "--backend", "aten", "-o", "net.gw"]) == 0
+        import torch
+        from cli_test_models import make
+
+        module, args = make()
+        torch.export.save(torch.export.export(module, args), "net.pt2")
+        import graphwright as gw
+
+        program = gw.capture(module, args, {})
+        (path / "before.txt").write_text(str(program))
+        (path / "after.txt").write_text(str(gw.PassManager("share-subexpressions").run(program).program))
+        (path / "broken.txt").write_text("no program")
+        (path / "latin.txt").write_bytes(b"\xff\xfe")
+    finally:
+        os.chdir(here)
+    return path
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Runs one command in that folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments):
+        code = main(list(arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_compile_prints_the_report_and_writes_an_artifact(run, folder):
+    code, out, _ = run("compile", "cli_test_models:make", "--passes", "slice-groups", "--backend", "aten", "-o", "new.gw")
+    assert code == 0
+    assert "contract: exact" in out and "wrote new.gw" in out
+    assert (folder / "new.gw").exists()
+
+
+def test_compile_holds_passes_to_their_contract_on_demand(run):
+    code, out, _ = run("compile", "cli_test_models:make", "--numeric", "--backend", "aten", "--json")
+    shared = next(each for each in json.loads(out)["passes"] if each["pass"] == "share-subexpressions")
+    assert code == 0 and shared["rewrites"] > 0 and shared["verdict"]["kind"] == "right"
+
+
+@pytest.mark.parametrize("model", ["cli_test_models:make", "cli_test_models:make_with_kwargs", "net.gw", "before.txt"])
+def test_dump_prints_a_program_that_parses_back(run, model):
+    import graphwright as gw
+
+    code, out, _ = run("dump", model)
+    assert code == 0
+    assert str(gw.parse(out)) == out.rstrip("\n") or str(gw.parse(out)) == out
+
+
+def test_dump_reads_an_exported_program_that_is_trusted(run):
+    code, out, err = run("dump", "net.pt2", "--trusted")
+    assert (code, err) == (0, "") and "aten.linear" in out
+
+
+def test_dump_with_passes_shows_what_they_made(run):
+    code, out, _ = run("dump", "before.txt", "--passes", "share-subexpressions", "--no-cleanups", "--json")
+    assert code == 0 and json.loads(out)["pipeline"] == "share-subexpressions"
+
+
+def test_dump_lists_weights(run):
+    code, out, _ = run("dump", "net.gw", "--weights")
+    assert code == 0 and "linear.weight" in out and "2 weights, 80 bytes" in out
+
+
+@needs_diff
+def test_diff_finds_no_difference_between_a_program_and_itself(run):
+    assert run("diff", "before.txt", "before.txt") == (0, "", "")
+
+
+@needs_diff
+def test_diff_finds_a_difference_and_says_so_by_its_exit_code(run):
+    code, out, _ = run("diff", "before.txt", "after.txt")
+    assert code == 1 and out.startswith("@@") and "\x1b" not in out
+
+
+@needs_diff
+def test_diff_as_json(run):
+    code, out, _ = run("diff", "before.txt", "after.txt", "--json")
+    assert code == 1 and json.loads(out)["equal"] is False
+
+
+def test_verify_holds_each_pass_to_its_contract(run):
+    code, out, _ = run("verify", "cli_test_models:make", "--numeric")
+    assert code == 0
+    assert "contract right" in out and out.splitlines()[-1] == "verified"
+
+
+def test_verify_without_passes_checks_the_program_alone(run):
+    code, out, _ = run("verify", "before.txt", "--json")
+    assert code == 0 and json.loads(out) == {"verdict": "right", "numeric": False, "passes": []}
+
+
+def test_verify_fails_on_a_pass_that_breaks_its_contract(run, monkeypatch):
+    from graphwright.passes import RemoveNoOps, Verdict
+
+    monkeypatch.setattr("graphwright.passes.ShareSubexpressions.check", lambda self, reference, after: Verdict("wrong", "planted"))
+    code, out, _ = run("verify", "cli_test_models:make", "--numeric")
+    assert RemoveNoOps.name and code == 1 and "share-subexpressions breaks its contract" in out
+
+
+def test_passes_lists_contracts_and_options_with_their_defaults(run):
+    code, out, _ = run("passes")
+    assert code == 0 and "slice-groups" in out and "memory_budget=25%" in out
+    found = {each["name"]: each for each in json.loads(run("passes", "--json")[1])["passes"]}
+    assert found["slice-groups"]["contract"] == "exact"
+    assert {"max_slices", "axes"} <= {each["name"] for each in found["slice-groups"]["options"]}
+
+
+def test_demo_lowers_the_peak_and_saves_on_demand(run, tmp_path):
+    code, out, _ = run("demo", "--quick", "--json", "--save", str(tmp_path / "saved"))
+    found = json.loads(out)
+    assert code == 0
+    assert found["compiled"]["peak_bytes"] < found["eager"]["peak_bytes"]
+    assert found["error"] < 1e-5  # float32 outputs of a network this deep: sums in another order, about 1e-6
+    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == ["demo.txt", "report.txt"]
+
+
+MISTAKES = {
+    "no command": ([], "required"),
+    "an unknown command": (["optimise", "net.gw"], "invalid choice"),
+    "an unknown flag": (["passes", "--fast"], "--fast"),
+    "no model": (["dump"], "MODEL"),
+    "a missing file": (["dump", "absent.gw"], "absent.gw does not exist"),
+    "an unknown network": (["dump", "video_unt"], "did you mean video_unet"),
+    "an unknown size": (["dump", "video_unet:huge"], "tiny, small, base"),
+    "an unknown module": (["dump", "absent_module:make"], "absent_module"),
+    "an unknown factory": (["dump", "cli_test_models:absent"], "absent"),
+    "a factory that returns something else": (["dump", "cli_test_models:wrong"], "must return"),
+    "a factory that fails": (["dump", "cli_test_models:failing"], "no such checkpoint on this machine"),
+    "a model that cannot be captured": (["dump", "cli_test_models:uncapturable"], "graphwright: "),
+    "an untrusted .pt2": (["dump", "net.pt2"], "--trusted"),
+    "text that is no program": (["dump", "broken.txt"], "line 1"),
+    "a file that is no text": (["dump", "latin.txt"], "UTF-8"),
+    "a text file to compile": (["compile", "before.txt"], "no weights"),
+    "an unknown pass": (["compile", "net.gw", "--passes", "slice-group"], "did you mean slice-groups"),
+    "a bad option": (["dump", "before.txt", "--passes", "slice-groups{max_slices=0}"], "max_slices"),
+    "a wrong order": (["verify", "before.txt", "--no-cleanups", "--passes", "slice-groups,fold-constants"], "must stand before"),
+    "an unknown backend": (["compile", "net.gw", "--backend", "fast"], "unknown backend"),
+    "an output of another kind": (["compile", "net.gw", "-o", "net.onnx"], "something.gw"),
+    "an output in no folder": (["compile", "net.gw", "-o", "absent/net.gw"], "absent does not exist"),
+    "a numeric check without weights": (["verify", "before.txt", "--numeric"], "weight"),
+    "a folder that is a file": (["demo", "--quick", "--save", "before.txt"], "before.txt"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(run, mistake):
+    arguments, said = MISTAKES[mistake]
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("graphwright: ") and said in err
+    assert "Traceback" not in err and len(err.replace("a factory may print\n", "").splitlines()) == 1
+
+
+def test_a_mistake_as_json_is_one_object_too(run):
+    code, out, err = run("dump", "absent.gw", "--json")
+    assert code == 2 and "absent.gw" in json.loads(out)["error"]["message"] and err.count("\n") == 1
+
+
+def test_help_documents_the_exit_codes(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compile", "--help"])
+    assert stop.value.code == 0
+    assert "exit codes" in capsys.readouterr().out
+
+
+def test_a_pipe_gets_nothing_on_stderr_and_may_close_early(folder):
+    command = f"{sys.executable} -m graphwright.cli dump before.txt | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, len(done.stdout), done.stderr) == (0, 1, "")

@@ -1,0 +1,435 @@
+"""Capture: any module becomes a program with its user's names, trees and lines, or an error that lists every blocker."""
+
+import inspect
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from graphwright import ir
+from graphwright.ir.errors import CaptureError, GraphwrightError, InputError
+from graphwright.ir.run import run
+from graphwright.ir.tree import unflatten
+from torch import nn
+from torch.export import Dim
+
+
+def capture(model, *args, **options) -> ir.Program:
+    program = ir.capture(model, args, **options)
+    ir.verify(program)
+    assert ir.parse(str(program)) == program
+    return program
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+# --- dynamic sizes ---
+
+
+def test_symbols_have_the_users_names_and_ranges() -> None:
+    dims = {"x": {0: Dim("batch", min=2, max=64), 1: Dim("length", max=512)}}
+    model = nn.Linear(4, 3)
+    program = ir.capture(Wrapped(model), (torch.ones(5, 7, 4),), dynamic_shapes=dims)
+    assert [(s.name, s.low, s.high, s.hint) for s in program.symbols] == [("batch", 2, 64, 5), ("length", pytest.approx(1, abs=2), 512, 7)]
+    assert "input %x : f32[batch, length, 4]" in str(program)
+    x = torch.randn(3, 9, 4)
+    assert torch.equal(run(program, [x])[0][0], model(x))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def test_a_dim_shared_by_two_inputs_is_one_symbol() -> None:
+    class Add(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    rows = Dim("rows", max=32)
+    program = capture(Add(), torch.ones(5, 2), torch.ones(5, 2), dynamic_shapes={"x": {0: rows}, "y": {0: rows}})
+    assert [s.name for s in program.symbols] == ["rows"]
+    assert "input %x : f32[rows, 2]" in str(program) and "input %y : f32[rows, 2]" in str(program)
+
+
+def test_unnamed_dims_are_numbered() -> None:
+    program = capture(Scale(), torch.ones(5, 7, 4), dynamic_shapes={"x": {0: Dim.AUTO, 1: Dim.DYNAMIC}})
+    assert [s.name for s in program.symbols] == ["s0", "s1"]
+
+
+def test_dims_inside_a_list_get_their_names() -> None:
+    class Sum(nn.Module):
+        def forward(self, xs):
+            return xs[0].sum() + xs[1].sum()
+
+    dims = {"xs": [{0: Dim("first", max=9)}, {0: Dim("second", max=9)}]}
+    program = capture(Sum(), [torch.ones(5), torch.ones(7)], dynamic_shapes=dims)
+    assert [s.name for s in program.symbols] == ["first", "second"]
+
+
+def test_a_dim_that_the_code_fixes_is_a_blocker_with_its_line() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.view(5, -1) if x.size(0) == 5 else x * 2
+
+    line = inspect.getsourcelines(Fixed.forward)[1] + 1
+    with pytest.raises(CaptureError, match=rf"test_ir_capture.py:{line}"):
+        ir.capture(Fixed(), (torch.ones(5, 4),), dynamic_shapes={"x": {0: Dim("rows", max=32)}})
+
+
+# --- trees ---
+
+
+def test_keyword_arguments_nested_inputs_and_outputs() -> None:
+    class Nested(nn.Module):
+        def forward(self, pair, *, options, scale=2.0):
+            a, b = pair
+            return {"sum": a + b, "rest": [options["bias"] * scale, (a,)]}
+
+    args, kwargs = ((torch.ones(3), torch.ones(3)),), {"options": {"bias": torch.ones(2)}, "scale": 3.0}
+    program = ir.capture(Nested(), args, kwargs)
+    ir.verify(program)
+    leaves = run(program, pytree.tree_leaves((args, kwargs)))[0]
+    result = unflatten(program.main.out_tree, leaves)
+    expected = Nested()(*args, **kwargs)
+    assert pytree.tree_structure(result) == pytree.tree_structure(expected)
+    assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(result), pytree.tree_leaves(expected)))
+    assert ir.parse(str(program)) == program
+
+
+@dataclass
+class Boxed:
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+pytree.register_dataclass(Boxed, serialized_type_name="test_ir_capture.Boxed")
+
+
+@dataclass
+class Unregistered:
+    first: torch.Tensor
+
+
+def test_a_registered_dataclass_is_returned_as_itself() -> None:
+    class Boxes(nn.Module):
+        def forward(self, x):
+            return Boxed(x + 1, x * 2)
+
+    program = capture(Boxes(), torch.ones(3))
+    result = unflatten(program.main.out_tree, run(program, [torch.ones(3)])[0])
+    assert isinstance(result, Boxed) and torch.equal(result.second, torch.full((3,), 2.0))
+    assert 'gives object "test_ir_capture.Boxed"' in str(program)
+
+
+def test_a_class_that_torch_does_not_know_is_an_error_that_says_what_to_do() -> None:
+    class Boxes(nn.Module):
+        def forward(self, x):
+            return Unregistered(x + 1)
+
+    with pytest.raises(CaptureError, match="Unregistered"):
+        ir.capture(Boxes(), (torch.ones(3),))
+
+
+def test_outputs_of_transformers_keep_their_class() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 16}
+    model = transformers.BertModel(transformers.BertConfig(**sizes)).eval()
+    tokens = torch.ones(1, 4, dtype=torch.long)
+    program = ir.capture(model, (tokens,))
+    result = unflatten(program.main.out_tree, run(program, [tokens])[0])
+    expected = model(tokens)
+    assert type(result) is type(expected)
+    torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)  # float32, other order of sums
+
+
+# --- constants and None ---
+
+
+def test_constant_inputs_are_leaves_with_their_value() -> None:
+    class Modes(nn.Module):
+        def forward(self, x, mode, mask=None, flag=True, factor=0.5):
+            y = x * factor if flag else x
+            return (y.relu() if mode == "relu" else y), mask
+
+    program = capture(Modes(), torch.ones(3), "relu", None, True, 0.25)
+    assert [(a.is_constant, None if not a.is_constant else a.value) for a in program.main.signature().inputs] == [
+        (False, None), (True, "relu"), (True, None), (True, True), (True, 0.25),
+    ]  # fmt: skip
+    outputs = run(program, [torch.ones(3), "relu", None, True, 0.25])[0]
+    assert torch.equal(outputs[0], torch.full((3,), 0.25)) and outputs[1] is None
+
+
+def test_a_model_without_inputs_or_calls() -> None:
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value = nn.Parameter(torch.ones(2))
+
+        def forward(self):
+            return self.value
+
+    program = capture(Constant())
+    assert torch.equal(run(program, [])[0][0], torch.ones(2))
+
+
+# --- state ---
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(3))
+        self.register_buffer("fixed", torch.ones(3))
+
+    def forward(self, x):
+        self.count.add_(x)
+        return self.count * 2 + self.fixed
+
+
+def test_a_mutated_buffer_is_a_state_and_others_are_not() -> None:
+    model = Counter()
+    program = capture(model, torch.ones(3))
+    signature = program.main.signature()
+    assert [s.name for s in signature.states] == ["count"] and signature.new_states == ("count",)
+    assert (program.weights["count"].kind, program.weights["fixed"].kind) == ("state", "buffer")
+    outputs, states = run(program, [torch.ones(3)], states={"count": torch.full((3,), 5.0)})
+    assert torch.equal(outputs[0], torch.full((3,), 13.0)) and torch.equal(states["count"], torch.full((3,), 6.0))
+    assert torch.equal(model.count, torch.zeros(3))
+
+
+def test_a_mutated_input_gets_a_new_value() -> None:
+    class Mutates(nn.Module):
+        def forward(self, x, y):
+            y.mul_(2)
+            return x + y
+
+    y = torch.ones(3)
+    program = capture(Mutates(), torch.ones(3), y)
+    assert program.main.signature().new_states == ("input:y",)
+    outputs, states = run(program, [torch.ones(3), torch.ones(3)])
+    assert torch.equal(outputs[0], torch.full((3,), 3.0)) and torch.equal(states["input:y"], torch.full((3,), 2.0))
+    assert torch.equal(y, torch.ones(3))
+
+
+def test_train_and_eval_are_captured_as_they_are() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(4)), torch.randn(8, 4)
+    trained = capture(model.train(), x)
+    assert {"0.running_mean", "0.running_var"} <= set(trained.main.signature().new_states)
+    assert capture(model.eval(), x).main.signature().new_states == () and not model.training
+
+
+# --- weights and provenance ---
+
+
+def test_weights_are_shared_by_name_and_not_copied() -> None:
+    model = Wrapped(nn.Linear(4, 3))
+    program = capture(model, torch.ones(2, 4))
+    assert set(program.weights) == {"model.weight", "model.bias"}
+    assert program.weights["model.weight"].tensor.data_ptr() == model.model.weight.data_ptr()
+    assert all(weight.kind == "parameter" for weight in program.weights.values())
+
+
+def test_every_call_knows_the_users_line_and_module() -> None:
+    program = capture(Wrapped(Wrapped(Scale())), torch.ones(2, 4))
+    (node,) = program.main.calls
+    line = inspect.getsourcelines(Scale.forward)[1] + 1
+    assert node.meta["origin"] == (0,) and str(node.meta["where"]) == f"test_ir_capture.py:{line} model.model"
+
+
+def test_two_captures_are_one_text() -> None:
+    model = Counter()
+    assert str(ir.capture(model, (torch.ones(3),))) == str(ir.capture(model, (torch.ones(3),)))
+
+
+def test_an_exported_program_is_captured_too() -> None:
+    model, x = Wrapped(nn.Linear(4, 3)).eval(), torch.randn(2, 4)
+    program = ir.from_exported(torch.export.export(model, (x,)))
+    assert program == ir.capture(model, (x,)) and torch.equal(run(program, [x])[0][0], model(x))
+
+
+def test_composites_stay_whole() -> None:
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.group, self.proj, self.conv = nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.Linear(4, 4), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            y = nn.functional.scaled_dot_product_attention(self.proj(self.norm(x)), x, x)
+            return self.conv(self.group(y))
+
+    names = {str(node.target) for node in capture(Block().eval(), torch.randn(1, 4, 5, 4)).main.calls}
+    assert {
+        "aten.layer_norm.default", "aten.linear.default", "aten.scaled_dot_product_attention.default", "aten.group_norm.default", "aten.conv2d.default",
+    } <= names  # fmt: skip
+
+
+# --- errors ---
+
+
+class TwoBranches(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            x = x + 1
+        y = x * 2
+        if y.max() > 3:
+            y = y - 1
+        return y
+
+
+def test_all_blockers_are_listed_at_once_each_with_its_line() -> None:
+    first = inspect.getsourcelines(TwoBranches.forward)[1]
+    with pytest.raises(CaptureError) as caught:
+        ir.capture(TwoBranches(), (torch.ones(3),))
+    message = str(caught.value)
+    assert "cannot be captured for 2 reasons" in message
+    for line in (first + 1, first + 4):
+        assert f"test_ir_capture.py:{line}: control flow depends on tensor values: use torch.where or torch.cond" in message
+
+
+def test_one_blocker_is_one_sentence() -> None:
+    class Branch(nn.Module):
+        def forward(self, x):
+            if x.sum() > 0:
+                return x + 1
+            return x
+
+    with pytest.raises(
+        CaptureError, match=r"the model cannot be captured, at test_ir_capture.py:\d+: control flow depends on tensor values"
+    ):
+        ir.capture(Branch(), (torch.ones(3),))
+
+
+def test_a_value_that_leaves_for_python_is_a_blocker_with_its_line() -> None:
+    class Leaves(nn.Module):
+        def forward(self, x):
+            return x * float(np.asarray(x.detach().numpy()).sum())
+
+    line = inspect.getsourcelines(Leaves.forward)[1] + 1
+    with pytest.raises(CaptureError, match=f"test_ir_capture.py:{line}"):
+        ir.capture(Leaves(), (torch.ones(3),))
+
+
+@pytest.mark.parametrize("model", [None, 3, "resnet", lambda x: x, torch.relu, nn.Linear, torch.ones(3)], ids=str)
+def test_what_is_no_module_is_refused_by_one_of_our_errors(model: object) -> None:
+    with pytest.raises(GraphwrightError):
+        ir.capture(model, (torch.ones(3),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [(), (torch.ones(3), torch.ones(3)), (torch.ones(3, 5),), ("text",), (None,)],
+    ids=["none", "two", "shape", "text", "None"],
+)
+def test_example_inputs_that_the_model_refuses_are_an_input_error(args: tuple) -> None:
+    with pytest.raises(InputError, match="the model itself fails on the example inputs"):
+        ir.capture(nn.Linear(4, 3), args)
+
+
+@pytest.mark.parametrize(
+    "args", [torch.ones(2, 4), [torch.ones(2, 4)], {"x": torch.ones(2, 4)}, None], ids=["tensor", "list", "dict", "None"]
+)
+def test_example_inputs_are_a_tuple(args: object) -> None:
+    with pytest.raises(InputError, match=r"example inputs are a tuple of positional arguments, not a \w+: write \(x,\)"):
+        ir.capture(nn.Linear(4, 3), args)  # type: ignore[arg-type]
+
+
+def test_unknown_keyword_arguments_are_an_input_error() -> None:
+    with pytest.raises(InputError, match="the model itself fails on the example inputs"):
+        ir.capture(nn.Linear(4, 3), (torch.ones(2, 4),), {"nothing": 1})
+
+
+@pytest.mark.parametrize("dims", [{"y": {0: Dim("rows")}}, {"x": {9: Dim("rows")}}, 3], ids=["name", "dim", "kind"])
+def test_wrong_dynamic_shapes_are_one_of_our_errors(dims: object) -> None:
+    with pytest.raises(GraphwrightError):
+        ir.capture(Scale(), (torch.ones(2, 4),), dynamic_shapes=dims)
+
+
+# --- what capture leaves alone ---
+
+
+@pytest.mark.parametrize("outcome", ["success", "failure"])
+def test_the_model_the_generators_and_the_global_flags_are_as_they_were(outcome: str) -> None:
+    class Everything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4))
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen.add_(1)
+            x = self.net(x) + torch.rand_like(x)
+            if outcome == "failure" and x.sum() > 0:
+                x = x + 1
+            return x
+
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    model, x = Everything().train(), torch.randn(8, 4, requires_grad=True)
+    parameters = {name: (p, p.clone(), p.requires_grad, p.grad) for name, p in [*model.named_parameters(), *model.named_buffers()]}
+    modes = [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    flags = lambda: (  # noqa: E731
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.enabled,
+    )  # fmt: skip
+    before = flags(), torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), x.clone()
+    try:
+        ir.capture(model, (x,))
+        assert outcome == "success"
+    except CaptureError:
+        assert outcome == "failure"
+    assert flags() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert random.getstate() == before[2] and np.random.get_state()[1].tolist() == before[3]
+    assert torch.equal(x, before[4]) and x.requires_grad and x.grad is None
+    now = dict([*model.named_parameters(), *model.named_buffers()])
+    assert now.keys() == parameters.keys()
+    for name, (tensor, value, requires_grad, grad) in parameters.items():
+        assert now[name] is tensor, name
+        assert torch.equal(tensor, value), name
+        assert tensor.requires_grad == requires_grad and tensor.grad is grad
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+
+
+def test_a_wrong_example_leaves_the_model_as_it_was() -> None:
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+            self.proj = nn.Linear(4, 3)
+
+        def forward(self, x):
+            self.seen.add_(1)
+            return self.proj(x)
+
+    model = Counts()
+    with pytest.raises(InputError):
+        ir.capture(model, (torch.ones(2, 5),))
+    assert model.seen == 0
+
+
+def test_random_models_draw_the_same_numbers_when_run() -> None:
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    program = capture(Noise(), torch.zeros(4))
+    torch.manual_seed(3)
+    expected = Noise()(torch.zeros(4))
+    torch.manual_seed(3)
+    assert torch.equal(run(program, [torch.zeros(4)])[0][0], expected)

@@ -1,0 +1,569 @@
+"""The text of a program: what is printed parses back to an equal program in equal bytes, and what is no program says where."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from graphwright import ir
+from graphwright.ir.errors import InputError, ParseError
+from graphwright.ir.printer import literal
+from graphwright.ir.run import run
+from graphwright.ir.types import DTYPES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+HEAD = "graphwright 1\n"
+
+
+def function(body: str, *, takes: str = "((*,), {})", gives: str = "(*)", returns: str = "%0", before: str = "") -> str:
+    return f"{HEAD}{before}\nfunction main {{\n  takes {takes.replace('(*,)', '(*)')}\n  gives {gives}\n{body}\n  return {returns}\n}}\n"
+
+
+def call(text: str, argument: str = "f32[2, 3, 4, 4]") -> str:
+    return function(f"  input %x : {argument}\n  %0 = {text}")
+
+
+def roundtrip(text: str) -> str:
+    """The canonical text of `text`, after checking that it is a fixed point of parse and print."""
+    program = ir.parse(text)
+    ir.verify(program)
+    printed = str(program)
+    again = ir.parse(printed)
+    ir.verify(again)
+    assert again == program and str(again) == printed
+    return printed
+
+
+# --- argument kinds ---
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "aten.add.Scalar(%x, 3)",
+        "aten.add.Scalar(%x, -3)",
+        "aten.add.Scalar(%x, 0)",
+        "aten.add.Scalar(%x, 9223372036854775807)",
+        "aten.add.Scalar(%x, -9223372036854775808)",
+        "aten.add.Scalar(%x, 0.5)",
+        "aten.add.Scalar(%x, -0.0)",
+        "aten.add.Scalar(%x, 1e-05)",
+        "aten.add.Scalar(%x, -1e-05)",
+        "aten.add.Scalar(%x, 1e+22)",
+        "aten.add.Scalar(%x, 5e-324)",
+        "aten.add.Scalar(%x, 1.7976931348623157e+308)",
+        "aten.add.Scalar(%x, inf)",
+        "aten.add.Scalar(%x, -inf)",
+        "aten.add.Scalar(%x, nan)",
+        "aten.add.Scalar(%x, true)",
+        "aten.add.Scalar(%x, complex(1.0, -2.5))",
+        "aten.add.Scalar(%x, complex(-0.0, inf))",
+        "aten.add.Scalar(%x, complex(nan, -inf))",
+        "aten.sum.dim_IntList(%x, [1, -1], true)",
+        "aten.sum.dim_IntList(%x, [])",
+        "aten.sum.dim_IntList(%x, none)",
+        "aten.sum.dim_IntList(%x, [0], dtype=f64)",
+        'aten.gelu.default(%x, approximate="tanh")',
+        "aten.clamp.default(%x, none, 1.0)",
+        "aten._to_copy.default(%x, dtype=bf16)",
+        'aten._to_copy.default(%x, dtype=f16, layout=layout("strided"), device=device("cpu"))',
+        'aten.clone.default(%x, memory_format=memory_format("channels_last"))',
+        'aten.clone.default(%x, memory_format=memory_format("contiguous_format"))',
+        'aten.clone.default(%x, memory_format=memory_format("preserve_format"))',
+        'aten.full.default([2, 3], 1.0, dtype=f32, device=device("cpu"), pin_memory=false)',
+        "aten.cat.default([%x, %x], 1)",
+        "aten.index.Tensor(%x, [none, none])",  # no item at all: the whole value
+    ],
+)
+def test_every_argument_kind_is_written_back_as_it_was_read(written: str) -> None:
+    assert f"%0 = {written} : " in roundtrip(call(written))
+
+
+def test_lists_keep_their_none_items() -> None:
+    text = function("  input %x : f32[2, 3, 4]\n  input %i : i64[5]\n  %0 = aten.index.Tensor(%x, [none, %i, none])", takes="((*, *), {})")
+    assert "[none, %i, none]) : f32[2, 5, 4]" in roundtrip(text)
+
+
+@pytest.mark.parametrize("name", sorted(DTYPES))
+def test_every_dtype_is_a_type_and_an_argument(name: str) -> None:
+    text = function(f"  input %x : {name}[2]\n  %0 = aten.empty.memory_format([2], dtype={name})")
+    assert f"dtype={name}) : {name}[2]" in roundtrip(text)
+
+
+def test_a_float_that_is_written_as_an_integer_stays_a_float() -> None:
+    assert literal(1.0) == "1.0" and literal(1) == "1" and literal(True) == "true"
+    assert "aten.add.Scalar(%x, 2.0)" in roundtrip(call("aten.add.Scalar(%x, 2.0)"))
+
+
+@given(st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(), st.booleans(), st.complex_numbers()))
+@settings(max_examples=150)
+def test_any_scalar_survives_bit_for_bit(value: complex) -> None:
+    text = call(f"aten.add.Scalar(%x, {literal(value)})")
+    (node,) = ir.parse(text).main.calls
+    assert type(node.args[1]) is type(value) and repr(node.args[1]) == repr(value)
+    roundtrip(text)
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=150)
+def test_any_string_survives(value: str) -> None:
+    tree = f"object {json.dumps(value)} {json.dumps(value)} (*)"
+    text = function("  input %x : f32[2]\n  %0 = aten.relu.default(%x)", gives=tree)
+    program = ir.parse(text)
+    assert program.main.out_tree.type_name == value and program.main.out_tree.context == value
+    assert ir.parse(str(program)) == program
+
+
+# --- types ---
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [
+        "f32[]",
+        "f32[0, 3]",
+        "i64[2, 3]",
+        "bool[1]",
+        "f32[2, 3] strides [1, 2]",
+        "f32[2, 3] strides [0, 1]",
+        "f32[2] on meta",
+        "f32[4] on cuda:0",
+    ],
+)
+def test_a_type_says_strides_and_device_only_where_not_the_default(type_: str) -> None:
+    text = function(f"  input %x : {type_}", returns="%x")
+    assert f"  input %x : {type_}\n" in roundtrip(text)
+
+
+def test_a_type_at_a_call_may_be_left_out_or_spelled_with_other_spaces() -> None:
+    plain = roundtrip(call("aten.relu.default(%x)", "f32[2, 3]"))
+    assert roundtrip(call("aten.relu.default( %x ) :f32[ 2,3 ]", "f32[2,3]")) == plain
+
+
+def test_a_call_with_several_results_has_the_types_of_all() -> None:
+    text = function("  input %x : f32[4, 6]\n  %0 = aten.split.Tensor(%x, 3, 1)\n  %1 = getitem(%0, 1)", returns="%1")
+    assert "%0 = aten.split.Tensor(%x, 3, 1) : (f32[4, 3] strides [6, 1], f32[4, 3] strides [6, 1])" in roundtrip(text)
+
+
+# --- symbols ---
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["s0", "2*s0", "s0 + 1", "s0 - 1", "s0 // 2", "s0 % 2", "(s0 + 1) // 2", "s0*s1", "2*s0 + 3*s1", "s0*s0", "(s0 + s1) % 3", "-1 + s0"],
+)
+def test_sizes_are_expressions_over_named_symbols(size: str) -> None:
+    text = function(
+        f"  input %x : f32[s0, {size}]\n  %0 = aten.relu.default(%x)",
+        before="symbol s0 in [2, 64] hint 5\nsymbol s1 in [0, inf] hint 7\n",
+    )
+    printed = roundtrip(text)
+    assert "symbol s0 in [2, 64] hint 5\nsymbol s1 in [0, inf] hint 7\n" in printed
+
+
+def test_size_arithmetic_is_part_of_the_program() -> None:
+    text = function(
+        "  input %x : f32[batch, 6]\n  %0 = aten.sym_size.int(%x, 0)\n  %1 = sym.mul(%0, 2)\n  %2 = aten.view.default(%x, [%1, 3])",
+        returns="%2, %1", gives="(*, *)", before="symbol batch in [1, 8] hint 3\n",
+    )  # fmt: skip
+    printed = roundtrip(text)
+    assert "%1 = sym.mul(%0, 2) : size(2*batch)" in printed and "%2 = aten.view.default(%x, [%1, 3]) : f32[2*batch, 3]" in printed
+
+
+def test_equal_programs_print_equal_bytes_whatever_torch_calls_their_symbols() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([x, x], 0)
+
+    def text() -> str:
+        return str(ir.capture(Doubled(), (torch.ones(5, 2),), dynamic_shapes={"x": {0: torch.export.Dim("rows", max=32)}}))
+
+    first = text()
+    assert first == text() and "f32[2*rows, 2]" in first
+
+
+# --- states, constants, trees, regions, schedules ---
+
+
+def test_states_are_inputs_that_get_a_new_value() -> None:
+    text = function(
+        "  state %cache.k : f32[3]\n  input %x : f32[3]\n  %0 = aten.add.Tensor(%cache.k, %x)",
+        returns='%0 state cache.k = %0, "input:x" = %0', before='weight @cache.k : f32[3] state "?"\n',
+    )  # fmt: skip
+    assert 'return %0 state cache.k = %0, "input:x" = %0' in roundtrip(text)
+    assert ir.parse(text).main.signature().new_states == ("cache.k", "input:x")
+
+
+@pytest.mark.parametrize("value", ["none", "true", "3", "-2.5", "inf", '"cubic"', "f16", '[1, none, ["a"]]'])
+def test_a_constant_input_is_written_with_its_value(value: str) -> None:
+    text = function(f"  input %x : f32[2]\n  input %mode = {value}\n  %0 = aten.relu.default(%x)", takes="((*, *), {})")
+    assert f"  input %mode = {value}\n" in roundtrip(text)
+    assert ir.parse(text).main.signature().inputs[1].is_constant
+
+
+def test_trees_of_dicts_lists_and_objects() -> None:
+    takes = '((*, [*, {"a": *, 7: ()}]), {"b": {"c": [*]}})'
+    gives = 'object "some.Output" "[\\"x\\", \\"y\\"]" (*, (*))'
+    inputs = "\n".join(f"  input %i{k} : f32[2]" for k in range(4))
+    printed = roundtrip(function(inputs, takes=takes, gives=gives, returns="%i0, %i3"))
+    assert f"  takes {takes}\n  gives {gives}\n" in printed
+
+
+REGION = function(
+    """  input %x : f32[6, 4]
+  %4 = gw.sliced(%x, @w) in_dims=[0, -1] out_dims=[0] count=4 : (f32[6, 3]) {  # [0,1] model.py:7 ffn
+    input %0 : f32[2, 4]
+    input %1 : f32[3, 4]
+    %2 = aten.linear.default(%0, %1) : f32[2, 3]  # [0] model.py:7 ffn
+    %3 = aten.relu.default(%2) : f32[2, 3]  # [1] model.py:8 ffn
+    return %3
+  }
+  %5 = getitem(%4, 0) : f32[6, 3]  # [1] model.py:8 ffn""",
+    returns="%5", before='weight @w : f32[3, 4] parameter "?"\n',
+)  # fmt: skip
+
+
+def test_a_region_is_an_indented_body_and_keeps_dims_count_and_provenance() -> None:
+    printed = roundtrip(REGION)
+    assert printed.splitlines()[2:] == REGION.splitlines()[2:]
+    region_call = ir.parse(REGION).main.calls[0]
+    body = ir.program.region_of(region_call)
+    assert region_call.args[1:4] == ([0, -1], [0], 4)
+    assert [(n.meta["origin"], str(n.meta["where"])) for n in body.graph.nodes if n.op == "call_function"] == [
+        ((0,), "model.py:7 ffn"),
+        ((1,), "model.py:8 ffn"),
+    ]
+
+
+def test_regions_keep_units_and_orders() -> None:
+    text = (
+        REGION.replace("count=4", "count=2 units=3 orders=[[1, 0]]")
+        .replace(": (f32[6, 3])", ": (f32[6, 3] strides [1, 6])").replace("f32[2, 4]", "f32[4, 4]")
+        .replace(": f32[2, 3]", ": f32[4, 3]").replace("%5 = getitem(%4, 0) : f32[6, 3]", "%5 = getitem(%4, 0)")
+    )  # fmt: skip
+    assert "count=2 units=3 orders=[[1, 0]] : (f32[6, 3] strides [1, 6]) {" in roundtrip(text)
+
+
+def test_schedules_and_the_pipeline_are_part_of_the_text() -> None:
+    text = function("  input %x : f32[2]", returns="%x") + (
+        '\nschedule steps = {"rows": [[1, 0.5, null, true, "a"], []]}\n\npipeline "remove-dead-code"\npipeline "slice-groups{memory_budget=10%}"\n'
+    )
+    program = ir.parse(text)
+    assert program.schedules == {"steps": {"rows": [[1, 0.5, None, True, "a"], []]}}
+    assert program.pipeline == "remove-dead-code,slice-groups{memory_budget=10%}"
+    assert roundtrip(text) == str(program)
+
+
+@pytest.mark.parametrize("number", [1e-05, 1e22, -0.0, 2**62, -3, 1.5e300])
+def test_schedule_numbers_survive(number: float) -> None:
+    text = function("  input %x : f32[2]", returns="%x") + f"\nschedule s = {json.dumps([number])}\n"
+    again = ir.parse(str(ir.parse(text))).schedules["s"][0]
+    assert type(again) is type(number) and repr(again) == repr(number)
+
+
+def test_provenance_is_read_back_and_other_comments_are_not() -> None:
+    text = call("aten.relu.default(%x)  # [3,5] models/unet.py:41 down.0.attn") + "# a note\n"
+    (node,) = ir.parse(text).main.calls
+    assert node.meta["origin"] == (3, 5) and str(node.meta["where"]) == "models/unet.py:41 down.0.attn"
+    assert "# [3,5] models/unet.py:41 down.0.attn" in roundtrip(text) and "a note" not in roundtrip(text)
+
+
+# --- names ---
+
+HOSTILE = [
+    'n"); import os; os.system("id', "x\nimport os", "lambda", "\u202eevil", "../../x", "", " ", "a b", "%0", "@w", "# no comment", "\0", "é", "0",
+    "a.b.", "{", "return", "state", "\\", "\U0001f600", "a\r\nb", "input", "\u2028",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_weight_name_is_data(name: str) -> None:
+    text = function(
+        f"  input %x : f32[2]\n  %0 = aten.add.Tensor(%x, @{json.dumps(name)})",
+        before=f'weight @{json.dumps(name)} : f32[2] parameter "?"\n',
+    )
+    printed = roundtrip(text)
+    assert list(ir.parse(printed).weights) == [name]
+    if any(not " " <= c <= "~" for c in name):
+        assert printed.isascii() and len(printed.splitlines()) == len(text.splitlines())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_input_name_is_data(name: str) -> None:
+    text = function(f"  input %{json.dumps(name)} : f32[2]\n  %1000 = aten.relu.default(%{json.dumps(name)})", returns="%1000")
+    printed = roundtrip(text)
+    assert ir.parse(printed).main.signature().inputs[0].name == name
+
+
+def test_hostile_names_change_nothing_but_the_name() -> None:
+    def text(name: str) -> str:
+        return roundtrip(
+            function(f"  input %{json.dumps(name)} : f32[2]\n  %1000 = aten.relu.default(%{json.dumps(name)})", returns="%1000")
+        )
+
+    for name in HOSTILE:
+        spelled = json.dumps(name) if f"%{json.dumps(name)}" in text(name) else name
+        assert text(name).replace(f"%{spelled}", "%plain").replace("%plain", "%") == text("plain").replace("%plain", "%")
+
+
+def test_a_hostile_module_path_stays_in_its_comment() -> None:
+    from graphwright.ir.program import Where
+
+    program = ir.parse(call("aten.relu.default(%x)"))
+    program.main.calls[0].meta["where"] = Where("a.py", 1, "x\nreturn %0\n}\u202e")
+    assert str(program).isascii() and str(ir.parse(str(program))) == str(program)
+    assert len(str(program).splitlines()) == len(call("aten.relu.default(%x)").splitlines())
+
+
+# --- random programs ---
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> str:
+    """Texts of small programs: elementwise chains with scalars, views and reductions over one square input."""
+    lines, values = ["  input %x : f32[4, 4]"], ["%x"]
+    for k in range(draw(st.integers(0, 8))):
+        a, b = draw(st.sampled_from(values)), draw(st.sampled_from(values))
+        scalar = literal(draw(st.one_of(st.integers(-5, 5), st.floats(width=32))))
+        shape = draw(
+            st.sampled_from(
+                [
+                    f"aten.add.Tensor({a}, {b})", f"aten.mul.Tensor({a}, {b})", f"aten.add.Scalar({a}, {scalar})",
+                    f"aten.matmul.default({a}, {b})", f"aten.permute.default({a}, [1, 0])", f"aten.softmax.int({a}, {draw(st.integers(-2, 1))})",
+                    "aten.cat.default([aten_placeholder])".replace("[aten_placeholder]", f"[{a}, {b}]") + "",
+                    f"aten.layer_norm.default({a}, [4], none, none, 1e-05)", f"aten.view.default({a}, [4, 4])", f"aten.where.self(%m, {a}, {b})",
+                ]
+            )
+        )  # fmt: skip
+        if "cat.default" in shape:
+            lines.append(f"  %{k}c = {shape}")
+            shape = f"aten.slice.Tensor(%{k}c, 0, 0, 4)"
+        if "view.default" in shape:
+            lines.append(f'  %{k}v = aten.clone.default({a}, memory_format=memory_format("contiguous_format"))')
+            shape = f"aten.view.default(%{k}v, [2, 8])"
+            lines.append(f"  %{k}w = {shape}")
+            shape = f"aten.reshape.default(%{k}w, [4, 4])"
+        lines.append(f"  %{k} = {shape}")
+        values.append(f"%{k}")
+    lines.insert(1, "  input %m : bool[4, 4]")
+    outputs = draw(st.lists(st.sampled_from(values), min_size=1, max_size=3))
+    gives = f"({', '.join('*' for _ in outputs)})"
+    return function("\n".join(lines), takes="((*, *), {})", gives=gives, returns=", ".join(outputs))
+
+
+@given(programs())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+def test_random_programs_print_parse_and_run_alike(text: str) -> None:
+    program = ir.parse(text)
+    again = ir.parse(roundtrip(text))
+    inputs = [torch.randn(4, 4), torch.rand(4, 4) > 0.5]
+    for a, b in zip(run(program, inputs)[0], run(again, inputs)[0], strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()) and a.stride() == b.stride()
+
+
+# --- errors ---
+
+ERRORS = [
+    ("", 1, 1, "expected 'graphwright'"),
+    ("graphwright 2\n", 1, 13, "version 2; this graphwright reads version 1"),
+    ("graphwright 1\n", 2, 1, "no function main"),
+    ("graphwright 1\n  ;", 2, 3, "unexpected character ';'"),
+    ("graphwright 1\nfoo", 2, 1, "expected a section"),
+    ("graphwright 1\n3", 2, 1, "expected a section"),
+    ("graphwright 1\nsymbol S in [1, 2] hint 1", 2, 8, "symbols are"),
+    ("graphwright 1\nsymbol s in [1, 2] hint 3", 2, 8, "low <= hint <= high"),
+    ("graphwright 1\nsymbol s in [1, 2] hint 1\nsymbol s in [1, 2] hint 1", 3, 8, "each once"),
+    ("graphwright 1\nweight @w : f33[1] parameter \"?\"", 2, 13, "unknown dtype f33"),
+    ("graphwright 1\nweight @w : f32[1] thing \"?\"", 2, 20, "a weight is one of"),
+    ("graphwright 1\nweight @w : f32[1] buffer \"?\"\nweight @w : f32[1] buffer \"?\"", 3, 8, "declared twice"),
+    ("graphwright 1\nweight @w : f32[1] buffer \"\\q\"", 2, 27, "bad escape"),
+    ("graphwright 1\nsymbol s in [1, 9] hint 1\nweight @w : f32[s] buffer \"?\"", 3, 8, "symbolic size"),
+    ("graphwright 1\nweight @w : f32[-1] buffer \"?\"", 2, 17, "-1 is no size"),
+    ("graphwright 1\nweight @w : f32[99999999999999999999999] buffer \"?\"", 2, 17, "64 bits"),
+    ("graphwright 1\nweight @w : f32[2] strides [1, 1] buffer \"?\"", 2, 13, "1 sizes and 2 strides"),
+    ("graphwright 1\nweight @w : f32[q] buffer \"?\"", 2, 17, "unknown symbol q"),
+    ("graphwright 1\nweight @w : f32[2 // 0] buffer \"?\"", 2, 19, "division by zero"),
+    ("graphwright 1\nweight @w : f32[2 % 0] buffer \"?\"", 2, 19, "division by zero"),
+    ("graphwright 1\nweight @w : f32[2] on nowhere buffer \"?\"", 2, 13, "unknown device nowhere"),
+    (call("aten.rleu.default(%x)"), 7, 8, "unknown operation aten.rleu.default"),
+    (call("aten.relu.default(%y)"), 7, 26, "%y is not defined here"),
+    (call("aten.relu.default(@w)"), 7, 26, "weight @w is not declared"),
+    (call("aten.relu.default(%x) : f32[2]"), 7, 8, "gives f32\\[2, 3, 4, 4\\], not f32\\[2\\]"),
+    (call("aten.matmul.default(%x, 3)"), 7, 8, "does not type-check"),
+    (call("aten.relu.default(%x %x)"), 7, 29, "expected ','"),
+    (call("aten.add.Tensor(%x, other=%x, other=%x)"), 7, 38, "other is given twice"),
+    (call("aten.add.Tensor(other=%x, %x)"), 7, 34, "positional argument follows a named one"),
+    (call("aten.relu.default(wat)"), 7, 26, "expected an argument, found wat"),
+    (call("aten.relu.default(:)"), 7, 26, "expected an argument"),
+    (call('aten.clone.default(%x, memory_format=memory_format("odd"))'), 7, 45, "unknown memory_format odd"),
+    (call('aten.clone.default(%x, device=device("odd"))'), 7, 38, "unknown device odd"),
+    (function("  input %x : f32[2]\n  input %x : f32[2]", returns="%x", takes="((*, *), {})"), 7, 9, "%x is defined twice"),
+    (function("  input %x : f32[2]\n  %x = aten.relu.default(%x)", returns="%x"), 7, 3, "%x is defined twice"),
+    (function("  input %x : f32[2]", returns="%x, %x"), 6, 3, "takes 1 and gives 1 leaves, but has 1 inputs and returns 2"),
+    (function("  input %x : f32[2]", returns="%x").rstrip("}\n"), 7, 12, "expected"),
+    (function("  input %x : f32[2]", returns="%x") + function("  input %x : f32[2]", returns="%x").removeprefix(HEAD), 10, 10, "defined twice"),
+    (REGION.replace(" count=4", ""), 8, 55, "gw.sliced needs count"),
+    (REGION.replace("count=4", "cuont=4"), 8, 55, "gw.sliced has no attribute cuont"),
+    (REGION.replace("aten.linear.default(%0, %1)", "aten.linear.default(%0, @w)"), 11, 34, "takes its weights as operands"),
+    (REGION.replace("aten.linear.default(%0, %1)", "aten.linear.default(%x, %1)"), 11, 30, "%x is not defined here"),
+    (REGION + "schedule s = [1, }", 18, 18, "expected an integer"),
+    (REGION + 'pipeline 3', 18, 10, "expected a string"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "line", "column", "message"), ERRORS, ids=range(len(ERRORS)))
+def test_a_mistake_says_its_line_and_column(text: str, line: int, column: int, message: str) -> None:
+    with pytest.raises(ParseError, match=message) as caught:
+        ir.parse(text)
+    assert (caught.value.line, caught.value.column) == (line, column), str(caught.value)
+    assert str(caught.value).startswith(f"line {line}, column {column}: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        function("  input %x : f32[2]", returns="%x", takes="(" * 100 + ")" * 100),
+        function("  input %x : f32[2]", returns="%x", gives="[" * 5000),
+        function("  input %x : f32[2]", returns="%x", gives='{"a": ' * 5000),
+        call(f"aten.cat.default({'[' * 5000})"),
+        call("aten.relu.default(%x)", f"f32[{'(' * 5000}1{')' * 5000}]"),
+        function("  input %x : f32[2]", returns="%x") + "schedule s = " + "[" * 5000,
+    ],
+    ids=["tuple", "list", "dict", "argument", "size", "json"],
+)
+def test_nesting_is_bounded(text: str) -> None:
+    with pytest.raises(ParseError, match="nesting is deeper than 64"):
+        ir.parse(text)
+
+
+def test_complex_numbers_do_not_nest_without_bound() -> None:
+    with pytest.raises(ParseError):
+        ir.parse(call(f"aten.add.Scalar(%x, {'complex(' * 5000}"))
+
+
+def test_regions_do_not_nest() -> None:
+    inner = "    %2 = gw.sliced(%0) in_dims=[0] out_dims=[0] count=1 {\n" * 5000
+    with pytest.raises(ParseError):
+        ir.parse(REGION[: REGION.index("    %2")] + inner)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        call("aten.add.Scalar(%x, complex(%x, 1.0))"),
+        call('aten.add.Scalar(%x, complex("a", 1.0))'),
+        call("aten.add.Scalar(%x, complex(none, 1.0))"),
+        call("gw.sliced(%x)"),
+        call("gw.sliced(%x) in_dims=3 out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n return %1\n}"),
+        call("gw.sliced(%x) in_dims=[0] out_dims=[0] count=0 {\n input %1 : f32[2, 3, 4, 4]\n %2 = aten.relu.default(%1)\n return %2\n}"),
+        call(
+            "gw.sliced(%x) in_dims=[0] out_dims=[0] count=none {\n input %1 : f32[2, 3, 4, 4]\n %2 = aten.relu.default(%1)\n return %2\n}"
+        ),
+        call("gw.sliced(%x) in_dims=[9] out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n %2 = aten.relu.default(%1)\n return %2\n}"),
+        call("gw.sliced(%x) in_dims=[0] out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n return 3\n}"),
+        call("gw.sliced(%x, 3) in_dims=[0, -1] out_dims=[0] count=1 {\n input %1 : f32[2, 3, 4, 4]\n input %2 = 3\n return %1\n}"),
+        call("getitem(%x, 99)"),
+        call("sym.pow(9, 100000)"),
+        call("aten.relu.default(%x)", "f32[4611686018427387904, 4611686018427387904]"),
+        call("aten.relu.default(%x)", "f32[2] strides [4611686018427387904]"),
+        call("aten.full.default([1000000000000, 1000000000000], 1.0)"),
+        HEAD + "symbol s in [1, 9223372036854775807] hint 9223372036854775807\nsymbol inf in [0, 1] hint 0\nweight @w",
+        HEAD + "symbol s in [1, 9223372036854775808] hint 1\n",
+        HEAD + 'weight @w : f32[2] on cuda:99999999999 buffer "?"\n',
+        function("  input %x : size(3 // -1)\n  %0 = sym.add(%x, 1)"),
+        function("  input %x : f32[2]", returns="%x") + "schedule s = 1e999999",
+        function("  input %x : f32[2]", returns="3 state a = 4"),
+        function("  input %x : f32[2]\n  %0 = sym.floordiv(1, 0)"),
+        function("  input %x = [[[1]]]", returns="%x"),
+        HEAD + 'weight @"\\ud800" : f32[2] buffer "?"',
+        HEAD + "symbol s in [0, 4] hint 0\nfunction main {\n  takes ((*), {})\n  gives (*)\n  input %x : f32[4 // s]\n  return %x\n}",
+        HEAD + "symbol s in [0, 4] hint 0\nfunction main {\n  takes ((*), {})\n  gives (*)\n  input %x : f32[4 % s]\n  return %x\n}",
+        HEAD + "symbol s in [0, 4] hint 0\nfunction main {\n  takes ((*), {})\n  gives (*)\n  input %x : f32[s - 1]\n  return %x\n}",
+    ],
+    ids=range(27),
+)
+def test_odd_text_is_a_program_or_a_parse_error_and_nothing_else(text: str) -> None:
+    try:
+        str(ir.parse(text))
+    except ParseError as error:
+        assert error.line >= 1 and error.column >= 1
+
+
+@given(st.integers(0, len(REGION) - 1), st.sampled_from(list('[](){}%@"#:=,x0-*/ \n\\') + ["", "\u202e", "9" * 30]), st.integers(0, 6))
+@settings(max_examples=300)
+def test_damaged_text_is_a_program_or_a_parse_error(at: int, piece: str, cut: int) -> None:
+    try:
+        str(ir.parse(REGION[:at] + piece + REGION[at + cut :]))
+    except ParseError:
+        pass
+
+
+def test_limits_name_what_is_too_large() -> None:
+    with pytest.raises(ParseError, match="a name is longer than 1024"):
+        ir.parse(function(f"  input %{'a' * 2000} : f32[2]"))
+    with pytest.raises(ParseError, match="a tensor has 65 sizes"):
+        ir.parse(function(f"  input %x : f32[{', '.join(['1'] * 65)}]"))
+    digits = getattr(sys, "get_int_max_str_digits", lambda: 4300)()
+    with pytest.raises(ParseError, match="an integer does not fit in 64 bits"):
+        ir.parse(call(f"aten.add.Scalar(%x, {'9' * (digits + 10)})"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system", "torch.ops.load_library", "aten.__class__", "aten.from_file.default", "aten.set_.source_Storage", "aten.relu.__class__",
+        "builtins.eval", "prims.__init__", "_c10d_functional.all_reduce.default", "getattr", "aten.save", "gw.sliced.default", "sym.__import__",
+    ],
+)  # fmt: skip
+def test_only_the_closed_vocabulary_can_be_called(name: str) -> None:
+    with pytest.raises(ParseError, match="unknown operation"):
+        ir.parse(call(f"{name}(%x)"))
+
+
+# --- weights ---
+
+
+def test_text_without_weights_prints_verifies_and_compares_but_does_not_run() -> None:
+    program = ir.capture(torch.nn.Linear(3, 2), (torch.ones(4, 3),))
+    bare = ir.parse(str(program))
+    ir.verify(bare)
+    assert bare == program and str(bare) == str(program)
+    with pytest.raises(InputError, match="weight weight has no values: this program was read from text"):
+        run(bare, [torch.ones(4, 3)])
+
+
+def test_text_with_its_weights_runs_as_the_program_did() -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5)).eval(), torch.randn(4, 3)
+    program = ir.capture(model, (x,))
+    filled = ir.parse(str(program), weights={**model.state_dict()})
+    assert torch.equal(run(filled, [x])[0][0], run(program, [x])[0][0])
+    assert ir.parse(str(program), weights=program.weights) == program
+
+
+def test_a_weight_table_must_be_the_one_that_the_text_names() -> None:
+    program = ir.capture(torch.nn.Linear(3, 2), (torch.ones(4, 3),))
+    good = {name: weight.tensor for name, weight in program.weights.items()}
+    for table, message in [
+        ({"weight": good["weight"]}, "the weight table has no bias"),
+        ({**good, "bias": torch.ones(3)}, "bias is torch.float32\\[3\\] in the weight table"),
+        ({**good, "bias": good["bias"].double()}, "bias is torch.float64\\[2\\] in the weight table"),
+        ({**good, "bias": good["bias"] + 1}, "bias has other contents in the weight table"),
+    ]:
+        with pytest.raises(ParseError, match=message):
+            ir.parse(str(program), weights=table)
+
+
+def test_programs_that_differ_in_one_element_of_a_weight_are_not_equal() -> None:
+    model = torch.nn.Linear(3, 2)
+    before = ir.capture(model, (torch.ones(4, 3),))
+    text = str(before)
+    with torch.no_grad():
+        model.weight[0, 0] += 1
+    assert str(ir.capture(model, (torch.ones(4, 3),))) != text
+
+
+def test_nan_inputs_are_equal_to_themselves() -> None:
+    text = function("  input %x : f32[2]\n  input %c = nan", returns="%x", takes="((*, *), {})")
+    assert ir.parse(text) == ir.parse(text) and math.isnan(ir.parse(text).main.signature().inputs[1].value)
