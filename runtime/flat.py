@@ -43,7 +43,7 @@ class FlatGraph:
     """`graph` as instructions. `bound` gives the value of a `get_attr` node; placeholders are the inputs, in order."""
 
     def __init__(self, graph: fx.Graph, bound: Callable[[Node], Any] | None = None):
-        self._slot_of: dict[Node, int] = {}
+        self._slot_of: dict[Any, int] = {}
         self._free: list[int] = []
         self._template: Slots = []
         self._inputs: list[int] = []
@@ -100,13 +100,15 @@ class FlatGraph:
         return f"in {node.target}" + (f", from {where}" if where else "")
 
     def _slot(self, value: Any) -> int:
-        """The slot of a node's result; a fresh one for an input, a weight or a constant."""
-        if isinstance(value, fx.Node) and value in self._slot_of:
-            return self._slot_of[value]
+        """The slot of a node's result; a fresh one for an input, a weight or a constant. Equal plain constants share theirs."""
+        is_plain = type(value) in (int, float, bool, str, type(None))
+        key = value if isinstance(value, fx.Node) else (type(value), repr(value)) if is_plain else None
+        if key in self._slot_of:
+            return self._slot_of[key]
         self._template.append(None if isinstance(value, fx.Node) else value)
         slot = len(self._template) - 1
-        if isinstance(value, fx.Node):
-            self._slot_of[value] = slot
+        if key is not None:
+            self._slot_of[key] = slot
         return slot
 
     def _instruction(self, node: Node, dying: list[Node]) -> Instruction:
