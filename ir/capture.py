@@ -321,6 +321,9 @@ def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kw
     return CaptureError(_list_blockers(blockers))
 
 
+_NOISY_LOGGERS = ("torch.export", "torch.export._draft_export", "torch.fx.experimental.symbolic_shapes")
+
+
 def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[tuple[Where, str]]:
     """Everything that torch's draft export had to guess, which is what the strict one refuses."""
     import logging
@@ -331,7 +334,7 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         "MISSING_FAKE_KERNEL": "a custom operator has no fake kernel: add one with torch.library.register_fake",
         "MISMATCHED_FAKE_KERNEL": "a custom operator's fake kernel disagrees with the real one: mend it",
     }
-    loggers = [logging.getLogger(name) for name in ("torch.export._draft_export", "torch.export")]
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -354,9 +357,12 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _innermost_user_frame(frames: list[tuple[Any, Any]], names: Mapping[Any, str]) -> tuple[str, int]:
-    """The last frame outside torch; the report numbers its files."""
+    """The last frame outside torch. Files are numbered once a process, so names met earlier are in torch's own table."""
+    from torch._logging.structured import INTERN_TABLE
+
+    names = {**{index: name for name, index in INTERN_TABLE.items()}, **names}
     for file, line in reversed(frames):
-        name = str(names.get(str(file), names.get(file, "")))
+        name = str(names.get(file, ""))
         if name and not os.path.abspath(name).startswith(_TORCH_ROOT):
             return relative_file(name), int(line)
     return "", 0

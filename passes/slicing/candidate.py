@@ -110,6 +110,7 @@ class _Sweep:
     weights: int = 0
     allocating: int = 0
     hoisted: int = 0
+    waiting_outside: dict[int, int] = field(default_factory=dict)  # storages made between members, not (yet) used by one
     fixed: int = 0
 
 
@@ -120,18 +121,15 @@ def sweep(
     target: int,
     base: int,
     kinds: frozenset[str],
-    regions: Mapping[Node, "object"],
-    members_of: Mapping[object, frozenset[Node]],
     window: int = WINDOW,
     stops: list[Stop] | None = None,
 ) -> Iterator[Candidate]:
     """Candidates that start at the cut before position `start` and cover position `target`, one for each good end.
 
-    `base` is the bytes live across the cut. Calls of earlier `regions` join only if the whole region does.
+    `base` is the bytes live across the cut.
     """
     state = _Sweep()
     order: list[Node] = []
-    open_regions: dict[object, int] = {}
     best_ends: list[tuple[int, int]] = []
     snapshots: dict[int, Candidate] = {}
     state.sources = {value: tag for value, tag in axis.tags.items() if scene.at(value) < start and len(tensors_of(value.meta["val"])) == 1}
@@ -139,16 +137,11 @@ def sweep(
     for position in range(start, end):
         node = scene.nodes[position]
         joined = _join(scene, axis, state, node, kinds, stops)
-        region = regions.get(node)
         if joined:
             order.append(node)
-            if region is not None:
-                open_regions[region] = open_regions.get(region, 0) + 1
-                if open_regions[region] == len(members_of[region]):
-                    del open_regions[region]
-        elif position == target or (region is not None and node in state.tainted):
-            break  # the call to be covered, or part of an earlier region, cannot join
-        if position < target or open_regions or state.allocating < 2 or not joined:
+        elif position == target:
+            break  # the call to be covered cannot join
+        if position < target or state.allocating < 2 or not joined:
             continue
         cost = state.escaping + state.transient // 8
         if len(best_ends) < 12 or cost < max(best_ends)[0]:
@@ -180,7 +173,8 @@ def _join(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozenset[
     tag = axis.tags.get(node)
     if tag is not None and len(tensors_of(node.meta["val"])) == 1:
         state.sources[node] = tag
-    state.hoisted += scene.makes[node]
+    if scene.makes[node]:
+        state.waiting_outside.update((key, scene.makes[node]) for key in scene.keys[node][:1])
     return False
 
 
@@ -251,6 +245,7 @@ def _add(scene: Scene, state: _Sweep, node: Node, tags: tuple[Tag | None, ...]) 
         state.storage_users[key] = state.storage_users.get(key, 0) + users
     for operand in scene.operands[node]:
         if operand not in state.tags:
+            state.hoisted += sum(state.waiting_outside.pop(key, 0) for key in scene.keys.get(operand, ()))
             continue
         operand_keys = [key for key in set(scene.keys[operand]) if key in state.storage_bytes]
         state.waiting[operand] -= 1

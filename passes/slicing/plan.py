@@ -190,7 +190,11 @@ class Planner:
         lived = layout.live[[layout.index[member] for member in candidate.members]]
         cleared = int((lived > max(self.target, peak)).sum())
         met = peak <= self.target
+        inside = set(candidate.members)
+        overlapped = {self.region_of[member] for member in candidate.members if member in self.region_of}
+        dissolves = any(not inside.issuperset(region.members) for region in overlapped)
         return (
+            dissolves,
             not met,
             0 if met else peak,
             -cleared,
@@ -198,27 +202,21 @@ class Planner:
             len(candidate.members),
         )
 
-    def _items_between(self, layout: _Layout, candidate: Candidate) -> tuple[int, int]:
-        return layout.index[layout.flat[candidate.first]], layout.index[layout.flat[candidate.last]]
-
     def _candidates(self, layout: _Layout, spot: int, node: Node) -> Iterable[Candidate]:
         flat_scene = self._reordered(layout)
         position = flat_scene.position[node]
+        cuts = self._cuts(layout, spot, position)
         seen: set[tuple[int, frozenset]] = set()
         for axis in self._axes_at(flat_scene, layout, node):
             fingerprint = (axis.units, frozenset((value, tag.dim) for value, tag in axis.tags.items()))
             if fingerprint in seen:
                 continue
             seen.add(fingerprint)
-            for cut in self._cuts(layout, spot, position):
+            for cut, base in cuts:
                 stops: list[Stop] = []
-                base = int(layout.crossing[layout.index[flat_scene.nodes[cut]]])
-                yield from sweep(flat_scene, axis, cut, position, base, self.kinds, self.region_of, self._members_of(), stops=stops)
+                yield from sweep(flat_scene, axis, cut, position, base, self.kinds, stops=stops)
                 for stop in stops:
                     self.stops.setdefault(stop.node, stop.refusal)
-
-    def _members_of(self) -> dict[object, frozenset[Node]]:
-        return {region: frozenset(region.members) for region in self.regions}
 
     def _reordered(self, layout: _Layout) -> Scene:
         self.scene.nodes = layout.flat
@@ -260,8 +258,8 @@ class Planner:
                 pending += [n for n in sorted(retry - {None}, key=str) if isinstance(n, int)]
             yield self._traced[key]
 
-    def _cuts(self, layout: _Layout, spot: int, position: int) -> list[int]:
-        """Flat positions before which a region may start: where the fewest bytes cross, near and far, always at item borders."""
+    def _cuts(self, layout: _Layout, spot: int, position: int) -> list[tuple[int, int]]:
+        """Flat positions before which a region may start, with the bytes that cross there: where the fewest do, near and far."""
         low = max(0, spot - 300)
         window = np.arange(low, spot + 1)
         crossing = layout.crossing[low : spot + 1]
@@ -270,27 +268,41 @@ class Planner:
         for near in (8, 24, 64, 160):  # the best cut near the spot too: a far one may be cheaper but out of reach of the axis
             part = window[max(0, len(window) - near) :]
             chosen.append(int(part[int(layout.crossing[part].argmin())]))
-        return sorted({layout.flat_of_item[int(i)] for i in chosen if layout.flat_of_item[int(i)] <= position})
+        chosen += range(max(low, spot - 2), spot + 1)  # right before the spot: what it needs whole stays outside
+        cuts = {layout.flat_of_item[int(i)]: int(layout.crossing[int(i)]) for i in chosen}
+        item = layout.items[spot]
+        if isinstance(item, PlannedRegion):
+            cuts |= self._cuts_inside(item, layout.flat_of_item[spot], int(layout.crossing[spot]))
+        return sorted((cut, base) for cut, base in cuts.items() if cut <= position)
+
+    def _cuts_inside(self, region: PlannedRegion, start: int, outside: int) -> dict[int, int]:
+        """Cuts between the members of a region that another might replace: what crosses there is at full size then."""
+        place = {member: i for i, member in enumerate(region.members)}
+        crossing = np.zeros(len(region.members) + 1, dtype=np.int64)
+        for member, i in place.items():
+            last = max((place.get(user, len(place)) for user in self.scene.users[member]), default=i)
+            if self.scene.makes[member]:
+                crossing[i + 1 : last + 1] += self.scene.makes[member]
+        best = [*(np.argsort(crossing[1:-1], kind="stable")[: _MAX_CUTS - 4] + 1), len(place) - 1]
+        return {start + int(i): outside + int(crossing[i]) for i in best}
 
     def _accept(self, layout: _Layout, candidate: Candidate, count: int) -> tuple[int, int] | None:
         """Lays the region if the exact profile confirms that it helps."""
-        window = self._items_between(layout, candidate)
         swallowed = {self.region_of[m] for m in candidate.members if m in self.region_of}
+        around = {*layout.flat[candidate.first : candidate.last + 1], *(m for r in swallowed for m in r.members)}
         before_regions, before_map = list(self.regions), dict(self.region_of)
-        before = int(layout.live[window[0] : window[1] + 1].max())
+        before = int(max(layout.live[layout.index[node]] for node in around))
         region = PlannedRegion(candidate.units, count, candidate.members, candidate.tags)
         self.regions = [r for r in self.regions if r not in swallowed] + [region]
-        for member in candidate.members:
-            self.region_of[member] = region
+        self.region_of = {member: r for r in self.regions for member in r.members}
         fresh = self._layout()
         if fresh is None:
             self.regions, self.region_of = before_regions, before_map
             return None
-        low = min(fresh.index[n] for n in layout.flat[candidate.first : candidate.last + 1])
-        high = max(fresh.index[n] for n in layout.flat[candidate.first : candidate.last + 1])
-        after = int(fresh.live[low : high + 1].max())
+        after = int(max(fresh.live[fresh.index[node]] for node in around))
         if after < before and fresh.live.max() <= layout.live.max():
-            return window
+            touched = [layout.index[node] for node in around]
+            return min(touched), max(touched)
         self.regions, self.region_of = before_regions, before_map
         return None
 
