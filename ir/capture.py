@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
@@ -48,6 +49,7 @@ def capture(
     """
     if not isinstance(args, tuple):
         raise InputError(f"example inputs are a tuple of positional arguments, not a {type(args).__name__}: write (x,)")
+    args, kwargs = _told_apart(args, kwargs or {})
     try:
         with _undisturbed():
             exported = torch.export.export(model, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
@@ -61,6 +63,19 @@ def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int],
     with _undisturbed():
         functional = exported.run_decompositions({})
     return _Importer(functional, dim_names or {}).program()
+
+
+def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same inputs, with a tensor that is given twice as two tensors: torch.export would take the two inputs for one."""
+    seen: set[int] = set()
+
+    def apart(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
+            seen.add(id(leaf))
+            return leaf
+        return leaf.detach()
+
+    return pytree.tree_map(apart, (args, kwargs))
 
 
 @contextmanager

@@ -249,12 +249,14 @@ class Rewriter:
         anchor = self._make_room(members)
         args = [region, body.in_dims, [dim for _, _, dim in outputs], count, *body.operands]
         kwargs: dict[str, Any] = {} if body.units is None else {"units": body.units}
-        call = self.insert(sliced, args, kwargs, before=anchor, origin=members)
+        # A view that stays outside is in the body all the same, so the body says what the region descends from.
+        ancestors = [*members, *(node for node in region.graph.nodes if node.op == "call_function")]
+        call = self.insert(sliced, args, kwargs, before=anchor, origin=ancestors)
         if not all(same_strides(m.meta["val"], value) for (m, _, _), value in zip(outputs, call.meta["val"], strict=True)):
             # Where a slice is one unit long its strides do not tell how the whole lay; say it.
             kwargs["orders"] = [memory_order(member.meta["val"]) for member, _, _ in outputs]
             self._erase_dead(call, [])
-            call = self.insert(sliced, args, kwargs, before=anchor, origin=members)
+            call = self.insert(sliced, args, kwargs, before=anchor, origin=ancestors)
         results = [self.insert(GETITEM, (call, j), before=anchor, origin=member) for j, (member, _, _) in enumerate(outputs)]
         for (member, _, _), result in zip(outputs, results, strict=True):
             if not same_tensor_type(member.meta["val"], result.meta["val"]) or not same_strides(member.meta["val"], result.meta["val"]):

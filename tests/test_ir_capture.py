@@ -434,3 +434,13 @@ def test_random_models_draw_the_same_numbers_when_run() -> None:
     expected = Noise()(torch.zeros(4))
     torch.manual_seed(3)
     assert torch.equal(run(program, [torch.zeros(4)])[0][0], expected)
+
+
+def test_a_tensor_given_twice_is_two_inputs() -> None:
+    class Difference(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a - b
+
+    x = torch.randn(3)
+    (call,) = ir.capture(Difference(), (x, x)).main.calls
+    assert [operand.target for operand in call.all_input_nodes] == ["a", "b"]

@@ -193,13 +193,13 @@ SMALL: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "temporal resnet, two samples": lambda: (TemporalResnet(), (rows(2, 8, 3, 9, 5),)),
     "geglu": lambda: (GEGLU(), (rows(1, 48, 16),)),
     "geglu, prime rows": lambda: (GEGLU(), (rows(1, 47, 16),)),
-    "attention": lambda: (Attention(), (rows(1, 24, 16),)),
+    "attention": lambda: (Attention(), (rows(1, 160, 16),)),
     "attention, causal": lambda: (Attention(causal=True), (rows(1, 24, 16),)),
     "attention, gqa": lambda: (Attention(kv_heads=2), (rows(1, 24, 16),)),
     "attention, causal gqa": lambda: (Attention(kv_heads=2, causal=True), (rows(2, 24, 16),)),
     "attention, mask [B,1,L,S]": lambda: (Attention(mask="B1L"), (rows(2, 24, 16),)),
     "attention, mask [1,H,1,S]": lambda: (Attention(mask="1H1"), (rows(2, 24, 16),)),
-    "attention, mask [L,S]": lambda: (Attention(mask="L"), (rows(1, 24, 16),)),
+    "attention, mask [L,S]": lambda: (Attention(mask="L"), (rows(1, 160, 16),)),
 }  # fmt: skip
 ZOO = ("video_unet", "video_unet_svd", "dit", "decoder", "vit")
 
@@ -211,7 +211,8 @@ def captured(name: str) -> ir.Program:
         pytest.importorskip("diffusers", reason="install the test extra: pip install graphwright[test]")
         model, args, kwargs, _ = unet_motion()
     elif name in ZOO:
-        model, args, kwargs = gw.models.load(name, "tiny")
+        # A tiny ViT peaks inside the attention kernel, whose scratch for each thread no slice makes smaller.
+        model, args, kwargs = gw.models.load(name, "small" if name == "vit" else "tiny")
     else:
         (model, args), kwargs = SMALL[name](), {}
     return PassManager(gw.CLEANUPS).run(ir.capture(model.eval(), args, kwargs)).program
@@ -410,11 +411,28 @@ def test_regions_are_not_nested_and_keep_the_users_lines(name: str) -> None:
         assert str(call.meta["where"])
 
 
+class WideTemporalResnet(nn.Module):
+    """A temporal resnet whose input is an intermediate, at a size where its tensors outweigh its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, 32), nn.GroupNorm(8, 32)
+        self.conv1, self.conv2 = (nn.Conv3d(32, 32, (3, 1, 1), padding=(1, 0, 0)) for _ in range(2))
+
+    def forward(self, x):
+        x = x * 2.0 + 0.5
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
 def test_a_group_norm_whose_axis_is_sliced_is_split_and_others_stay_whole() -> None:
-    program, _ = planned("temporal resnet", memory_budget="10%")
+    captured_wide = ir.capture(WideTemporalResnet().eval(), (rows(1, 32, 16, 32, 32),))
+    program = PassManager([SliceGroups()]).run(captured_wide).program
     targets = [str(node.target) for node in program.nodes() if node.op == "call_function"]
     assert "gw.norm_stats.default" in targets and "gw.norm_apply.default" in targets
-    assert not any("norm_stats" in str(node.target) for node in planned("temporal resnet", memory_budget="100%")[0].nodes())
+    whole = PassManager([SliceGroups(memory_budget="100%")]).run(captured_wide).program
+    assert not any("norm_stats" in str(node.target) for node in whole.nodes())
+    is_exact(captured_wide, program)
 
 
 # --- options ---
