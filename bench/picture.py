@@ -30,10 +30,10 @@ def picture(name: str, before: Sequence[int], after: Sequence[int]) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        area(before, top, "#c9ced6"),
+        area(before, top, "#9aa3af"),
         area(after, top, "#2563eb"),
-        f'<text x="{LEFT}" y="20">{name}: bytes live at each call, predicted. Grey: as captured, peak {max(before) / MIB:.1f} MiB. '
-        f'<tspan fill="#2563eb">Blue: after slice-groups, peak {max(after) / MIB:.1f} MiB.</tspan></text>',
+        f'<text x="{LEFT}" y="20">{name}, bytes live at each call. Grey: as captured, {max(before) / MIB:.1f} MiB. '
+        f'<tspan fill="#2563eb">Blue: slice-groups, {max(after) / MIB:.1f} MiB.</tspan></text>',
         f'<text x="{LEFT}" y="{HEIGHT - 14}">calls, first to last ({len(before)} as captured, {len(after)} after)</text>',
     ]
     for part in (0, 0.25, 0.5, 0.75, 1):
