@@ -80,6 +80,7 @@ _RULES: dict[str, Callable[[dict[str, Any], Node, int], Workspace]] = {
     "aten::conv2d": _conv,
     "aten::conv3d": _conv,
     "aten::layer_norm": _layer_norm,
+    "aten::rms_norm": _layer_norm,
     "aten::group_norm": _group_norm,
     "aten::upsample_nearest2d": _upsample,
     "aten::scaled_dot_product_attention": _attention,

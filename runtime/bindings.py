@@ -20,7 +20,7 @@ _FUNCTIONS = """
     matmul.default mm.default bmm.default addmm.default baddbmm.default einsum.default cat.default stack.default
     transpose.int t.default permute.default unsqueeze.default squeeze.dim select.int clone.default
     mean.dim sum.dim_IntList amax.default softmax.int layer_norm.default group_norm.default rms_norm.default
-    conv1d.default conv2d.default conv3d.default embedding.default index_select.default
+    conv1d.default conv2d.default embedding.default index_select.default
 """.split()
 _NN_FUNCTIONS = "linear.default gelu.default silu.default scaled_dot_product_attention.default".split()
 _METHODS = "view.default reshape.default expand.default contiguous.default flatten.using_ints unflatten.int".split()
