@@ -29,6 +29,7 @@ from .symbols import UNBOUNDED, Symbol, SymbolTable
 from .tree import Tree
 
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_FLOORS = {"ir", "passes", "codegen", "runtime", "models", "testing", "compiler.py", "cli.py"}
 _TORCH_ROOT = os.path.dirname(os.path.abspath(torch.__file__))
 
 
@@ -269,8 +270,10 @@ def _user_frame(trace: str) -> tuple[str, int]:
 def relative_file(file: str) -> str:
     """`file` from the root of the package that holds it, so that dumps do not depend on where it is installed."""
     path = os.path.abspath(file)
-    if path.startswith(_PACKAGE_ROOT + os.sep):
-        return "graphwright/" + os.path.relpath(path, _PACKAGE_ROOT).replace(os.sep, "/")
+    inside = os.path.relpath(path, _PACKAGE_ROOT).replace(os.sep, "/")
+    # The checkout is the package, but its tests and the environment that may lie in it are not of the package.
+    if inside.partition("/")[0] in _FLOORS:
+        return f"graphwright/{inside}"
     root = os.path.dirname(path)
     while os.path.exists(os.path.join(root, "__init__.py")):
         root = os.path.dirname(root)

@@ -497,7 +497,8 @@ class _Body:
             parser.fail(f"{name.text} does not type-check: {error}", region_at or name)
         given = type_text(node.meta["val"], parser.symbols)
         if stated is not None and _nameless(stated) != _nameless(given):
-            parser.fail(f"{name.text} gives {given}, not {stated}", name)
+            written = re.sub(r" ?([\[\]()]) ?", r"\1", stated).replace(" ,", ",")
+            parser.fail(f"{name.text} gives {given}, not {written}", name)
         self._define(result, node)
 
     def _region_attributes(self, operands: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
