@@ -3,7 +3,6 @@
 Nothing here changes while a plan is made; regions are laid over it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,10 +85,6 @@ class Scene:
     def kind(self, node: Node, tag: Tag) -> str:
         """The kind of link by which `node` carries `tag`."""
         return kind(node, tag)
-
-    def values(self, node: Node) -> Iterator[Any]:
-        """The tensors that a node gives."""
-        yield from tensors_of(node.meta["val"])
 
 
 def _scratch(node: Node) -> Workspace:
