@@ -5,6 +5,7 @@ budget if any candidate does, clear the most hot calls, then take the fewest sli
 floor, and the budget rises to it: slicing elsewhere below a floor would only cost time.
 """
 
+import bisect
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class Planner:
             if not self._round(layout, stuck):
                 break
             layout = self._layout()
-        return self._result(layout)
+        return self._result(self._relaxed(layout))
 
     # --- rounds ---
 
@@ -163,6 +164,34 @@ class Planner:
         count = _divisor(units, count, most)
         gain = now - (full + -(-transient * -(-units // count) // units))
         return count if gain >= worthwhile and count >= 2 else None
+
+    # --- no slice more than it takes ---
+
+    def _relaxed(self, layout: _Layout) -> _Layout:
+        """The same peak in the fewest slices: counts were chosen for a budget that a floor elsewhere may have lifted since."""
+        limit = max(self.budget, int(layout.live.max(initial=0)))
+        for region in list(self.regions):
+            room = limit - int(layout.full[layout.index[region.members[0]]])
+            if self._transient(region, 1) <= room:
+                layout = self._without(region, layout, limit)
+            if region in self.regions:
+                least = bisect.bisect_left(range(2, region.count), True, key=lambda n: self._transient(region, n) <= room) + 2
+                region.count = _divisor(region.units, least, region.count)
+        return self._layout()
+
+    def _without(self, region: PlannedRegion, layout: _Layout, limit: int) -> _Layout:
+        """The layout with the members of `region` on their own again, if that keeps to the limit; else as it was."""
+        regions, region_of = self.regions, self.region_of
+        self._set_regions([r for r in regions if r is not region])
+        freed = self._layout()
+        if freed is not None and freed.live.max() <= limit:
+            return freed
+        self.regions, self.region_of = regions, region_of
+        return layout
+
+    def _set_regions(self, regions: list[PlannedRegion]) -> None:
+        self.regions = regions
+        self.region_of = {member: region for region in regions for member in region.members}
 
     # --- candidates ---
 
@@ -290,11 +319,10 @@ class Planner:
         """Lays the region if the exact profile confirms that it helps."""
         swallowed = {self.region_of[m] for m in candidate.members if m in self.region_of}
         around = {*layout.flat[candidate.first : candidate.last + 1], *(m for r in swallowed for m in r.members)}
-        before_regions, before_map = list(self.regions), dict(self.region_of)
+        before_regions, before_map = self.regions, self.region_of
         before = int(max(layout.live[layout.index[node]] for node in around))
         region = PlannedRegion(candidate.units, count, candidate.members, candidate.tags)
-        self.regions = [r for r in self.regions if r not in swallowed] + [region]
-        self.region_of = {member: r for r in self.regions for member in r.members}
+        self._set_regions([*(r for r in before_regions if r not in swallowed), region])
         fresh = self._layout()
         if fresh is None:
             self.regions, self.region_of = before_regions, before_map
@@ -332,7 +360,7 @@ class Planner:
                 cross[min(dies, len(items) - 1) + 1] -= nbytes
         full = np.cumsum(delta)[: len(items)]
         inside = np.array(
-            [self._transient(item) if isinstance(item, PlannedRegion) else self.scene.workspace_of[item].total for item in items],
+            [self._transient(item, item.count) if isinstance(item, PlannedRegion) else self.scene.workspace_of[item].total for item in items],
             dtype=np.int64,
         )
         return _Layout(items, index, full + inside, full, np.cumsum(cross)[: len(items)], flat, flat_of_item)
@@ -436,8 +464,9 @@ class Planner:
                     return True
         return False
 
-    def _transient(self, region: PlannedRegion) -> int:
-        """The peak inside the body for its longest slice."""
+    def _transient(self, region: PlannedRegion, count: int) -> int:
+        """The peak inside the body for the longest of `count` slices."""
+        longest = -(-region.units // count)
         position = {member: i for i, member in enumerate(region.members)}
         size: dict[int, int] = {}
         born: dict[int, int] = {}
@@ -461,11 +490,11 @@ class Planner:
                 dies[key] = max(dies[key], last)
         delta = np.zeros(len(position) + 2, dtype=np.int64)
         for key in born:
-            nbytes = -(-size[key] * region.longest // region.units)
+            nbytes = -(-size[key] * longest // region.units)
             delta[born[key]] += nbytes
             delta[dies[key] + 1] -= nbytes
         scratch = [self.scene.workspace_of[m] for m in region.members]
-        work = np.array([w.moving * region.longest // region.units + w.fixed for w in scratch], dtype=np.int64)
+        work = np.array([w.moving * longest // region.units + w.fixed for w in scratch], dtype=np.int64)
         return int((np.cumsum(delta)[: len(position)] + work).max(initial=0))
 
     # --- result ---
