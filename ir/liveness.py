@@ -21,6 +21,7 @@ from .calls import name_of
 from .donation import plan_donations
 from .infer import storage_key, tensors_of
 from .program import Function, Node, region_of
+from .symbols import hint
 from .workspace import NOMINAL_THREADS, workspace
 
 
@@ -136,9 +137,19 @@ def storage_bytes(value: Any) -> int:
     return sum(hint(tensor.untyped_storage().nbytes()) for tensor in tensors_of(value))
 
 
-def hint(size: Any) -> int:
-    """A size as a number: itself, or the size at capture of a symbolic one."""
-    return size if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 1)
+def last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
+    """Call -> the values used last by it, a value that nothing uses by the call that makes it; what is returned never dies."""
+    last: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            last[node] = node
+        for operand in node.all_input_nodes:
+            last[operand] = node
+    dying: dict[Node, list[Node]] = {}
+    for value, user in last.items():
+        if user.op != "output":
+            dying.setdefault(user, []).append(value)
+    return dying
 
 
 def describe(storage: Storage) -> str:

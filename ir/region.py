@@ -14,6 +14,8 @@ from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .symbols import hint
+
 
 class Region:
     """A sub-graph that is an operand: placeholders in order, one output tuple, nothing captured from outside.
@@ -102,11 +104,7 @@ def empty_whole(part: torch.Tensor, size: list[Any], order: Sequence[int] | None
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
     """The dims of `tensor`, outermost in memory first."""
-    return sorted(range(tensor.dim()), key=lambda d: (-_magnitude(tensor.stride(d)), d))
-
-
-def _magnitude(stride: "int | torch.SymInt") -> int:
-    return stride if isinstance(stride, int) else stride.node.hint
+    return sorted(range(tensor.dim()), key=lambda d: (-hint(tensor.stride(d)), d))
 
 
 @sliced.py_impl(DispatchKey.CompositeExplicitAutograd)

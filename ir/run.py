@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from .errors import InputError
+from .liveness import last_uses
 from .program import Function, Node, Program
 
 
@@ -30,7 +31,7 @@ def run(
     """
     body = program.functions[function]
     values = _bind(program, body, inputs, states or {})
-    last_use = _last_uses(body.graph)
+    last_use = last_uses(body.graph)
     with torch.no_grad():
         for node in body.graph.nodes:
             if node.op == "call_function":
@@ -65,18 +66,3 @@ def _bind(program: Program, body: Function, inputs: Sequence[Any], states: Mappi
     if remaining:
         raise InputError(f"function {body.name} takes {len(inputs) - len(remaining)} inputs, not {len(inputs)}")
     return values
-
-
-def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """Node -> the values that die after it."""
-    last: dict[Node, Node] = {}
-    for node in graph.nodes:
-        if node.op == "call_function":
-            last[node] = node
-        for operand in node.all_input_nodes:
-            last[operand] = node
-    dying: dict[Node, list[Node]] = {}
-    for value, user in last.items():
-        if user.op != "output":
-            dying.setdefault(user, []).append(value)
-    return dying

@@ -80,6 +80,11 @@ class SymbolTable:
             yield
 
 
+def hint(size: Any) -> int:
+    """A size as a number: itself, or the size at capture of a symbolic one (1 where only the data tell)."""
+    return size if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 1)
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are provably one. Data-dependent sizes have no stable name and compare equal to each other."""
     if isinstance(a, int) and isinstance(b, int):

@@ -13,6 +13,7 @@ import torch
 from .infer import contiguous_stride, tensors_of
 from .pattern import named_arguments
 from .program import Node
+from .symbols import hint
 
 NOMINAL_THREADS = 2
 _FLOAT = 4
@@ -93,18 +94,14 @@ def _tensor(node: Any) -> torch.Tensor:
     return tensors_of(node.meta["val"])[0]
 
 
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
 def _sizes(node: Any) -> list[int]:
-    return [_hint(size) for size in _tensor(node).shape]
+    return [hint(size) for size in _tensor(node).shape]
 
 
 def _product(sizes: Any) -> int:
     result = 1
     for size in sizes:
-        result *= _hint(size) if not isinstance(size, Node) else 1
+        result *= hint(size) if not isinstance(size, Node) else 1
     return result
 
 
@@ -119,4 +116,4 @@ def _bytes(node: Any) -> int:
 def _is_contiguous(node: Any) -> bool:
     value = _tensor(node)
     expected = contiguous_stride(_sizes(node))
-    return all(_hint(n) <= 1 or _hint(s) == e for n, s, e in zip(value.shape, value.stride(), expected, strict=True))
+    return all(hint(n) <= 1 or hint(s) == e for n, s, e in zip(value.shape, value.stride(), expected, strict=True))

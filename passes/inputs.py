@@ -6,6 +6,7 @@ import torch
 
 from ..ir import Node, Program
 from ..ir.pattern import named_arguments
+from ..ir.symbols import hint
 
 _DEFAULT_BOUND = 4
 _INDEXED = {
@@ -26,18 +27,13 @@ def random_inputs(program: Program, seed: int = 0) -> list[Any]:
     return [_random_value(node, generator) for node in program.main.placeholders if node.meta.get("role", "input") == "input"]
 
 
-def hint_of(size: "int | torch.SymInt") -> int:
-    """The size at capture."""
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
 def _random_value(node: Node, generator: torch.Generator) -> Any:
     value = node.meta["val"]
     if isinstance(value, torch.SymInt):
-        return hint_of(value)
+        return hint(value)
     if not isinstance(value, torch.Tensor):
         return value
-    shape, stride = [hint_of(size) for size in value.shape], [hint_of(step) for step in value.stride()]
+    shape, stride = [hint(size) for size in value.shape], [hint(step) for step in value.stride()]
     length = 0 if 0 in shape else 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if value.dtype == torch.bool:
         memory = torch.rand(length, generator=generator) < 0.75
@@ -71,8 +67,8 @@ def _size_indexed(user: Node, index: Node) -> int | None:
     arguments = named_arguments(user)
     table, indices = (arguments[name] for name in _INDEXED[user.target])
     if isinstance(indices, list | tuple):
-        return next((hint_of(table.meta["val"].size(dim)) for dim, item in enumerate(indices) if item is index), None)
-    return hint_of(table.meta["val"].size(arguments.get("dim") or 0)) if indices is index else None
+        return next((hint(table.meta["val"].size(dim)) for dim, item in enumerate(indices) if item is index), None)
+    return hint(table.meta["val"].size(arguments.get("dim") or 0)) if indices is index else None
 
 
 def _holds_integers(node: Node) -> bool:

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from ..ir import Function, Program, SymbolTable
 from ..ir.errors import InputError
 from ..ir.infer import contiguous_stride
+from ..ir.symbols import hint
 from ..ir.tree import Tree
 
 REQUIRED = inspect.Parameter.empty
@@ -279,7 +280,7 @@ def _evaluate(size: torch.SymInt, symbols: SymbolTable | None, sizes: Mapping[st
 
 def _memory_order(value: torch.Tensor) -> tuple[int, ...] | None:
     """Dims from the slowest to the fastest if the tensor is dense, else None. Sizes are taken at their hints."""
-    shape, stride = [_hint(n) for n in value.shape], [_hint(n) for n in value.stride()]
+    shape, stride = [hint(n) for n in value.shape], [hint(n) for n in value.stride()]
     order = tuple(sorted(range(len(shape)), key=lambda d: (-stride[d], d)))
     dense = _dense_stride(shape, order)
     if tuple(stride) == contiguous_stride(shape):
@@ -293,10 +294,6 @@ def _dense_stride(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]
         stride[dim] = step
         step *= max(shape[dim], 1)
     return tuple(stride)
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else size.node.hint
 
 
 def _equal_constants(a: Any, b: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..ir import Node
+from ..ir.liveness import last_uses
 from .bindings import binding
 
 Slots = list[Any]
@@ -47,7 +48,7 @@ class FlatGraph:
         self._free: list[int] = []
         self._template: Slots = []
         self._inputs: list[int] = []
-        dying = _last_uses(graph)
+        dying = last_uses(graph)
         self.instructions: list[Instruction] = []
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -113,7 +114,7 @@ class FlatGraph:
 
     def _instruction(self, node: Node, dying: list[Node]) -> Instruction:
         operation, operands = self._call(node)
-        dead = [self._slot_of[value] for value in dying]
+        dead = [self._slot_of[value] for value in dying if value is not node and value.op != "get_attr"]
         if isinstance(node.target, Boxed):
             operands = _Handover(_picker(operands), tuple(dead))
         self._free += dead
@@ -197,16 +198,3 @@ def _has_node(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_has_node(item) for item in value)
     return isinstance(value, fx.Node)
-
-
-def _last_uses(graph: fx.Graph) -> dict[Node, list[Node]]:
-    """Call -> the values used last by it; what the function returns never dies."""
-    last: dict[Node, Node] = {}
-    for node in graph.nodes:
-        for operand in node.all_input_nodes:
-            last[operand] = node
-    dying: dict[Node, list[Node]] = {}
-    for value, user in last.items():
-        if value.op != "get_attr" and user.op != "output":
-            dying.setdefault(user, []).append(value)
-    return dying

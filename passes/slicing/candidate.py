@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
-from ...ir.liveness import hint
+from ...ir.symbols import hint
 from .scene import END, Scene, is_dense, value_bytes
 
 WINDOW = 400
@@ -289,21 +289,22 @@ def _donatable(scene: Scene, state: _Sweep, escaping: list[Node]) -> int:
                 continue
             seen.add(operand)
             if operand in state.sources and all(user in state.tags for user in scene.users[operand]):
-                dying[_layout(operand, state.sources[operand])] = dying.get(_layout(operand, state.sources[operand]), 0) + 1
+                dying[layout_of(operand, state.sources[operand])] = dying.get(layout_of(operand, state.sources[operand]), 0) + 1
     saved = 0
     for node in escaping:
         tag = state.tags[node][0]
-        assert tag is not None
-        key = _layout(node, tag)
+        key = layout_of(node, tag)
         if dying.get(key):
             dying[key] -= 1
             saved += value_bytes(node)
     return saved
 
 
-def _layout(node: Node, tag: Tag) -> tuple:
+def layout_of(node: Node, tag: Tag | None) -> tuple:
+    """What must agree for one tensor to take another's storage slice by slice."""
     value = tensors_of(node.meta["val"])[0]
+    assert tag is not None
     return (tag.dim, tag.unit, value.dtype, tuple(map(hint, value.shape)), tuple(map(hint, value.stride())))
 
 
-__all__ = ["END", "Axis", "Candidate", "Stop", "sweep", "trace"]
+__all__ = ["END", "Axis", "Candidate", "Stop", "layout_of", "sweep", "trace"]

@@ -15,8 +15,8 @@ import numpy as np
 from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
-from ...ir.liveness import hint
-from .candidate import Axis, Candidate, Stop, sweep, trace
+from ...ir.symbols import hint
+from .candidate import Axis, Candidate, Stop, layout_of, sweep, trace
 from .scene import END, Scene, value_bytes
 
 _LEAST_GAIN = 0.01  # of the peak: below this a region or a further slice is not worth its time
@@ -359,10 +359,7 @@ class Planner:
                 cross[born + 1] += nbytes
                 cross[min(dies, len(items) - 1) + 1] -= nbytes
         full = np.cumsum(delta)[: len(items)]
-        inside = np.array(
-            [self._transient(item, item.count) if isinstance(item, PlannedRegion) else self.scene.workspace_of[item].total for item in items],
-            dtype=np.int64,
-        )
+        inside = np.array([self._inside(item) for item in items], dtype=np.int64)
         return _Layout(items, index, full + inside, full, np.cumsum(cross)[: len(items)], flat, flat_of_item)
 
     def _schedule(self) -> list["Node | PlannedRegion"] | None:
@@ -464,6 +461,10 @@ class Planner:
                     return True
         return False
 
+    def _inside(self, item: "Node | PlannedRegion") -> int:
+        """Bytes that an item needs besides storages that exist in full."""
+        return self._transient(item, item.count) if isinstance(item, PlannedRegion) else self.scene.workspace_of[item].total
+
     def _transient(self, region: PlannedRegion, count: int) -> int:
         """The peak inside the body for the longest of `count` slices."""
         longest = -(-region.units // count)
@@ -556,13 +557,6 @@ def escaping_members(scene: Scene, region: PlannedRegion) -> list[Node]:
     inside = set(region.members)
     made = {key for m in region.members if scene.makes[m] for key in scene.keys[m]}
     return [m for m in region.members if any(u not in inside for u in scene.users[m]) and any(key in made for key in scene.keys[m])]
-
-
-def layout_of(node: Node, tag: Tag | None) -> tuple:
-    """What must agree for one tensor to take another's storage slice by slice."""
-    value = tensors_of(node.meta["val"])[0]
-    assert tag is not None
-    return (tag.dim, tag.unit, value.dtype, tuple(map(hint, value.shape)), tuple(map(hint, value.stride())))
 
 
 def _divisor(units: int, least: int, most: int) -> int:

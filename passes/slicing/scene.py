@@ -9,8 +9,9 @@ from typing import Any
 from ...ir import Function, Node
 from ...ir.infer import contiguous_stride, storage_key, tensors_of
 from ...ir.links import OperandSlot, Refusal, Tag, backward, forward, kind
-from ...ir.liveness import hint, node_workspace, storage_bytes
+from ...ir.liveness import node_workspace, storage_bytes
 from ...ir.program import region_of
+from ...ir.symbols import hint
 from ...ir.workspace import Workspace, workspace
 
 END = 2**62  # the position of the function's return

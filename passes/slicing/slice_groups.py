@@ -15,7 +15,8 @@ from typing import Any
 from ...ir import Node, Rewriter
 from ...ir.errors import BudgetError, PassError
 from ...ir.infer import tensors_of
-from ...ir.liveness import hint, mib, profile
+from ...ir.liveness import mib, profile
+from ...ir.symbols import hint
 from ..base import LeftAlone, Outcome, Pass
 from ..contract import Contract
 from ..options import at_least, is_share, is_size, option, share, size_in_bytes
