@@ -305,6 +305,29 @@ def test_max_slices_bounds_every_region() -> None:
         assert all(call.args[3] <= most for call in regions(planned("temporal resnet", memory_budget=1, max_slices=most)[0]))
 
 
+class FeedForwardBeforeACumsum(nn.Module):
+    """What the cumsum reads and writes must be live in full, and is more than a feed-forward in a few slices needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.ff, self.wide = GEGLU(), nn.Linear(16, 64)
+
+    def forward(self, x):
+        return self.wide(self.ff(x)).flatten(1).cumsum(1)
+
+
+def test_no_region_has_more_slices_than_the_peak_takes() -> None:
+    torch.manual_seed(0)
+    program = ir.capture(FeedForwardBeforeACumsum().eval(), (rows(1, 48, 16),))
+    counts, peaks = {}, {}
+    for most in (2, 3, 64):
+        result = PassManager([SliceGroups(memory_budget=1, max_slices=most)]).run(program).program
+        counts[most] = [call.args[3] for call in regions(result)]
+        peaks[most] = profile(result.main).peak_bytes
+    enough = min(most for most in peaks if peaks[most] == peaks[64])
+    assert enough < 64 and counts[64] == counts[enough], (counts, peaks)
+
+
 def test_nothing_is_sliced_where_the_budget_is_met_already() -> None:
     program, report = planned("geglu", memory_budget="100%")
     assert str(program.main) != "" and not regions(program) and not report.records

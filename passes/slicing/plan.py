@@ -177,7 +177,9 @@ class Planner:
             if region in self.regions:
                 least = bisect.bisect_left(range(2, region.count), True, key=lambda n: self._transient(region, n) <= room) + 2
                 region.count = _divisor(region.units, least, region.count)
-        return self._layout()
+        settled = self._layout()
+        assert settled is not None, "counts do not change the order"
+        return settled
 
     def _without(self, region: PlannedRegion, layout: _Layout, limit: int) -> _Layout:
         """The layout with the members of `region` on their own again, if that keeps to the limit; else as it was."""
