@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from ..ir import Function, Program, SymbolTable
 from ..ir.errors import InputError
 from ..ir.infer import contiguous_stride
+from ..ir.region import memory_order
 from ..ir.symbols import hint
 from ..ir.tree import Tree
 
@@ -281,7 +282,7 @@ def _evaluate(size: torch.SymInt, symbols: SymbolTable | None, sizes: Mapping[st
 def _memory_order(value: torch.Tensor) -> tuple[int, ...] | None:
     """Dims from the slowest to the fastest if the tensor is dense, else None. Sizes are taken at their hints."""
     shape, stride = [hint(n) for n in value.shape], [hint(n) for n in value.stride()]
-    order = tuple(sorted(range(len(shape)), key=lambda d: (-stride[d], d)))
+    order = tuple(memory_order(value))
     dense = _dense_stride(shape, order)
     if tuple(stride) == contiguous_stride(shape):
         return tuple(range(len(shape)))

@@ -4,12 +4,22 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # A first call may compile for seconds, so a deadline would be a timing assertion. The blob reproduces a failure.
 hypothesis.settings.register_profile("graphwright", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("graphwright")
+
+
+@pytest.fixture
+def one_thread():
+    """For tensors of a few elements: threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class RootIsAFolder:

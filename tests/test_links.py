@@ -17,13 +17,7 @@ SEEDS = 3
 SAMPLES = {}  # op name -> functions of a random.Random that give calls (op, args, kwargs)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few elements: threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sample(*names):

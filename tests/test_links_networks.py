@@ -14,13 +14,7 @@ from graphwright.ir.links.probe import check_links
 WITHOUT = "needs {0} to build the network: pip install {0}"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks of a few channels: threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FirstOutput(nn.Module):

@@ -34,13 +34,7 @@ from real_networks import unet_motion  # noqa: E402
 ATEN = torch.ops.aten
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors of a few elements: threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def body_of(symbols: ir.SymbolTable, shapes: list[list[int]], build: Callable[..., list[ir.Node]]) -> ir.Region:

@@ -89,6 +89,7 @@ class Planner:
         self.regions: list[PlannedRegion] = []
         self.region_of: dict[Node, PlannedRegion] = {}
         self.stops: dict[Node, Refusal] = {}
+        self._insides: dict[tuple[PlannedRegion, int], int] = {}
         self._order = list(scene.nodes)
         self.unsliced = int(self._layout().live.max(initial=0))
         self.budget = budget
@@ -183,12 +184,12 @@ class Planner:
 
     def _without(self, region: PlannedRegion, layout: _Layout, limit: int) -> _Layout:
         """The layout with the members of `region` on their own again, if that keeps to the limit; else as it was."""
-        regions, region_of = self.regions, self.region_of
+        regions = self.regions
         self._set_regions([r for r in regions if r is not region])
         freed = self._layout()
         if freed is not None and freed.live.max() <= limit:
             return freed
-        self.regions, self.region_of = regions, region_of
+        self._set_regions(regions)
         return layout
 
     def _set_regions(self, regions: list[PlannedRegion]) -> None:
@@ -321,19 +322,15 @@ class Planner:
         """Lays the region if the exact profile confirms that it helps."""
         swallowed = {self.region_of[m] for m in candidate.members if m in self.region_of}
         around = {*layout.flat[candidate.first : candidate.last + 1], *(m for r in swallowed for m in r.members)}
-        before_regions, before_map = self.regions, self.region_of
+        before_regions = self.regions
         before = int(max(layout.live[layout.index[node]] for node in around))
         region = PlannedRegion(candidate.units, count, candidate.members, candidate.tags)
         self._set_regions([*(r for r in before_regions if r not in swallowed), region])
         fresh = self._layout()
-        if fresh is None:
-            self.regions, self.region_of = before_regions, before_map
-            return None
-        after = int(max(fresh.live[fresh.index[node]] for node in around))
-        if after < before and fresh.live.max() <= layout.live.max():
+        if fresh is not None and fresh.live.max() <= layout.live.max() and max(fresh.live[fresh.index[node]] for node in around) < before:
             touched = [layout.index[node] for node in around]
             return min(touched), max(touched)
-        self.regions, self.region_of = before_regions, before_map
+        self._set_regions(before_regions)
         return None
 
     # --- layout ---
@@ -465,7 +462,13 @@ class Planner:
 
     def _inside(self, item: "Node | PlannedRegion") -> int:
         """Bytes that an item needs besides storages that exist in full."""
-        return self._transient(item, item.count) if isinstance(item, PlannedRegion) else self.scene.workspace_of[item].total
+        if not isinstance(item, PlannedRegion):
+            return self.scene.workspace_of[item].total
+        # Every trial lays out every region anew, but what is inside one depends on its members and count alone.
+        key = (item, item.count)
+        if key not in self._insides:
+            self._insides[key] = self._transient(item, item.count)
+        return self._insides[key]
 
     def _transient(self, region: PlannedRegion, count: int) -> int:
         """The peak inside the body for the longest of `count` slices."""

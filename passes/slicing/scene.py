@@ -11,6 +11,7 @@ from ...ir.infer import contiguous_stride, storage_key, tensors_of
 from ...ir.links import OperandSlot, Refusal, Tag, backward, forward, kind
 from ...ir.liveness import node_workspace, storage_bytes
 from ...ir.program import region_of
+from ...ir.region import memory_order
 from ...ir.symbols import hint
 from ...ir.workspace import Workspace, workspace
 
@@ -100,6 +101,6 @@ def value_bytes(node: Node) -> int:
 def is_dense(node: Node) -> bool:
     """Whether a value fills its storage in some order of dims, so that a region can lay it out again with the same strides."""
     value = node.meta["val"]
-    dims = sorted(range(value.dim()), key=lambda d: (-hint(value.stride(d)), d))
+    dims = memory_order(value)
     expected = contiguous_stride([hint(value.size(d)) for d in dims])
     return all(hint(value.size(d)) == 1 or hint(value.stride(d)) == step for d, step in zip(dims, expected, strict=True))
