@@ -4,7 +4,7 @@ With Inductor, the longest runs of operations between regions are compiled, and 
 its slices have.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
 from ..ir.infer import storage_key, tensors_of
 from ..ir.program import region_of
-from ..ir.region import slice_bounds, units_of
 from ..ir.region_call import RegionCall
 from .flat import Boxed, FlatGraph
 from .sliced import Body, SlicedRun
@@ -33,7 +32,7 @@ def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend) -> fx.Graph:
         if isinstance(piece, list):
             lowering.segment(piece, lowered, copies)
         elif region_of(piece) is not None:
-            _sliced_call(SlicedRun(piece, donors.get(piece, {}), lowering.bodies(RegionCall.of(piece))), piece, lowered, copies)
+            _sliced_call(SlicedRun(piece, donors.get(piece, {}), lowering.compile_body), piece, lowered, copies)
         else:
             copies[piece] = lowered.node_copy(piece, copies.__getitem__)
     return lowered
@@ -67,8 +66,7 @@ class _Aten:
         for node in nodes:
             copies[node] = lowered.node_copy(node, copies.__getitem__)
 
-    def bodies(self, call: RegionCall) -> Mapping[int, Body]:
-        return {}
+    compile_body = None
 
 
 class _Segment(Boxed):
@@ -104,22 +102,10 @@ class _Inductor:
             copies[output] = lowered.call_function(GETITEM, (call, index))
             copies[output].meta = output.meta
 
-    def bodies(self, call: RegionCall) -> Mapping[int, Body]:
-        """The body compiled for each length of its slices; none where the lengths are not known before the call."""
-        values = [operand.meta["val"] for operand in call.operands]
-        units = units_of(call.in_dims, values, call.units)
-        if not isinstance(units, int) or not isinstance(call.count, int):
-            return {}
-        lengths = {end - begin for begin, end in slice_bounds(units, min(call.count, units))}
-        return {length: self._body(call, values, units, length) for length in sorted(lengths)}
-
-    def _body(self, call: RegionCall, values: Sequence[Any], units: int, length: int) -> Body:
+    def compile_body(self, graph: fx.Graph, examples: Callable[[], list[Any]]) -> Body:
         with self.symbols.inference():
-            examples = [
-                value if dim < 0 else value.narrow(dim, 0, length * (value.size(dim) // units))
-                for value, dim in zip(values, call.in_dims, strict=True)
-            ]
-        return self._compiled(call.body.graph, examples)
+            types = examples()
+        return self._compiled(graph, types)
 
     def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Body:
         from ..codegen.cpu_inductor import CompiledGraph

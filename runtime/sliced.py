@@ -1,11 +1,12 @@
 """Runs `gw.sliced`: outputs are allocated once, each slice writes its part in place, and its intermediates die at last use.
 
-A part is written by its last operation where that has an `out=` kernel, else copied when the slice has run. An output that takes
-a donated operand's storage is written only after every read of that operand's slice.
+A part is written by its last operation where that has an `out=` kernel, else copied when the slice has run; compiled bodies store
+it where it belongs. An output that takes a donated operand's storage is written only after every read of that operand's slice.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .flat import FlatGraph
 from .out_variant import is_pointwise, out_variant
 
 Body = Callable[[list[Any]], list[Any]]
+Compile = Callable[[fx.Graph, Callable[[], list[Any]]], Body]  # from a graph, and what computes the types of its operands
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,7 @@ class _Output:
         return empty_whole(part, size)
 
     def destination(self, whole: torch.Tensor, cut: "_Cut") -> torch.Tensor:
-        if self.is_partial:
-            return whole.narrow(self.dim, cut.index, 1)
-        per_unit = whole.size(self.dim) // cut.units
-        return whole.narrow(self.dim, cut.begin * per_unit, cut.length * per_unit)
+        return whole.narrow(self.dim, cut.index, 1) if self.is_partial else cut.narrow(whole, self.dim)
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,16 @@ class _Cut:
 
 
 class SlicedRun:
-    """One region call, ready to run on `(count, units, *operands)`. `compiled` holds bodies by slice length."""
+    """One region call, ready to run on `(count, units, *operands)`; with `compile`, its body is compiled for each slice length."""
 
-    def __init__(self, node: Node, donors: Mapping[int, int], compiled: Mapping[int, Body] | None = None):
+    def __init__(self, node: Node, donors: Mapping[int, int], compile: Compile | None = None):
         call = RegionCall.of(node)
         self.in_dims = call.in_dims
         self._outputs = [
             _Output.of(whole, part.meta["val"], dim, donors.get(j))
             for j, (whole, part, dim) in enumerate(zip(call.outputs, call.body.outputs, call.out_dims, strict=True))
         ]
-        self._compiled = compiled or {}
+        self._compiled = self._bodies(call, donors, compile) if compile is not None else {}
         self._parts = FlatGraph(call.body.graph)
         self._in_place = FlatGraph(_writing_body(call.body, call.outputs, donors))
 
@@ -96,22 +95,31 @@ class SlicedRun:
         wholes: list[Any] = [
             self._donated(o, operands) if o.donor is not None else o.allocate() if o.is_static else None for o in self._outputs
         ]
+        read = self._with_outputs_for_donors(operands, wholes) if self._compiled else operands
         for index, (begin, end) in enumerate(slice_bounds(total, count)):
             cut = _Cut(index, count, begin, end - begin, total)
-            inputs = [cut.narrow(operand, dim) for operand, dim in zip(operands, self.in_dims, strict=True)]
-            if None in wholes or cut.length in self._compiled:
-                self._copy_parts(self._compiled.get(cut.length, self._parts)(inputs), wholes, cut)
+            inputs = [cut.narrow(operand, dim) for operand, dim in zip(read, self.in_dims, strict=True)]
+            if None in wholes:
+                self._copy_parts(self._parts(inputs), wholes, cut)
+            elif cut.length in self._compiled:
+                self._compiled[cut.length]([*inputs, *self._destinations(wholes, cut, fresh_only=True)])
             else:
                 self._in_place([*inputs, *self._destinations(wholes, cut)])
         return wholes
 
-    def _donated(self, output: _Output, operands: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """The donor itself; a fresh output should another tensor turn out to share its storage."""
+    def _donated(self, output: _Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The donor itself; a tensor like it should another turn out to share its storage."""
         assert output.donor is not None
         donor = operands[output.donor]
-        if _is_sole_owner(donor):
-            return donor
-        return output.allocate() if output.is_static else None
+        return donor if _is_sole_owner(donor) else torch.empty_strided(donor.shape, donor.stride(), dtype=donor.dtype, device=donor.device)
+
+    def _with_outputs_for_donors(self, operands: Sequence[torch.Tensor], wholes: Sequence[Any]) -> list[torch.Tensor]:
+        """The operands, each donor as the output that compiled bodies store into where they read it."""
+        result = list(operands)
+        for output, whole in zip(self._outputs, wholes, strict=True):
+            if output.donor is not None and whole is not operands[output.donor]:
+                result[output.donor] = whole.copy_(operands[output.donor])
+        return result
 
     def _copy_parts(self, parts: list[torch.Tensor], wholes: list[Any], cut: _Cut) -> None:
         for j, (output, part) in enumerate(zip(self._outputs, parts, strict=True)):
@@ -119,8 +127,26 @@ class SlicedRun:
                 wholes[j] = output.allocate_for(part, cut)
             output.destination(wholes[j], cut).copy_(part)
 
-    def _destinations(self, wholes: list[torch.Tensor], cut: _Cut) -> list[torch.Tensor]:
-        return [output.destination(whole, cut) for output, whole in zip(self._outputs, wholes, strict=True)]
+    def _destinations(self, wholes: Sequence[torch.Tensor], cut: _Cut, fresh_only: bool = False) -> list[torch.Tensor]:
+        """Where the parts of a slice go; with `fresh_only`, without those that go where an operand was."""
+        chosen = [(o, whole) for o, whole in zip(self._outputs, wholes, strict=True) if o.donor is None or not fresh_only]
+        return [output.destination(whole, cut) for output, whole in chosen]
+
+    def _bodies(self, call: RegionCall, donors: Mapping[int, int], compile: Compile) -> dict[int, Body]:
+        """The body compiled for each length of its slices; none where the lengths are not known before the call."""
+        values = [operand.meta["val"] for operand in call.operands]
+        total = units_of(call.in_dims, values, call.units)
+        if not isinstance(total, int) or not isinstance(call.count, int):
+            return {}
+        count = min(call.count, total)
+        graph = _storing_body(call, donors)
+        cuts = {end - begin: _Cut(0, count, 0, end - begin, total) for begin, end in slice_bounds(total, count)}
+        return {length: compile(graph, partial(self._body_operands, call, values, cut)) for length, cut in sorted(cuts.items())}
+
+    def _body_operands(self, call: RegionCall, values: Sequence[torch.Tensor], cut: _Cut) -> list[torch.Tensor]:
+        """The types of what a compiled body takes for one slice."""
+        inputs = [cut.narrow(value, dim) for value, dim in zip(values, call.in_dims, strict=True)]
+        return [*inputs, *self._destinations(call.outputs, cut, fresh_only=True)]
 
 
 def _is_sole_owner(tensor: torch.Tensor) -> bool:
@@ -149,6 +175,22 @@ def _writing_body(region: Region, wholes: Sequence[torch.Tensor], donors: Mappin
     for j, part in enumerate(region.outputs):
         if part not in direct:
             graph.call_function(torch.Tensor.copy_, (destinations[j], copies[part]))
+    graph.output(())
+    return graph
+
+
+def _storing_body(call: RegionCall, donors: Mapping[int, int]) -> fx.Graph:
+    """The body in the form that is compiled: it copies each output into the operand that gives its storage, else into an operand of
+    its own, after those of the region. A compiler that sees the copies computes the values in place."""
+    graph = fx.Graph()
+    copies = {node: _copy(graph, node, {}) for node in call.body.placeholders}
+    operands = list(copies.values())
+    destinations = [operands[donors[j]] if j in donors else graph.placeholder(f"output_{j}") for j in range(len(call.outputs))]
+    for node in call.body.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = _copy(graph, node, copies)
+    for destination, part in zip(destinations, call.body.outputs, strict=True):
+        graph.call_function(torch.ops.aten.copy_.default, (destination, copies[part]))
     graph.output(())
     return graph
 
