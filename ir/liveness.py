@@ -10,7 +10,7 @@ it; outputs live to the end. Weights and inputs are reported apart. For each ope
 Source: "Fast and Memory-Efficient Video Diffusion Using Streamlined Inference" (arXiv 2411.01171); AutoChunk (arXiv 2401.10652).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .calls import name_of
 from .donation import plan_donations
 from .infer import storage_key, tensors_of
 from .program import Function, Node, region_of
+from .region_call import RegionCall
 from .symbols import hint
 from .workspace import NOMINAL_THREADS, workspace
 
@@ -76,9 +77,17 @@ def profile(function: Function, threads: int = NOMINAL_THREADS) -> MemoryProfile
     return profile_graph(function.graph, threads)
 
 
-def profile_graph(graph: fx.Graph, threads: int = NOMINAL_THREADS) -> MemoryProfile:
-    """The memory profile of a graph or region body."""
-    donations = plan_donations(graph)
+def profile_graph(
+    graph: fx.Graph,
+    threads: int = NOMINAL_THREADS,
+    donors: Mapping[Node, Mapping[int, Node]] | None = None,
+    workspace_of: Callable[[Node], int] | None = None,
+) -> MemoryProfile:
+    """The memory profile of a graph or region body. A graph of other calls than the dialect's comes with its `donors`, call ->
+    {output index: the operand whose storage it takes}, and what `workspace_of` says of each call."""
+    if donors is None:
+        donations = plan_donations(graph)
+        donors = {node: {j: RegionCall.of(node).operands[i] for j, i in taken.items()} for node, taken in donations.items()}
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     position = {node: i for i, node in enumerate(nodes)}
     outside: set[int] = set()
@@ -94,13 +103,13 @@ def profile_graph(graph: fx.Graph, threads: int = NOMINAL_THREADS) -> MemoryProf
     storages: list[Storage] = []
     by_key: dict[int, Storage] = {}
     for i, node in enumerate(nodes):
-        taken = donations.get(node, {})
+        taken = donors.get(node, {})
         for index, value in enumerate(tensors_of(node.meta["val"])):
             key = storage_key(value)
             if key in outside:
                 continue
             if key not in by_key and index in taken:
-                by_key[key] = by_key[storage_key(node.args[4 + taken[index]].meta["val"])]
+                by_key[key] = by_key[storage_key(taken[index].meta["val"])]
             if key not in by_key:
                 by_key[key] = Storage(node, storage_bytes(value), i, i, [])
                 storages.append(by_key[key])
@@ -108,7 +117,7 @@ def profile_graph(graph: fx.Graph, threads: int = NOMINAL_THREADS) -> MemoryProf
             storage.values.append(node)
             last = max((position.get(user, len(nodes)) for user in node.users), default=i)
             storage.dies = max(storage.dies, last, i)
-    workspaces = np.array([node_workspace(node, threads) for node in nodes], dtype=np.int64)
+    workspaces = np.array([workspace_of(node) if workspace_of else node_workspace(node, threads) for node in nodes], dtype=np.int64)
     live = live_bytes(storages, len(nodes)) + workspaces
     return MemoryProfile(nodes, storages, live, workspaces, by_key, input_bytes, weight_bytes)
 

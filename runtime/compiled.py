@@ -50,6 +50,7 @@ class CompiledModel(nn.Module):
         self._lock = threading.RLock()
         self._runner = None if compilation is None else _Runner(compilation)
         self._measured: Measurement | None = None
+        self._compiled_peak: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, nested as the original's.
@@ -89,6 +90,7 @@ class CompiledModel(nn.Module):
         """What was promised, what each pass did, and what it costs; `measure` fills in the measured part."""
         compiled = self.compilation
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
+        memory = replace(memory, compiled=self._compiled_peak)
         return Report(compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports, memory, self._measured)
 
     @property
@@ -112,6 +114,7 @@ class CompiledModel(nn.Module):
         runner = self._runner or self._compile_for(args, kwargs)
         device = "cuda" if any(weight.device.type == "cuda" for weight in self.program.weights.values()) else "cpu"
         with self._lock, runner.states_kept():
+            self._compiled_peak = runner.executor.predicted_peak()
             self(*args, **kwargs)
             self._measured = measure_peak(lambda: self(*args, **kwargs), device=device, timed=True)
         return self._measured

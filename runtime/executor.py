@@ -12,6 +12,7 @@ from ..ir import Node, Program
 from ..ir.errors import InputError
 from .flat import FlatGraph
 from .lowering import Backend, lower
+from .prediction import predicted_peak
 
 
 class Executor:
@@ -32,7 +33,12 @@ class Executor:
         self._states = {str(p.target): _tensor(program, p) for p in body.placeholders if p.meta.get("role", "input") == "state"}
         # Where each placeholder's value comes from: a name for a state, None for the next input.
         self._sources = [str(p.target) if p.meta.get("role", "input") == "state" else None for p in body.placeholders]
-        self._flat = FlatGraph(lower(body.graph, program.symbols, backend), lambda node: _tensor(program, node))
+        self._lowered = lower(body.graph, program.symbols, backend)
+        self._flat = FlatGraph(self._lowered, lambda node: _tensor(program, node))
+
+    def predicted_peak(self) -> int | None:
+        """The peak of what a compiler made of the program, in bytes; None where library kernels run it as it stands."""
+        return None if self.backend == "aten" else predicted_peak(self._lowered)
 
     def __call__(
         self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None

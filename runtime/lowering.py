@@ -98,6 +98,7 @@ class _Inductor:
         graph = _cut_out(nodes, inputs, outputs)
         run = _Segment(self._compiled(graph, [node.meta["val"] for node in inputs]))
         call = lowered.create_node("call_function", run, tuple(map(copies.__getitem__, inputs)), name="segment")
+        call.meta = {"val": tuple(output.meta["val"] for output in outputs)}
         for index, output in enumerate(outputs):
             copies[output] = lowered.call_function(GETITEM, (call, index))
             copies[output].meta = output.meta

@@ -12,11 +12,13 @@ from .memory import Measurement
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of activations at the peak, as predicted: as captured, as planned by the passes, and the least that any plan can reach."""
+    """Bytes of activations at the peak, as predicted: as captured, as planned by the passes, the least that any plan can reach, and
+    with what compiled code allocates (`compiled`, known after `measure`)."""
 
     unsliced: int | None = None
     planned: int | None = None
     floor: int | None = None
+    compiled: int | None = None
 
 
 def predicted(captured: Program | None, program: Program, passes: Sequence[Any] = ()) -> Memory:
@@ -46,6 +48,7 @@ class Report:
             "predicted, unsliced": self.memory.unsliced,
             "predicted, planned": self.memory.planned,
             "floor": self.memory.floor,
+            "predicted, compiled": self.memory.compiled,
             "measured": None if self.measured is None else self.measured.peak_bytes,
         }
         known = [f"{name} {format_bytes(value)}" for name, value in figures.items() if value is not None]

@@ -14,13 +14,15 @@ from torch import fx
 
 from ..ir import Node, Region
 from ..ir.infer import operands_of, same_strides, storage_key
+from ..ir.liveness import profile_graph
 from ..ir.region import empty_whole, slice_bounds, units_of
 from ..ir.region_call import RegionCall
 from .flat import FlatGraph
 from .out_variant import is_pointwise, out_variant
 
 Body = Callable[[list[Any]], list[Any]]
-Compile = Callable[[fx.Graph, Callable[[], list[Any]]], Body]  # from a graph, and what computes the types of its operands
+Types = Callable[[], list[Any]]  # computes the types of a body's operands
+Compile = Callable[[fx.Graph, Types], Body]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class SlicedRun:
     """One region call, ready to run on `(count, units, *operands)`; with `compile`, its body is compiled for each slice length."""
 
     def __init__(self, node: Node, donors: Mapping[int, int], compile: Compile | None = None):
-        call = RegionCall.of(node)
+        self.call = call = RegionCall.of(node)
+        self.donors = donors
         self.in_dims = call.in_dims
         self._outputs = [
             _Output.of(whole, part.meta["val"], dim, donors.get(j))
@@ -102,10 +105,20 @@ class SlicedRun:
             if None in wholes:
                 self._copy_parts(self._parts(inputs), wholes, cut)
             elif cut.length in self._compiled:
-                self._compiled[cut.length]([*inputs, *self._destinations(wholes, cut, fresh_only=True)])
+                self._compiled[cut.length][0]([*inputs, *self._destinations(wholes, cut, fresh_only=True)])
             else:
                 self._in_place([*inputs, *self._destinations(wholes, cut)])
         return wholes
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that library kernels need for a slice."""
+        return profile_graph(self.call.body.graph).peak_bytes
+
+    @property
+    def compiled(self) -> list[tuple[Body, list[Any]]]:
+        """The compiled bodies with the types of their operands."""
+        return [(body, types()) for body, types in self._compiled.values()]
 
     def _donated(self, output: _Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
         """The donor itself; a tensor like it should another turn out to share its storage."""
@@ -132,7 +145,7 @@ class SlicedRun:
         chosen = [(o, whole) for o, whole in zip(self._outputs, wholes, strict=True) if o.donor is None or not fresh_only]
         return [output.destination(whole, cut) for output, whole in chosen]
 
-    def _bodies(self, call: RegionCall, donors: Mapping[int, int], compile: Compile) -> dict[int, Body]:
+    def _bodies(self, call: RegionCall, donors: Mapping[int, int], compile: Compile) -> dict[int, tuple[Body, Types]]:
         """The body compiled for each length of its slices; none where the lengths are not known before the call."""
         values = [operand.meta["val"] for operand in call.operands]
         total = units_of(call.in_dims, values, call.units)
@@ -141,7 +154,8 @@ class SlicedRun:
         count = min(call.count, total)
         graph = _storing_body(call, donors)
         cuts = {end - begin: _Cut(0, count, 0, end - begin, total) for begin, end in slice_bounds(total, count)}
-        return {length: compile(graph, partial(self._body_operands, call, values, cut)) for length, cut in sorted(cuts.items())}
+        types = {length: partial(self._body_operands, call, values, cut) for length, cut in sorted(cuts.items())}
+        return {length: (compile(graph, of_slice), of_slice) for length, of_slice in types.items()}
 
     def _body_operands(self, call: RegionCall, values: Sequence[torch.Tensor], cut: _Cut) -> list[torch.Tensor]:
         """The types of what a compiled body takes for one slice."""

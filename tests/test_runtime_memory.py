@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import graphwright as gw
 from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.memory import measure_peak
+from graphwright.runtime.report import format_bytes
 
 KIB = 1024
 
@@ -88,3 +90,31 @@ def test_allocations_of_compiled_code_are_seen():
 def test_time_is_measured_only_on_demand():
     assert measure_peak(lambda: None).seconds is None
     assert measure_peak(lambda: None, timed=True).seconds > 0
+
+
+class Wide(torch.nn.Module):
+    """Two gated feed-forward blocks, and a product over all rows that no slicing of rows passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(16, 128) for _ in range(2))
+        self.downs = torch.nn.ModuleList(torch.nn.Linear(64, 16) for _ in range(2))
+
+    def forward(self, x):
+        for up, down in zip(self.blocks, self.downs, strict=True):
+            gate, value = up(x).chunk(2, -1)
+            x = x + down(torch.nn.functional.gelu(gate) * value)
+            x = x @ (x.T @ x) / 512
+        return x
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
+@pytest.mark.parametrize("passes", [[], [gw.SliceGroups(memory_budget="30%")]], ids=["whole", "sliced"])
+def test_the_peak_of_compiled_code_is_foreseen(passes):
+    x = torch.randn(512, 16)
+    model = gw.compile(Wide(), passes, example_inputs=(x,), backend="inductor")
+    measured = model.measure(x).peak_bytes
+    foreseen = model.report().memory.compiled
+    assert foreseen is not None
+    assert abs(foreseen - measured) <= 0.05 * measured
+    assert f"predicted, compiled {format_bytes(foreseen)}" in str(model.report())

@@ -1,0 +1,59 @@
+"""The peak of a lowered program: the liveness of what lies between its pieces, with what each compiled piece was seen to allocate.
+
+A compiler decides on its own which intermediates of a piece exist. So each piece runs once, on tensors of ones, under the meter.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir import Node
+from ..ir.infer import storage_key, tensors_of
+from ..ir.liveness import last_uses, node_workspace, profile_graph, storage_bytes
+from ..ir.symbols import hint
+from .flat import Boxed
+from .memory import measure_peak
+from .sliced import SlicedRun
+
+
+def predicted_peak(graph: fx.Graph) -> int:
+    """Bytes of intermediates and outputs at the peak of `graph`, as `lower` made it; symbols at their hints."""
+    dying = last_uses(graph)
+    donors = {
+        node: {j: node.args[2 + i] for j, i in node.target.donors.items()} for node in graph.nodes if isinstance(node.target, SlicedRun)
+    }
+
+    def workspace(node: Node) -> int:
+        if isinstance(node.target, SlicedRun):
+            return max((_seen(body, types, ()) for body, types in node.target.compiled), default=node.target.workspace)
+        if not isinstance(node.target, Boxed):
+            return node_workspace(node)
+        operands = node.all_input_nodes
+        dead = [i for i, operand in enumerate(operands) if operand in dying.get(node, ()) and operand.op == "call_function"]
+        counted = {
+            storage_key(tensor): storage_bytes(tensor)
+            for value in (node, *(operands[i] for i in dead))
+            for tensor in tensors_of(value.meta["val"])
+        }
+        return _seen(node.target, [operand.meta["val"] for operand in operands], dead) - sum(counted.values())
+
+    return profile_graph(graph, donors=donors, workspace_of=workspace).peak_bytes
+
+
+def _seen(run: Any, types: Sequence[Any], dead: Sequence[int]) -> int:
+    """The peak of one run on ones, with the operands in `dead`, which the run may free; the others were there before."""
+    held = [None if i in dead else _ones(value) for i, value in enumerate(types)]
+
+    def call() -> list[Any]:
+        return run([_ones(value) if i in dead else held[i] for i, value in enumerate(types)])
+
+    return measure_peak(call).peak_bytes
+
+
+def _ones(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return hint(value)
+    size, stride = [[hint(n) for n in each] for each in (value.shape, value.stride())]
+    return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device).fill_(1)
