@@ -17,6 +17,7 @@ from .symbols import hint
 
 NOMINAL_THREADS = 2
 _FLOAT = 4
+_SMALL_IMAGE = 20480  # elements of one image up to which ATen does not call oneDNN
 
 
 class Workspace(NamedTuple):
@@ -38,7 +39,17 @@ def workspace(node: Node, threads: int = NOMINAL_THREADS) -> Workspace:
 
 
 def _conv(a: dict[str, Any], node: Node, threads: int) -> Workspace:
-    return Workspace(_bytes(a["input"]), _bytes(a["weight"]))
+    """oneDNN's input and weight in blocks; ATen's own kernel, which takes one small image or float64, unfolds the image for each
+    group: [B, C_in / groups * prod(k), prod(out)]."""
+    batch, *_ = sizes = _sizes(a["input"])
+    _, inputs, *kernel = _sizes(a["weight"])
+    is_large = batch > 1 or _product(sizes) > _SMALL_IMAGE or a["groups"] > 1 or min(kernel) > 3
+    if _tensor(a["input"]).dtype is not torch.float64 and is_large:
+        return Workspace(_bytes(a["input"]), _bytes(a["weight"]))
+    if _product(kernel) == 1:
+        return Workspace()
+    places = _numel(node) // _sizes(node)[1]  # of all images
+    return Workspace(places * inputs * _product(kernel) * _tensor(a["input"]).dtype.itemsize)
 
 
 def _layer_norm(a: dict[str, Any], node: Node, threads: int) -> Workspace:

@@ -12,7 +12,7 @@ from ..ir import Node, Program
 from ..ir.errors import InputError
 from .flat import FlatGraph
 from .lowering import Backend, lower
-from .prediction import predicted_peak
+from .prediction import lowered_profile
 
 
 class Executor:
@@ -38,7 +38,7 @@ class Executor:
 
     def predicted_peak(self) -> int | None:
         """The peak of what a compiler made of the program, in bytes; None where library kernels run it as it stands."""
-        return None if self.backend == "aten" else predicted_peak(self._lowered)
+        return None if self.backend == "aten" else lowered_profile(self._lowered).peak_bytes
 
     def __call__(
         self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None

@@ -1,11 +1,11 @@
 """From a function's graph to the graph that runs: each region becomes a `SlicedRun`, and what a backend compiles one call.
 
 With Inductor, the longest runs of operations between regions are compiled, and each region's body for the one or two lengths that
-its slices have.
+its slices have. In a program with regions a piece that takes more memory than its plan stays with library kernels: Inductor lays
+out convolutions anew and may keep what the plan frees.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -14,9 +14,11 @@ from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
 from ..ir.infer import storage_key, tensors_of
+from ..ir.liveness import profile_graph
 from ..ir.program import region_of
 from ..ir.region_call import RegionCall
 from .flat import Boxed, FlatGraph
+from .prediction import lowered_profile
 from .sliced import Body, SlicedRun
 
 Backend = str
@@ -24,15 +26,33 @@ Backend = str
 
 def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend) -> fx.Graph:
     """The runnable form of `graph` for `backend`, "aten" or "inductor"."""
-    lowering = _Inductor(symbols) if backend == "inductor" else _Aten()
+    if backend != "inductor":
+        return _lowered(graph, _Aten(), {})
+    lowering = _Inductor(symbols)
+    pieces: dict[Node, Node] = {}
+    lowered = _lowered(graph, lowering, pieces)
+    if not any(region_of(node) is not None for node in graph.nodes):
+        return lowered
+    # Whoever slices a program pays for memory: code that takes more of it than planned gives way to library kernels.
+    limit = profile_graph(graph).peak_bytes
+    memory = lowered_profile(lowered)
+    lowering.left = {pieces[node] for node, live in zip(memory.nodes, memory.live, strict=True) if live > limit and node in pieces}
+    return _lowered(graph, lowering, {}) if lowering.left else lowered
+
+
+def _lowered(graph: fx.Graph, lowering: "_Aten | _Inductor", pieces: dict[Node, Node]) -> fx.Graph:
+    """`pieces` receives, for each call of the result that may be compiled, the node of `graph` that it begins with."""
     donors = plan_donations(graph)
     lowered = fx.Graph()
     copies: dict[Node, Node] = {}
     for piece in _pieces(graph):
         if isinstance(piece, list):
-            lowering.segment(piece, lowered, copies)
+            call = lowering.segment(piece, lowered, copies)
+            if call is not None:
+                pieces[call] = piece[0]
         elif region_of(piece) is not None:
-            _sliced_call(SlicedRun(piece, donors.get(piece, {}), lowering.compile_body), piece, lowered, copies)
+            call = _sliced_call(lowering.region(piece, donors.get(piece, {})), piece, lowered, copies)
+            pieces[call] = piece
         else:
             copies[piece] = lowered.node_copy(piece, copies.__getitem__)
     return lowered
@@ -52,21 +72,25 @@ def _pieces(graph: fx.Graph) -> "list[Node | list[Node]]":
     return pieces
 
 
-def _sliced_call(run: SlicedRun, node: Node, lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+def _sliced_call(run: SlicedRun, node: Node, lowered: fx.Graph, copies: dict[Node, Node]) -> Node:
     call = RegionCall.of(node)
     arguments = fx.map_arg((call.count, call.units, *call.operands), copies.__getitem__)
     copies[node] = lowered.create_node("call_function", run, arguments, name="sliced")  # type: ignore[arg-type]
     copies[node].meta = node.meta
+    return copies[node]
 
 
 class _Aten:
     """Every operation by its own kernel."""
 
-    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> Node | None:
+        """Adds a run of calls to `lowered`; returns the one call that they became, if one."""
         for node in nodes:
             copies[node] = lowered.node_copy(node, copies.__getitem__)
+        return None
 
-    compile_body = None
+    def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
+        return SlicedRun(node, donors)
 
 
 class _Segment(Boxed):
@@ -82,28 +106,39 @@ class _Segment(Boxed):
         return "a compiled segment"
 
 
-@dataclass(frozen=True)
-class _Inductor:
-    """Segments and bodies as Inductor's C++."""
+class _Inductor(_Aten):
+    """Segments and bodies as Inductor's C++, but for the pieces that begin with a node in `left`."""
 
-    symbols: SymbolTable
+    def __init__(self, symbols: SymbolTable):
+        self.symbols = symbols
+        self.left: set[Node] = set()
+        self._segments: dict[Node, _Segment] = {}
+        self._regions: dict[Node, SlicedRun] = {}
 
-    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> Node | None:
         inside = set(nodes)
         inputs = list(dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside))
         outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-        if not _computes(outputs, inputs):
-            _Aten().segment(nodes, lowered, copies)
-            return
-        graph = _cut_out(nodes, inputs, outputs)
-        run = _Segment(self._compiled(graph, [node.meta["val"] for node in inputs]))
-        call = lowered.create_node("call_function", run, tuple(map(copies.__getitem__, inputs)), name="segment")
+        if nodes[0] in self.left or not _computes(outputs, inputs):
+            return super().segment(nodes, lowered, copies)
+        if nodes[0] not in self._segments:
+            types = [node.meta["val"] for node in inputs]
+            self._segments[nodes[0]] = _Segment(self._compiled(_cut_out(nodes, inputs, outputs), types))
+        call = lowered.create_node("call_function", self._segments[nodes[0]], tuple(map(copies.__getitem__, inputs)), name="segment")
         call.meta = {"val": tuple(output.meta["val"] for output in outputs)}
         for index, output in enumerate(outputs):
             copies[output] = lowered.call_function(GETITEM, (call, index))
             copies[output].meta = output.meta
+        return call
 
-    def compile_body(self, graph: fx.Graph, examples: Callable[[], list[Any]]) -> Body:
+    def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
+        if node in self.left:
+            return super().region(node, donors)
+        if node not in self._regions:
+            self._regions[node] = SlicedRun(node, donors, self._compile_body)
+        return self._regions[node]
+
+    def _compile_body(self, graph: fx.Graph, examples: Callable[[], list[Any]]) -> Body:
         with self.symbols.inference():
             types = examples()
         return self._compiled(graph, types)

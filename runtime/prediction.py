@@ -11,15 +11,15 @@ from torch import fx
 
 from ..ir import Node
 from ..ir.infer import storage_key, tensors_of
-from ..ir.liveness import last_uses, node_workspace, profile_graph, storage_bytes
+from ..ir.liveness import MemoryProfile, last_uses, node_workspace, profile_graph, storage_bytes
 from ..ir.symbols import hint
 from .flat import Boxed
 from .memory import measure_peak
 from .sliced import SlicedRun
 
 
-def predicted_peak(graph: fx.Graph) -> int:
-    """Bytes of intermediates and outputs at the peak of `graph`, as `lower` made it; symbols at their hints."""
+def lowered_profile(graph: fx.Graph) -> MemoryProfile:
+    """The memory profile of `graph`, as `lower` made it; symbols at their hints."""
     dying = last_uses(graph)
     donors = {
         node: {j: node.args[2 + i] for j, i in node.target.donors.items()} for node in graph.nodes if isinstance(node.target, SlicedRun)
@@ -27,7 +27,8 @@ def predicted_peak(graph: fx.Graph) -> int:
 
     def workspace(node: Node) -> int:
         if isinstance(node.target, SlicedRun):
-            return max((_seen(body, types, ()) for body, types in node.target.compiled), default=node.target.workspace)
+            seen = [_seen(body, types, ()) for body, types in node.target.compiled]
+            return max((peak for peak in seen if peak is not None), default=node.target.workspace)
         if not isinstance(node.target, Boxed):
             return node_workspace(node)
         operands = node.all_input_nodes
@@ -37,19 +38,25 @@ def predicted_peak(graph: fx.Graph) -> int:
             for value in (node, *(operands[i] for i in dead))
             for tensor in tensors_of(value.meta["val"])
         }
-        return _seen(node.target, [operand.meta["val"] for operand in operands], dead) - sum(counted.values())
+        peak = _seen(node.target, [operand.meta["val"] for operand in operands], dead)
+        return 0 if peak is None else peak - sum(counted.values())
 
-    return profile_graph(graph, donors=donors, workspace_of=workspace).peak_bytes
+    return profile_graph(graph, donors=donors, workspace_of=workspace)
 
 
-def _seen(run: Any, types: Sequence[Any], dead: Sequence[int]) -> int:
-    """The peak of one run on ones, with the operands in `dead`, which the run may free; the others were there before."""
+def _seen(run: Any, types: Sequence[Any], dead: Sequence[int]) -> int | None:
+    """The peak of one run on ones, with the operands in `dead`, which the run may free; the others were there before. None if the
+    piece cannot run on ones: an index out of range."""
     held = [None if i in dead else _ones(value) for i, value in enumerate(types)]
 
     def call() -> list[Any]:
         return run([_ones(value) if i in dead else held[i] for i, value in enumerate(types)])
 
-    return measure_peak(call).peak_bytes
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            return measure_peak(call).peak_bytes
+        except (RuntimeError, IndexError):
+            return None
 
 
 def _ones(value: Any) -> Any:
