@@ -146,6 +146,7 @@ def measure(bench: Bench, case: Case) -> None:
     inputs = (args, kwargs)
     backends = bench.options.backend or ["aten", *(["inductor"] if has_cpp_compiler() and not bench.quick else [])]
     ours = {backend: compiled(bench, case, model, inputs, backend) for backend in backends}
+    check_text(bench, case, model, inputs, [each.program for each in ours.values()])
     peers = contestants(bench, case, model, inputs)
     calls = {backend: _call(each, inputs) for backend, each in ours.items()} | peers
     for call in calls.values():
@@ -170,6 +171,15 @@ def measure(bench: Bench, case: Case) -> None:
     bench.save()
     if not bench.options.no_time:
         times(bench, case, ours, calls, peers)
+
+
+def check_text(bench: Bench, case: Case, model: torch.nn.Module, inputs: Inputs, programs: list[gw.Program]) -> None:
+    """Stops the bench where a program's text does not parse back to itself, or a second compilation gives another program."""
+    if len(programs) == 1 and not bench.quick:
+        programs = [*programs, compiled(bench, case, model, inputs, "aten").program]
+    texts = {str(program) for program in programs} | {str(gw.parse(str(programs[0])))}
+    assert len(texts) == 1, f"{case.name}: {len(texts)} different texts"
+    bench.note(f"{case.name}: compiled {len(programs)} times and parsed once, always the same {len(texts.pop().splitlines())} lines")
 
 
 def times(bench: Bench, case: Case, ours: dict[str, CompiledModel], calls: dict[str, Callable[[], Any]], peers: dict[str, Any]) -> None:
