@@ -233,11 +233,15 @@ class _Importer:
         """The node of the result, or those of the results."""
         if target is GETITEM and isinstance(args[0], tuple | list):
             return args[0][args[1]]
+        if target is torch.ops.aten.lift_fresh_copy.default:  # what torch.tensor(..) inside a model is traced as
+            target = torch.ops.aten.clone.default
         return take_apart(target, args, kwargs, self.symbols, add) if is_ambiguous(target) else add(target, args, kwargs)
 
     def _write(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], add: Callable[..., Node]) -> Any:
         """The functional variant of a write to memory that nothing reads later by another name."""
         variant, written, old = functional_variant(node.target), node.args[0], args[0]
+        if node.target is torch.ops.aten.detach_.default:
+            return old  # it changes what autograd sees, and no value
         if variant is None or self._is_read_elsewhere(written, node):
             raise NotFunctional(f"{node.target} writes to what is read elsewhere")
         new = self._rebuild(variant, args, kwargs, add)

@@ -50,8 +50,11 @@ def take_apart(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], symbo
     """
     recorder = _Recorder(add)
     operands, keywords = pytree.tree_map_only(Node, recorder.value_of, (args, kwargs))
-    with symbols.inference(), torch.amp.autocast("cpu", enabled=False), enable_python_dispatcher(), recorder:
-        results = target(*operands, **keywords)
+    try:
+        with symbols.inference(), torch.amp.autocast("cpu", enabled=False), enable_python_dispatcher(), recorder:
+            results = target(*operands, **keywords)
+    except Exception as error:
+        raise NotFunctional(f"{target} cannot be taken apart: {error}") from error
     return pytree.tree_map(recorder.node_of, results)
 
 
@@ -91,9 +94,9 @@ def functional_variant(target: Any) -> Any | None:
     namespace, _, name = schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
     variant = getattr(packet, schema.overload_name or "default", None)
-    if variant is None or not name.endswith("_") or len(variant._schema.returns) != 1:
+    if variant is None or is_ambiguous(variant):
         return None
-    writes = [argument.is_write for argument in (*schema.arguments, *variant._schema.arguments) if argument.alias_info is not None]
-    aliases = any(result.alias_info is not None for result in variant._schema.returns)
-    matches = [a.name for a in schema.arguments] == [a.name for a in variant._schema.arguments]
-    return variant if writes == [True] and schema.arguments[0].is_write and matches and not aliases else None
+    takes, gives = variant._schema.arguments, variant._schema.returns
+    is_pure = all(part.alias_info is None for part in (*takes, *gives)) and len(gives) == 1
+    writes_first = [argument.is_write for argument in schema.arguments] == [True] + [False] * (len(takes) - 1)
+    return variant if is_pure and writes_first and [a.name for a in takes] == [a.name for a in schema.arguments] else None
