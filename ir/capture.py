@@ -69,7 +69,7 @@ def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int],
         if _is_plain(exported):
             try:
                 return _Importer(exported, dim_names or {}).program()
-            except (NotFunctional, CaptureError):
+            except CaptureError:
                 pass  # torch may still make it functional; what it cannot is an error below
         functional = exported.run_decompositions({})
     return _Importer(functional, dim_names or {}).program()
@@ -226,6 +226,8 @@ class _Importer:
             value = self._write(node, args, kwargs, add) if is_mutating(node.target) else self._rebuild(node.target, args, kwargs, add)
         except InferenceError as error:
             return [(where, f"{name_of(node.target)} does not type-check: {error}")]
+        except NotFunctional as error:  # no use to look further, torch may have to make it functional
+            raise NotFunctional(_list_blockers([(where, str(error))])) from error
         self._stands_for(node, value)
         return []
 
@@ -239,18 +241,18 @@ class _Importer:
 
     def _write(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], add: Callable[..., Node]) -> Any:
         """The functional variant of a write to memory that nothing reads later by another name."""
-        variant, written, old = functional_variant(node.target), node.args[0], args[0]
+        written, variant = node.args[0] if node.args else None, functional_variant(node.target)
         if node.target is torch.ops.aten.detach_.default:
-            return old  # it changes what autograd sees, and no value
-        if variant is None or self._is_read_elsewhere(written, node):
-            raise NotFunctional(f"{node.target} writes to what is read elsewhere")
+            return args[0]  # it changes what autograd sees, and no value
+        if variant is None or not isinstance(written, Node) or self._is_read_elsewhere(written, node):
+            raise NotFunctional(f"{name_of(node.target)} writes to what is read elsewhere")
         new = self._rebuild(variant, args, kwargs, add)
-        if not same_type(old.meta["val"], new.meta["val"]):
-            raise NotFunctional(f"{node.target} converts what it writes")
+        if not same_type(args[0].meta["val"], new.meta["val"]):
+            raise NotFunctional(f"{name_of(node.target)} converts what it writes")
         self._stands_for(written, new)
         return new
 
-    def _is_read_elsewhere(self, written: Any, write: Node) -> bool:
+    def _is_read_elsewhere(self, written: Node, write: Node) -> bool:
         """Whether a caller holds the memory of `written`, or a call after `write` reads it by another name."""
         (memory,) = map(storage_key, tensors_of(self.copies[written].meta["val"]))
         names = self.names[memory]

@@ -19,7 +19,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _is_preservable_cia_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .calls import GETITEM, is_mutating
+from .calls import GETITEM, is_mutating, name_of, target_of
+from .errors import CaptureError
 from .infer import tensors_of
 from .program import Node
 from .symbols import SymbolTable
@@ -27,7 +28,7 @@ from .symbols import SymbolTable
 Add = Callable[[Any, tuple[Any, ...], dict[str, Any]], Node]
 
 
-class NotFunctional(Exception):
+class NotFunctional(CaptureError):
     """The graph writes to memory that others may see, or cannot be taken apart call by call."""
 
 
@@ -90,11 +91,12 @@ class _Recorder(TorchDispatchMode):
 @functools.cache
 def functional_variant(target: Any) -> Any | None:
     """The operation that returns what `target` writes to its first operand: add for add_; None where torch has none."""
-    schema = target._schema
-    namespace, _, name = schema.name.partition("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    variant = getattr(packet, schema.overload_name or "default", None)
-    if variant is None or is_ambiguous(variant):
+    schema, (namespace, name, overload) = target._schema, name_of(target).split(".")
+    try:
+        variant: Any = target_of(f"{namespace}.{name.removesuffix('_')}.{overload}")
+    except KeyError:
+        return None
+    if is_ambiguous(variant):
         return None
     takes, gives = variant._schema.arguments, variant._schema.returns
     is_pure = all(part.alias_info is None for part in (*takes, *gives)) and len(gives) == 1

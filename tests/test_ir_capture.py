@@ -312,6 +312,12 @@ def writes_another_dtype(x):
     return y
 
 
+def writes_a_list(x):
+    first, second = x * 2, x * 3
+    torch._foreach_add_([first, second], 1.0)
+    return first, second
+
+
 def writes_twice(x):
     y = x * 2
     y.t().add_(1)
@@ -322,7 +328,8 @@ def writes_twice(x):
     "function",
     [
         writes_a_view, writes_what_a_view_shows, writes_a_view_and_returns_both, writes_what_reshape_may_not_have_copied,
-        writes_one_of_two_chunks, writes_through_a_noop, writes_after_the_last_read, writes_another_dtype, writes_twice,
+        writes_one_of_two_chunks, writes_through_a_noop, writes_after_the_last_read, writes_another_dtype, writes_a_list,
+        writes_twice,
     ],
 )  # fmt: skip
 def test_a_write_is_seen_by_every_name_of_its_memory(function) -> None:
@@ -333,6 +340,20 @@ def test_a_write_is_seen_by_every_name_of_its_memory(function) -> None:
     x = torch.randn(3, 4)
     outputs = run(capture(Model(), x), [x])[0]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, pytree.tree_leaves(function(x)), strict=True))
+
+
+def test_a_write_that_torch_leaves_too_is_a_blocker_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            y[0].add_(1)
+            return y
+
+    exported = torch.export.export(Model(), (torch.ones(3, 4),))
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", lambda self, table: self)
+    line = inspect.getsourcelines(Model.forward)[1] + 2
+    with pytest.raises(CaptureError, match=rf"test_ir_capture.py:{line}: aten.add_.Tensor writes to what is read elsewhere"):
+        ir.from_exported(exported)
 
 
 def test_an_unused_draw_stays_so_that_later_ones_are_the_same() -> None:
