@@ -1,10 +1,11 @@
 """How long compiling takes: capture and clean-ups against torch.export, passes on growing programs, import against import torch.
 
-`per node` rows divide by the number of nodes; their peer "smallest" is the smallest program, so a ratio of 1 is linear growth.
+All is CPU time. Rows "per 1,000 nodes" have the smallest program as their peer, so a ratio of 1 is linear growth.
 """
 
 import argparse
 import dataclasses
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,15 +16,16 @@ import torch
 from harness import Bench, relative_spread
 
 import graphwright as gw
-from graphwright.ir import Program, capture
+from graphwright.ir import Program, capture, verify
 from graphwright.models import decoder
 from graphwright.models.random_weights import draw_weights
 from graphwright.passes import CLEANUPS, Pass, PassManager
 
 PEERS = {"torch.export": "torch", "import torch": "torch", "smallest": "torch"}
 EXPORT_NODES = {"quick": 150, "full": 2000}
-PASS_NODES = {"quick": (100, 200), "full": (1000, 2000, 5000, 10000)}
-ROUNDS = {"quick": 3, "full": 5}
+PASS_NODES = {"quick": (250, 500), "full": (1000, 2000, 4000, 10000)}
+ROUNDS = {"quick": 3, "full": 9}
+PASS_ROUNDS = {"quick": 1, "full": 3}
 PARTS = ("export", "passes", "import")
 
 Network = tuple[torch.nn.Module, tuple]
@@ -40,7 +42,7 @@ def main() -> None:
         against_export(bench, EXPORT_NODES[mode], ROUNDS[mode])
         bench.save()
     if "passes" in parts:
-        growth(bench, bench.options.nodes or PASS_NODES[mode])
+        growth(bench, bench.options.nodes or PASS_NODES[mode], PASS_ROUNDS[mode])
     bench.finish()
 
 
@@ -50,71 +52,92 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def imports(bench: Bench, rounds: int) -> None:
-    """Seconds of a fresh interpreter that imports one of both, in turns."""
+    """A fresh interpreter that imports torch, ours, or both; in turns."""
     programs = {
-        "graphwright": "import graphwright",
-        # `import graphwright` alone loads no torch: what a user waits for is this one.
-        "first use": "import graphwright; graphwright.compile",
-        "torch": "import torch",
+        "import torch": "import torch",
+        "import graphwright": "import graphwright",
+        "import torch, graphwright": "import torch, graphwright",
+        # Names load on first use: this is what a user of any of them has waited for by then.
+        "import graphwright; graphwright.compile": "import graphwright; graphwright.compile",
     }
-    samples: dict[str, list[float]] = {name: [] for name in programs}
-    for done in range(rounds + 1):
-        for name, values in samples.items():
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", programs[name]], check=True)
-            if done:  # the first one fills the file cache
-                values.append(time.perf_counter() - start)
-    spread = max(map(relative_spread, samples.values()))
-    peer = statistics.median(samples["torch"])
-    bench.row("import graphwright", "time", "s", statistics.median(samples["graphwright"]), {"import torch": peer}, spread)
-    bench.row(
-        "import graphwright; graphwright.compile", "time", "s", statistics.median(samples["first use"]), {"import torch": peer}, spread
-    )
+    samples = in_turns({name: lambda text=text: interpreter(text) for name, text in programs.items()}, rounds)
+    torch_alone = statistics.median(samples.pop("import torch"))
+    for name, values in samples.items():
+        bench.row(name, "CPU time", "s", statistics.median(values), {"import torch": torch_alone}, relative_spread(values))
+
+
+def interpreter(program: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", program], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def against_export(bench: Bench, nodes: int, rounds: int) -> None:
-    """From a module to a CompiledModel with clean-ups, against torch.export alone."""
+    """From a module to a CompiledModel with clean-ups, and to a program, against torch.export alone."""
     module, args = sized_decoder(nodes)
-    contestants: dict[str, Callable[[], object]] = {
-        "ours": lambda: gw.compile(module, backend="aten", example_inputs=args),
-        "capture": lambda: capture(module, args),
-        "torch.export": lambda: torch.export.export(module, args),
-    }
-    contestants["ours"]()
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, call in contestants.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    peer = {"torch.export": medians["torch.export"]}
-    case = f"decoder, {node_count(capture(module, args))} nodes"
-    bench.row(case, "capture and clean-ups", "s", medians["ours"], peer, max(map(relative_spread, samples.values())))
-    bench.row(case, "capture alone", "s", medians["capture"], peer)
+    samples = in_turns(
+        {
+            "capture and clean-ups": lambda: seconds(lambda: gw.compile(module, backend="aten", example_inputs=args)),
+            "capture alone": lambda: seconds(lambda: capture(module, args)),
+            "torch.export": lambda: seconds(lambda: torch.export.export(module, args)),
+        },
+        rounds,
+    )
+    export = statistics.median(samples.pop("torch.export"))
+    for name, values in samples.items():
+        case = f"decoder, {node_count(capture(module, args))} nodes"
+        bench.row(case, name, "s", statistics.median(values), {"torch.export": export}, relative_spread(values))
 
 
-def growth(bench: Bench, sizes: tuple[int, ...]) -> None:
-    """Seconds of the clean-ups, and of slice-groups on what they leave, on deeper and deeper decoders."""
-    smallest: dict[str, float] = {}
+def growth(bench: Bench, sizes: tuple[int, ...], rounds: int) -> None:
+    """The verifier on a captured program, each clean-up, and slice-groups on what they leave, on deeper and deeper decoders."""
+    figures: dict[str, dict[int, float]] = {}
     for wanted in sizes:
         module, args = sized_decoder(wanted)
         program = capture(module, args)
         nodes = node_count(program)
-        seconds, cleaned = timed(program, CLEANUPS)
-        figures = {"clean-ups": seconds, "slice-groups": timed(cleaned, (gw.SliceGroups(),))[0]}
-        for name, value in figures.items():
-            first = smallest.setdefault(name, value / nodes)
-            bench.row(f"{name}, {nodes} nodes", "time", "s", value, {})
-            bench.row(f"{name}, {nodes} nodes", "per node", "s", value / nodes, {"smallest": first})
+        each = {"verify": seconds(lambda program=program: verify(program))}
+        for one in (*CLEANUPS, gw.SliceGroups()):
+            each[one.name], program = timed(program, one, rounds)
+        each["all passes"] = sum(each.values())
+        for name, value in each.items():
+            known = figures.setdefault(name, {})
+            known[nodes] = value
+            smallest = min(known)
+            peer = {"smallest": 1000 * known[smallest] / smallest}
+            bench.row(f"{name}, {nodes} nodes", "CPU time per 1,000 nodes", "s", 1000 * value / nodes, peer)
         bench.save()
+    for name, known in figures.items():
+        first, last = min(known), max(known)
+        bench.note(f"{name}: {known[last] / known[first]:.1f} x the time on {last / first:.1f} x the nodes")
 
 
-def timed(program: Program, passes: tuple[Pass, ...]) -> tuple[float, Program]:
-    """Seconds of the pass manager with these passes, the verifier after each included; and the program that they make."""
-    start = time.perf_counter()
-    result = PassManager(passes).run(program)
-    return time.perf_counter() - start, result.program
+def timed(program: Program, one: Pass, rounds: int) -> tuple[float, Program]:
+    """Seconds of the pass manager with this pass, the verifier after it included; and the program that it makes."""
+    values = []
+    for _ in range(rounds):
+        start = time.process_time()
+        result = PassManager((one,)).run(program)
+        values.append(time.process_time() - start)
+    return statistics.median(values), result.program
+
+
+def in_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each contestant says that it took, one sample a round after a round to warm up."""
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for done in range(rounds + 1):
+        for name, measure in contestants.items():
+            value = measure()
+            if done:
+                samples[name].append(value)
+    return samples
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def sized_decoder(nodes: int) -> Network:

@@ -1,15 +1,17 @@
 """From an `nn.Module` or an `ExportedProgram` to a Program.
 
-torch.export traces the module; `run_decompositions({})` makes it functional and keeps composites (linear, attention, norms,
-convolutions) whole. Its graph is then rebuilt node by node in the program's own symbols, which gives metadata whose fake
-storages show aliasing, canonical arguments and sizes under the user's names.
+torch.export traces the module. Its graph is rebuilt node by node in the program's own symbols, which gives metadata whose fake
+storages show aliasing, canonical arguments and sizes under the user's names. Composites (linear, attention, norms, convolutions)
+stay whole, and what the export left undecided is decided on the way. A graph that needs more than that (writes that others see,
+dynamic sizes, control flow) goes through torch's `run_decompositions({})` first, which traces it a second time.
 """
 
 import functools
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +21,13 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
-from .calls import is_assertion, name_of
+from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of
 from .errors import CaptureError, InputError
-from .infer import InferenceError, fake_like
+from .functionalize import NotFunctional, functional_variant, is_ambiguous, take_apart
+from .infer import InferenceError, fake_like, same_type, storage_key, tensors_of
 from .program import Function, Node, Program, Weight, Where
 from .symbols import UNBOUNDED, Symbol, SymbolTable
 from .tree import Tree
@@ -62,8 +66,28 @@ def capture(
 def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int], str] | None = None) -> Program:
     """The program of an ExportedProgram; `dim_names` maps (input leaf, dim) to a symbol's name."""
     with _undisturbed():
+        if _is_plain(exported):
+            try:
+                return _Importer(exported, dim_names or {}).program()
+            except CaptureError:
+                pass  # torch may still make it functional; what it cannot is an error below
         functional = exported.run_decompositions({})
     return _Importer(functional, dim_names or {}).program()
+
+
+def _is_plain(exported: ExportedProgram) -> bool:
+    """Whether sizes are numbers, weights are plain tensors and every call is an operation of the IR."""
+    weights = [*exported.state_dict.values(), *exported.constants.values()]
+    if exported.range_constraints or any(map(is_traceable_wrapper_subclass, weights)):
+        return False
+    return all(node.op != "get_attr" and (node.op != "call_function" or _is_known(node)) for node in exported.graph.nodes)
+
+
+def _is_known(node: Node) -> bool:
+    try:
+        return bool(name_of(node.target))
+    except KeyError:
+        return False
 
 
 def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -111,7 +135,7 @@ class _Importer:
         self.weights: dict[str, Weight] = {}
         self.graph = fx.Graph()
         self.copies: dict[Node, Any] = {}
-        self.origin = 0
+        self.names: dict[int, list[Node]] = defaultdict(list)  # storage -> what stood for it in the exported graph
 
     def program(self) -> Program:
         signature = self.exported.graph_signature
@@ -120,7 +144,7 @@ class _Importer:
         inputs = [(node, spec) for node, spec in specs if spec.kind == InputKind.USER_INPUT]
         self._declare_symbols([node for node, _ in inputs])
         for node, spec in inputs:
-            self.copies[node] = add_placeholder(self.graph, _input_name(node), self._rebase(node, spec))
+            self._stands_for(node, add_placeholder(self.graph, _input_name(node), self._rebase(node, spec)))
         mutated = set(signature.buffers_to_mutate.values())
         for node, spec in specs:
             if spec.kind != InputKind.USER_INPUT:
@@ -129,6 +153,7 @@ class _Importer:
         if blockers:
             raise CaptureError(_list_blockers(blockers))
         self._import_outputs()
+        self._drop_unused()
         call_spec = self.exported.call_spec
         main = Function("main", self.graph, Tree.from_spec(call_spec.in_spec), Tree.from_spec(call_spec.out_spec))
         return Program([main], self.weights, self.symbols)
@@ -178,13 +203,13 @@ class _Importer:
         if name in mutated:
             self.weights[name] = Weight.of(name, tensor, "state")
             fake = fake_like(self.symbols, tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-            self.copies[node] = add_placeholder(self.graph, name, fake, role="state")
+            self._stands_for(node, add_placeholder(self.graph, name, fake, role="state"))
             return
         if not node.users:
             return
         kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(spec.kind, "constant")
         self.weights[name] = Weight.of(name, tensor.detach() if kind == "parameter" else tensor, kind)
-        self.copies[node] = add_weight(self.graph, self.weights[name], self.symbols)
+        self._stands_for(node, add_weight(self.graph, self.weights[name], self.symbols))
 
     def _import_call(self, node: Node) -> list[tuple[Where, str]]:
         """Adds the call; returns the reasons why it cannot be."""
@@ -196,13 +221,60 @@ class _Importer:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.copies.get)
         if _is_tautology(node):
             return []
+        add = functools.partial(add_call, self.graph, self.symbols, where=where)
         try:
-            copy = add_call(self.graph, self.symbols, node.target, args, kwargs, origin=(self.origin,), where=where)
+            value = self._write(node, args, kwargs, add) if is_mutating(node.target) else self._rebuild(node.target, args, kwargs, add)
         except InferenceError as error:
             return [(where, f"{name_of(node.target)} does not type-check: {error}")]
-        self.copies[node] = copy
-        self.origin += 1
+        except NotFunctional as error:  # no use to look further, torch may have to make it functional
+            raise NotFunctional(_list_blockers([(where, str(error))])) from error
+        self._stands_for(node, value)
         return []
+
+    def _rebuild(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], add: Callable[..., Node]) -> Any:
+        """The node of the result, or those of the results."""
+        if target is GETITEM and isinstance(args[0], tuple | list):
+            return args[0][args[1]]
+        if target is torch.ops.aten.lift_fresh_copy.default:  # what torch.tensor(..) inside a model is traced as
+            target = torch.ops.aten.clone.default
+        return take_apart(target, args, kwargs, self.symbols, add) if is_ambiguous(target) else add(target, args, kwargs)
+
+    def _write(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], add: Callable[..., Node]) -> Any:
+        """The functional variant of a write to memory that nothing reads later by another name."""
+        written, variant = node.args[0] if node.args else None, functional_variant(node.target)
+        if node.target is torch.ops.aten.detach_.default:
+            return args[0]  # it changes what autograd sees, and no value
+        if variant is None or not isinstance(written, Node) or self._is_read_elsewhere(written, node):
+            raise NotFunctional(f"{name_of(node.target)} writes to what is read elsewhere")
+        new = self._rebuild(variant, args, kwargs, add)
+        if not same_type(args[0].meta["val"], new.meta["val"]):
+            raise NotFunctional(f"{name_of(node.target)} converts what it writes")
+        self._stands_for(written, new)
+        return new
+
+    def _is_read_elsewhere(self, written: Node, write: Node) -> bool:
+        """Whether a caller holds the memory of `written`, or a call after `write` reads it by another name."""
+        (memory,) = map(storage_key, tensors_of(self.copies[written].meta["val"]))
+        names = self.names[memory]
+        return any(name.op != "call_function" or (name is not written and any(user > write for user in name.users)) for name in names)
+
+    def _stands_for(self, node: Node, value: Any) -> None:
+        """Notes that `value`, a rebuilt node or those of several results, is `node`, and which memory `node` names."""
+        self.copies[node] = value
+        for part in value if isinstance(value, tuple | list) else [value]:
+            for tensor in tensors_of(part.meta["val"]):
+                self.names[storage_key(tensor)].append(node)
+
+    def _drop_unused(self) -> None:
+        """Removes calls and weights that nothing needs, as parts of what was taken apart may be."""
+        for node in reversed(list(self.graph.nodes)):
+            if node.op == "get_attr" and not node.users:
+                del self.weights[str(node.target)]
+            if not node.users and (node.op == "get_attr" or (node.op == "call_function" and is_pure(node))):
+                self.graph.erase_node(node)
+        calls = [node for node in self.graph.nodes if node.op == "call_function"]
+        for index, node in enumerate(calls):
+            node.meta["origin"] = (index,)
 
     def _import_outputs(self) -> None:
         specs = self.exported.graph_signature.output_specs

@@ -11,7 +11,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
 from torch.utils._sympy.functions import FloorDiv, Max, Mod, PythonMod
@@ -52,6 +51,8 @@ class SymbolTable:
 
     def declare(self, symbol: Symbol) -> torch.SymInt:
         """Adds `symbol` and returns it as a size."""
+        from torch._dynamo.source import ConstantSource  # loads all of dynamo, a second, which programs without symbols never need
+
         source = ConstantSource(f"graphwright_{symbol.name}")
         expr = self.env.create_symbol(symbol.hint, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
         self.env.var_to_range[expr] = ValueRanges(max(symbol.low, 0), symbol.high if symbol.high < UNBOUNDED else sympy.oo)

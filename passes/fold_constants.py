@@ -108,8 +108,8 @@ class _Constants:
                     cone.add(source)
                     pending.append(source)
         private: set[Node] = {root}
-        for node in reversed(list(root.graph.nodes)):
-            if node in cone and node.users and all(user in private for user in node.users):
+        for node in sorted(cone, reverse=True):  # in program order, the last first
+            if node.users and all(user in private for user in node.users):
                 private.add(node)
         return sum(_nbytes(node) for node in private if node.op == "get_attr")
 

@@ -233,6 +233,142 @@ def test_train_and_eval_are_captured_as_they_are() -> None:
     assert capture(model.eval(), x).main.signature().new_states == () and not model.training
 
 
+# --- what the export leaves undecided ---
+
+
+class Undecided(nn.Module):
+    """What may copy or not, and writes that nothing reads by another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        first, second = self.norm(self.proj(x).float()).contiguous().chunk(2, -1)
+        y = first * 2
+        y += second
+        y = nn.functional.relu(y, inplace=True)
+        joined = self.drop(torch.cat([second, first], -1)).t()
+        return joined.reshape(-1), joined.contiguous(), y.to(torch.float64), joined.masked_fill(joined > 1, 0).flatten()
+
+
+def test_a_plain_model_is_traced_once_and_gives_what_torch_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Undecided().eval(), torch.randn(3, 4)
+    exported = torch.export.export(model, (x,))
+    expected = ir.from_exported(exported.run_decompositions({}))
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", None)
+    program = capture(model, x)
+    assert program == expected == ir.from_exported(exported)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(program, [x])[0], model(x), strict=True))
+
+
+def writes_a_view(x):
+    y = x * 2
+    y[0].add_(1)
+    return y
+
+
+def writes_what_a_view_shows(x):
+    y = x * 2
+    row = y[0]
+    y.mul_(3)
+    return row
+
+
+def writes_a_view_and_returns_both(x):
+    y = x * 2
+    flat = y.view(-1)
+    flat.mul_(3)
+    return y, flat
+
+
+def writes_what_reshape_may_not_have_copied(x):
+    y = x * 2
+    y.reshape(-1).add_(1)
+    return y
+
+
+def writes_one_of_two_chunks(x):
+    first, second = (x * 2).chunk(2, -1)
+    first.add_(second)
+    return first, second
+
+
+def writes_through_a_noop(x):
+    y = x * 2
+    y.to(torch.float32).add_(1)
+    return y
+
+
+def writes_after_the_last_read(x):
+    y = x * 2
+    total = y[0].sum()
+    return y.add_(1) * total
+
+
+def writes_another_dtype(x):
+    y = torch.empty(3, 4, dtype=torch.float64)
+    y.copy_(x)
+    return y
+
+
+def writes_a_list(x):
+    first, second = x * 2, x * 3
+    torch._foreach_add_([first, second], 1.0)
+    return first, second
+
+
+def writes_twice(x):
+    y = x * 2
+    y.t().add_(1)
+    return y.mul_(y.sum())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        writes_a_view, writes_what_a_view_shows, writes_a_view_and_returns_both, writes_what_reshape_may_not_have_copied,
+        writes_one_of_two_chunks, writes_through_a_noop, writes_after_the_last_read, writes_another_dtype, writes_a_list,
+        writes_twice,
+    ],
+)  # fmt: skip
+def test_a_write_is_seen_by_every_name_of_its_memory(function) -> None:
+    class Model(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    x = torch.randn(3, 4)
+    outputs = run(capture(Model(), x), [x])[0]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, pytree.tree_leaves(function(x)), strict=True))
+
+
+def test_a_write_that_torch_leaves_too_is_a_blocker_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            y[0].add_(1)
+            return y
+
+    exported = torch.export.export(Model(), (torch.ones(3, 4),))
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", lambda self, table: self)
+    line = inspect.getsourcelines(Model.forward)[1] + 2
+    with pytest.raises(CaptureError, match=rf"test_ir_capture.py:{line}: aten.add_.Tensor writes to what is read elsewhere"):
+        ir.from_exported(exported)
+
+
+def test_an_unused_draw_stays_so_that_later_ones_are_the_same() -> None:
+    class Model(nn.Module):
+        def forward(self, x):
+            torch.rand(3)
+            return x + torch.randn(3)
+
+    program = capture(Model(), torch.ones(3))
+    torch.manual_seed(0)
+    expected = Model()(torch.ones(3))
+    torch.manual_seed(0)
+    assert torch.equal(run(program, [torch.ones(3)])[0][0], expected)
+
+
 # --- weights and provenance ---
 
 

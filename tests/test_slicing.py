@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import graphwright as gw
 from graphwright import ir
 from graphwright.ir.errors import BudgetError, PassError
+from graphwright.ir.links import Tag
 from graphwright.ir.liveness import profile
 from graphwright.ir.ops.norm import merge_stats, norm_apply, norm_stats
 from graphwright.ir.region import slice_bounds, sliced_reference
@@ -26,6 +27,8 @@ from graphwright.ir.run import run
 from graphwright.passes import PassManager, SliceGroups
 from graphwright.passes.check import check_exact
 from graphwright.passes.inputs import random_inputs
+from graphwright.passes.slicing.layout import Layouts, PlannedRegion
+from graphwright.passes.slicing.scene import Scene
 from graphwright.runtime.executor import Executor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -226,6 +229,74 @@ def regions(program: ir.Program) -> list[ir.Node]:
 def is_exact(before: ir.Program, after: ir.Program) -> None:
     verdict = check_exact(before, after, random_inputs(before))
     assert verdict.kind == "right" or not verdict.fails and verdict.rewrite_error <= 1e-10, str(verdict)
+
+
+# --- layouts ---
+
+
+class Interleaved(nn.Module):
+    """Two chains whose calls alternate: 0 exp(x), 1 exp(y), 2 sin(0), 3 cos(0), 4 sin(1), 5 tanh(2), 6 tanh(4), 7 add."""
+
+    def forward(self, x, y):
+        a, b = x.exp(), y.exp()
+        c, early, d = a.sin(), a.cos(), b.sin()
+        e, f = c.tanh(), d.tanh()
+        return e + f, early
+
+
+def laid(model: nn.Module, *groups: tuple[int, ...]) -> list[Any] | None:
+    """The items with each group of calls as a region, a call by its place and a region by those of its members."""
+    function = ir.capture(model, (rows(4, 4), rows(4, 4))).main
+    calls = function.calls
+    regions = [PlannedRegion(4, 2, tuple(calls[i] for i in group), {calls[i]: (Tag(0, 1),) for i in group}) for group in groups]
+    layout = Layouts(Scene.of(function)).lay(regions)
+    if layout is None:
+        return None
+    members = [item.members if isinstance(item, PlannedRegion) else (item,) for item in layout.items]
+    assert layout.flat == [node for each in members for node in each]
+    assert all(layout.at(node) == i for i, each in enumerate(members) for node in each)
+    places = [tuple(map(calls.index, each)) for each in members]
+    return [place if len(place) > 1 else place[0] for place in places]
+
+
+def test_a_region_stands_where_its_last_member_stood_and_what_needs_an_early_member_waits() -> None:
+    assert laid(Interleaved()) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert laid(Interleaved(), (0, 2)) == [1, (0, 2), 3, 4, 5, 6, 7]
+    assert laid(Interleaved(), (0, 2, 5)) == [1, 4, (0, 2, 5), 3, 6, 7]
+    assert laid(Interleaved(), (1, 4), (5, 7)) == [0, 2, 3, (1, 4), 6, (5, 7)]
+
+
+def test_regions_whose_spans_overlap_are_ordered_together() -> None:
+    assert laid(Interleaved(), (0, 2, 5), (1, 4, 6)) == [(0, 2, 5), 3, (1, 4, 6), 7]
+
+
+def test_a_region_that_needs_its_own_results_has_no_layout() -> None:
+    assert laid(Interleaved(), (0, 5)) is None
+
+
+@pytest.mark.parametrize("name", [*SMALL, "video_unet", "video_unet_svd", "dit", "decoder"])
+def test_without_regions_a_layout_is_the_profile(name: str) -> None:
+    function = captured(name).main
+    assert Layouts(Scene.of(function)).lay(()).live.tolist() == profile(function).live.tolist()
+
+
+def test_a_block_is_scheduled_once_whatever_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    function = ir.capture(nn.Sequential(*[GEGLU() for _ in range(3)]).eval(), (rows(1, 48, 16),)).main
+    scheduled: list[tuple[int, int]] = []
+    schedule = Layouts._scheduled
+
+    def counted(self: Layouts, begin: int, end: int, regions: Any) -> Any:
+        scheduled.append((begin, end))
+        return schedule(self, begin, end, regions)
+
+    monkeypatch.setattr(Layouts, "_scheduled", counted)
+    layouts = Layouts(Scene.of(function))
+    first, second = (
+        PlannedRegion(48, 2, tuple(pair), {n: (Tag(1, 1),) for n in pair}) for pair in (function.calls[:2], function.calls[9:11])
+    )
+    for regions in ([first], [first, second], [second], [first, second]):
+        layouts.lay(regions)
+    assert scheduled == [(0, 2), (9, 11)]
 
 
 # --- it fires, exactly, within its budget ---

@@ -14,7 +14,7 @@ from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.symbols import hint
-from .scene import END, Scene, is_dense, value_bytes
+from .scene import END, Scene, value_bytes
 
 WINDOW = 400
 
@@ -160,12 +160,13 @@ def sweep(
 def _join(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozenset[str], stops: list[Stop] | None) -> bool:
     """Makes `node` a member if its row allows; else taints it if it depends on one."""
     operands = scene.operands[node]
-    depends = any(operand in state.tags or operand in state.tainted for operand in operands)
-    refusal = _tags_for(scene, axis, state, node, kinds) if not any(o in state.tainted for o in operands) else None
+    tainted, has_member = not state.tainted.isdisjoint(operands), not state.tags.keys().isdisjoint(operands)
+    carries = has_member or not state.sources.keys().isdisjoint(operands)
+    refusal = _tags_for(scene, axis, state, node, kinds) if carries and not tainted else None
     if isinstance(refusal, tuple):
         _add(scene, state, node, refusal)
         return True
-    if depends:
+    if tainted or has_member:
         state.tainted.add(node)
         if stops is not None and refusal is not None:
             stops.append(Stop(node, refusal))
@@ -174,7 +175,7 @@ def _join(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozenset[
     if tag is not None and len(tensors_of(node.meta["val"])) == 1:
         state.sources[node] = tag
     if scene.makes[node]:
-        state.waiting_outside.update((key, scene.makes[node]) for key in scene.keys[node][:1])
+        state.waiting_outside[scene.keys[node][0]] = scene.makes[node]
     return False
 
 
@@ -260,10 +261,7 @@ def _add(scene: Scene, state: _Sweep, node: Node, tags: tuple[Tag | None, ...]) 
 def _snapshot(scene: Scene, axis: Axis, state: _Sweep, order: list[Node], start: int, position: int, base: int) -> Candidate | None:
     """The candidate that ends after `position`; None if an output could not be laid out again as it was."""
     escaping = [node for node, waiting in state.waiting.items() if waiting and any(key in state.storage_bytes for key in scene.keys[node])]
-    for node in escaping:
-        if len(tensors_of(node.meta["val"])) != 1 or isinstance(node.meta["val"], tuple) or not is_dense(node):
-            return None
-    if not escaping:
+    if not escaping or not all(map(scene.is_dense, escaping)):
         return None
     donated = _donatable(scene, state, escaping)
     return Candidate(

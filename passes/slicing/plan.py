@@ -6,7 +6,6 @@ floor, and the budget rises to it: slicing elsewhere below a floor would only co
 """
 
 import bisect
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,28 +14,13 @@ import numpy as np
 from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
-from ...ir.symbols import hint
-from .candidate import Axis, Candidate, Stop, layout_of, sweep, trace
-from .scene import END, Scene, value_bytes
+from .candidate import Axis, Candidate, Stop, sweep, trace
+from .layout import Layout, Layouts, PlannedRegion, escaping_members
+from .scene import Scene, value_bytes
 
 _LEAST_GAIN = 0.01  # of the peak: below this a region or a further slice is not worth its time
 _MAX_CUTS = 10
 _MAX_TRIALS = 6  # candidates whose exact profile is computed; the estimate is seldom far off
-
-
-@dataclass(eq=False)
-class PlannedRegion:
-    """Members in order, the tag of each, N units and n slices."""
-
-    units: int
-    count: int
-    members: tuple[Node, ...]
-    tags: dict[Node, tuple[Tag | None, ...]]
-
-    @property
-    def longest(self) -> int:
-        """Units in the longest slice."""
-        return -(-self.units // self.count)
 
 
 @dataclass(frozen=True)
@@ -65,19 +49,6 @@ class Plan:
         return self.planned <= self.budget
 
 
-@dataclass
-class _Layout:
-    """The schedule with regions as single items, and the bytes live at each."""
-
-    items: list["Node | PlannedRegion"]
-    index: dict[Node, int]
-    live: np.ndarray
-    full: np.ndarray  # without what is inside regions
-    crossing: np.ndarray  # bytes live across the cut before each item
-    flat: list[Node]
-    flat_of_item: list[int]
-
-
 class Planner:
     """Makes one plan for one function."""
 
@@ -89,25 +60,36 @@ class Planner:
         self.regions: list[PlannedRegion] = []
         self.region_of: dict[Node, PlannedRegion] = {}
         self.stops: dict[Node, Refusal] = {}
-        self._insides: dict[tuple[PlannedRegion, int], int] = {}
-        self._order = list(scene.nodes)
-        self.unsliced = int(self._layout().live.max(initial=0))
+        self.layouts = Layouts(scene)
+        self.unsliced = int(self._settled().live.max(initial=0))
         self.budget = budget
         self.target = budget
         self._traced: dict[tuple[Node, int, int], Axis] = {}
 
     def plan(self) -> Plan:
-        layout = self._layout()
+        layout = self._settled()
         stuck: set[Node] = set()
         for _ in range(64):  # rounds; each makes progress or ends the loop
+            self._look_at(layout)
             if not self._round(layout, stuck):
                 break
-            layout = self._layout()
+            layout = self._settled()
         return self._result(self._relaxed(layout))
+
+    def _settled(self) -> Layout:
+        """The layout of the regions accepted so far."""
+        layout = self.layouts.lay(self.regions)
+        assert layout is not None, "an accepted region has been laid out before"
+        return layout
+
+    def _look_at(self, layout: Layout) -> None:
+        """Candidates are sought in the order in which the calls run by now."""
+        self.scene.nodes = layout.flat
+        self.scene.position = {node: i for i, node in enumerate(layout.flat)}
 
     # --- rounds ---
 
-    def _round(self, layout: _Layout, stuck: set[Node]) -> bool:
+    def _round(self, layout: Layout, stuck: set[Node]) -> bool:
         """Works on each hot spot once; whether anything changed."""
         changed = False
         touched = np.zeros(len(layout.items), dtype=bool)
@@ -127,21 +109,21 @@ class Planner:
             changed = True
         return changed
 
-    def _hot_spots(self, layout: _Layout) -> list[int]:
+    def _hot_spots(self, layout: Layout) -> list[int]:
         """Positions above the target, worst first, one for each run of hot calls."""
         hot = layout.live > self.target
         edges = np.flatnonzero(np.diff(np.concatenate([[0], hot.astype(np.int8), [0]])))
         spots = [int(begin + layout.live[begin:end].argmax()) for begin, end in edges.reshape(-1, 2)]
         return sorted(spots, key=lambda i: (-int(layout.live[i]), i))
 
-    def _treat(self, layout: _Layout, spot: int) -> tuple[int, int] | None:
+    def _treat(self, layout: Layout, spot: int) -> tuple[int, int] | None:
         """Lowers one hot spot: more slices for its region, or a new region. Returns the items touched, None if nothing helps."""
         item = layout.items[spot]
         if isinstance(item, PlannedRegion):
             return (spot, spot) if self._slice_finer(layout, spot, item) else self._new_region(layout, spot, item.members[-1])
         return self._new_region(layout, spot, item)
 
-    def _slice_finer(self, layout: _Layout, spot: int, region: PlannedRegion) -> bool:
+    def _slice_finer(self, layout: Layout, spot: int, region: PlannedRegion) -> bool:
         inside = int(layout.live[spot] - layout.full[spot])
         whole = inside * region.units // region.longest
         count = self._count_for(region.units, int(layout.full[spot]), whole, int(layout.live[spot]))
@@ -168,25 +150,23 @@ class Planner:
 
     # --- no slice more than it takes ---
 
-    def _relaxed(self, layout: _Layout) -> _Layout:
+    def _relaxed(self, layout: Layout) -> Layout:
         """The same peak in the fewest slices: counts were chosen for a budget that a floor elsewhere may have lifted since."""
         limit = max(self.budget, int(layout.live.max(initial=0)))
         for region in list(self.regions):
-            room = limit - int(layout.full[layout.index[region.members[0]]])
-            if self._transient(region, 1) <= room:
+            room = limit - int(layout.full[layout.at(region.members[0])])
+            if self.layouts.transient(region, 1) <= room:
                 layout = self._without(region, layout, limit)
             if region in self.regions:
-                least = bisect.bisect_left(range(2, region.count), True, key=lambda n: self._transient(region, n) <= room) + 2
+                least = bisect.bisect_left(range(2, region.count), True, key=lambda n: self.layouts.transient(region, n) <= room) + 2
                 region.count = _divisor(region.units, least, region.count)
-        settled = self._layout()
-        assert settled is not None, "counts do not change the order"
-        return settled
+        return self._settled()
 
-    def _without(self, region: PlannedRegion, layout: _Layout, limit: int) -> _Layout:
+    def _without(self, region: PlannedRegion, layout: Layout, limit: int) -> Layout:
         """The layout with the members of `region` on their own again, if that keeps to the limit; else as it was."""
         regions = self.regions
         self._set_regions([r for r in regions if r is not region])
-        freed = self._layout()
+        freed = self.layouts.lay(self.regions)
         if freed is not None and freed.live.max() <= limit:
             return freed
         self._set_regions(regions)
@@ -198,7 +178,7 @@ class Planner:
 
     # --- candidates ---
 
-    def _new_region(self, layout: _Layout, spot: int, node: Node) -> tuple[int, int] | None:
+    def _new_region(self, layout: Layout, spot: int, node: Node) -> tuple[int, int] | None:
         now = int(layout.live[spot])
         ranked: list[tuple[tuple, int, Candidate, int]] = []
         for candidate in self._candidates(layout, spot, node):
@@ -218,9 +198,8 @@ class Planner:
                 return window
         return None
 
-    def _rank(self, layout: _Layout, candidate: Candidate, count: int, peak: int) -> tuple:
-        lived = layout.live[[layout.index[member] for member in candidate.members]]
-        cleared = int((lived > max(self.target, peak)).sum())
+    def _rank(self, layout: Layout, candidate: Candidate, count: int, peak: int) -> tuple:
+        cleared = int((layout.live_at(candidate.members) > max(self.target, peak)).sum())
         met = peak <= self.target
         inside = set(candidate.members)
         overlapped = {self.region_of[member] for member in candidate.members if member in self.region_of}
@@ -234,28 +213,22 @@ class Planner:
             len(candidate.members),
         )
 
-    def _candidates(self, layout: _Layout, spot: int, node: Node) -> Iterable[Candidate]:
-        flat_scene = self._reordered(layout)
-        position = flat_scene.position[node]
+    def _candidates(self, layout: Layout, spot: int, node: Node) -> Iterable[Candidate]:
+        position = self.scene.position[node]
         cuts = self._cuts(layout, spot, position)
         seen: set[tuple[int, frozenset]] = set()
-        for axis in self._axes_at(flat_scene, layout, node):
+        for axis in self._axes_at(self.scene, node):
             fingerprint = (axis.units, frozenset((value, tag.dim) for value, tag in axis.tags.items()))
             if fingerprint in seen:
                 continue
             seen.add(fingerprint)
             for cut, base in cuts:
                 stops: list[Stop] = []
-                yield from sweep(flat_scene, axis, cut, position, base, self.kinds, stops=stops)
+                yield from sweep(self.scene, axis, cut, position, base, self.kinds, stops=stops)
                 for stop in stops:
                     self.stops.setdefault(stop.node, stop.refusal)
 
-    def _reordered(self, layout: _Layout) -> Scene:
-        self.scene.nodes = layout.flat
-        self.scene.position = {node: i for i, node in enumerate(layout.flat)}
-        return self.scene
-
-    def _axes_at(self, scene: Scene, layout: _Layout, node: Node) -> Iterable[Axis]:
+    def _axes_at(self, scene: Scene, node: Node) -> Iterable[Axis]:
         """The axes of the values that weigh at `node`: its results and operands, every dim, with coarser units where asked."""
         if self.explicit:
             choices = [(value, dim) for value, dim in self.explicit]
@@ -290,7 +263,7 @@ class Planner:
                 pending += [n for n in sorted(retry - {None}, key=str) if isinstance(n, int)]
             yield self._traced[key]
 
-    def _cuts(self, layout: _Layout, spot: int, position: int) -> list[tuple[int, int]]:
+    def _cuts(self, layout: Layout, spot: int, position: int) -> list[tuple[int, int]]:
         """Flat positions before which a region may start, with the bytes that cross there: where the fewest do, near and far."""
         low = max(0, spot - 300)
         window = np.arange(low, spot + 1)
@@ -318,220 +291,50 @@ class Planner:
         best = [*(np.argsort(crossing[1:-1], kind="stable")[: _MAX_CUTS - 4] + 1), len(place) - 1]
         return {start + int(i): outside + int(crossing[i]) for i in best}
 
-    def _accept(self, layout: _Layout, candidate: Candidate, count: int) -> tuple[int, int] | None:
+    def _accept(self, layout: Layout, candidate: Candidate, count: int) -> tuple[int, int] | None:
         """Lays the region if the exact profile confirms that it helps."""
         swallowed = {self.region_of[m] for m in candidate.members if m in self.region_of}
         around = {*layout.flat[candidate.first : candidate.last + 1], *(m for r in swallowed for m in r.members)}
         before_regions = self.regions
-        before = int(max(layout.live[layout.index[node]] for node in around))
+        before = layout.live_at(around).max()
         region = PlannedRegion(candidate.units, count, candidate.members, candidate.tags)
         self._set_regions([*(r for r in before_regions if r not in swallowed), region])
-        fresh = self._layout()
-        if fresh is not None and fresh.live.max() <= layout.live.max() and max(fresh.live[fresh.index[node]] for node in around) < before:
-            touched = [layout.index[node] for node in around]
+        fresh = self.layouts.lay(self.regions)
+        if fresh is not None and fresh.live.max() <= layout.live.max() and fresh.live_at(around).max() < before:
+            touched = [layout.at(node) for node in around]
             return min(touched), max(touched)
         self._set_regions(before_regions)
         return None
 
-    # --- layout ---
-
-    def _layout(self) -> _Layout | None:
-        items = self._schedule()
-        if items is None:
-            return None
-        index: dict[Node, int] = {}
-        flat: list[Node] = []
-        flat_of_item: list[int] = []
-        for i, item in enumerate(items):
-            flat_of_item.append(len(flat))
-            members = item.members if isinstance(item, PlannedRegion) else (item,)
-            for member in members:
-                index[member] = i
-            flat += members
-        full = np.zeros(len(items), dtype=np.int64)
-        delta = np.zeros(len(items) + 2, dtype=np.int64)
-        cross = np.zeros(len(items) + 2, dtype=np.int64)
-        for born, dies, nbytes in self._lifetimes(items, index):
-            delta[born] += nbytes
-            delta[min(dies, len(items) - 1) + 1] -= nbytes
-            if dies > born:
-                cross[born + 1] += nbytes
-                cross[min(dies, len(items) - 1) + 1] -= nbytes
-        full = np.cumsum(delta)[: len(items)]
-        inside = np.array([self._inside(item) for item in items], dtype=np.int64)
-        return _Layout(items, index, full + inside, full, np.cumsum(cross)[: len(items)], flat, flat_of_item)
-
-    def _schedule(self) -> list["Node | PlannedRegion"] | None:
-        """Program order with each region where its last member stands; None if a region would need its own results.
-
-        A region waits for all its operands; what depends on an early member waits for the region.
-        """
-        home: dict[Node, Node | PlannedRegion] = dict(self.region_of)
-        original = self._order
-        place = {node: i for i, node in enumerate(original)}
-        waits: dict[Node | PlannedRegion, set[Node | PlannedRegion]] = {}
-        followers: dict[Node | PlannedRegion, list[Node | PlannedRegion]] = {}
-        key: dict[Node | PlannedRegion, int] = {}
-        for node in original:
-            item = home.get(node, node)
-            key[item] = place[node]
-            sources = {home.get(o, o) for o in self.scene.operands[node] if o.op == "call_function"} - {item}
-            for source in sources - waits.setdefault(item, set()):
-                followers.setdefault(source, []).append(item)
-            waits[item] |= sources
-        ready = [(key[item], item) for item, sources in waits.items() if not sources]
-        heap = [(k, i) for i, (k, _) in enumerate(ready)]
-        heapq.heapify(heap)
-        arrived = [item for _, item in ready]
-        left = {item: len(sources) for item, sources in waits.items()}
-        items: list[Node | PlannedRegion] = []
-        while heap:
-            item = arrived[heapq.heappop(heap)[1]]
-            items.append(item)
-            for follower in followers.get(item, ()):
-                left[follower] -= 1
-                if left[follower] == 0:
-                    arrived.append(follower)
-                    heapq.heappush(heap, (key[follower], len(arrived) - 1))
-        return items if len(items) == len(waits) else None
-
-    def _lifetimes(self, items: Sequence["Node | PlannedRegion"], index: dict[Node, int]) -> Iterable[tuple[int, int, int]]:
-        """(born, dies, bytes) of each storage that exists in full."""
-        born: dict[int, int] = {}
-        dies: dict[int, int] = {}
-        size: dict[int, int] = {}
-        aliases: dict[int, int] = {}
-        for i, item in enumerate(items):
-            if isinstance(item, PlannedRegion):
-                self._region_lifetimes(item, i, index, born, dies, size, aliases)
-                continue
-            last = max((index.get(u, END) for u in self.scene.users[item]), default=i)
-            for tensor, key in zip(tensors_of(item.meta["val"]), self.scene.keys[item], strict=True):
-                key = aliases.get(key, key)
-                if key in self.scene.outside_keys:
-                    continue
-                if key not in born:
-                    born[key], dies[key], size[key] = i, i, hint(tensor.untyped_storage().nbytes())
-                dies[key] = max(dies[key], last)
-        return [(born[key], dies[key], size[key]) for key in born]
-
-    def _region_lifetimes(self, region: PlannedRegion, i: int, index: dict, born: dict, dies: dict, size: dict, aliases: dict) -> None:
-        outputs = escaping_members(self.scene, region)
-        donors = self._donors(region, i, index, dies, aliases)
-        for node in outputs:
-            last = max((index.get(u, END) for u in self.scene.users[node]), default=i)
-            key = self.scene.keys[node][0]
-            if key in self.scene.outside_keys:
-                continue
-            tag = region.tags[node][0]
-            layout = layout_of(node, tag)
-            if key not in born and donors.get(layout):
-                aliases[key] = donors[layout].pop()
-                dies[aliases[key]] = max(dies[aliases[key]], last)
-                continue
-            if key in aliases:
-                dies[aliases[key]] = max(dies[aliases[key]], last)
-                continue
-            if key not in born:
-                born[key], dies[key], size[key] = i, i, 0
-            size[key] += value_bytes(node)
-            dies[key] = max(dies[key], last)
-
-    def _donors(self, region: PlannedRegion, i: int, index: dict, dies: dict, aliases: dict) -> dict[tuple, list[int]]:
-        """Storages of sliced operands that die at this region, by layout."""
-        inside = set(region.members)
-        donors: dict[tuple, list[int]] = {}
-        seen: set[Node] = set()
-        for member in region.members:
-            for operand, tag in sliced_operands(self.scene, region, member):
-                if operand in seen or operand in inside or operand.op != "call_function" or tag is None:
-                    continue
-                seen.add(operand)
-                key = self.scene.keys[operand][0]
-                key = aliases.get(key, key)
-                if key in dies and dies[key] <= i and key not in self.scene.outside_keys and not self._passed_whole(region, operand):
-                    donors.setdefault(layout_of(operand, tag), []).append(key)
-        return donors
-
-    def _passed_whole(self, region: PlannedRegion, operand: Node) -> bool:
-        for member in region.members:
-            if operand in self.scene.operands[member]:
-                if any(o is operand and tag is None for o, tag in sliced_operands(self.scene, region, member)):
-                    return True
-        return False
-
-    def _inside(self, item: "Node | PlannedRegion") -> int:
-        """Bytes that an item needs besides storages that exist in full."""
-        if not isinstance(item, PlannedRegion):
-            return self.scene.workspace_of[item].total
-        # Every trial lays out every region anew, but what is inside one depends on its members and count alone.
-        key = (item, item.count)
-        if key not in self._insides:
-            self._insides[key] = self._transient(item, item.count)
-        return self._insides[key]
-
-    def _transient(self, region: PlannedRegion, count: int) -> int:
-        """The peak inside the body for the longest of `count` slices."""
-        longest = -(-region.units // count)
-        position = {member: i for i, member in enumerate(region.members)}
-        size: dict[int, int] = {}
-        born: dict[int, int] = {}
-        dies: dict[int, int] = {}
-        made = {key for m in region.members for key in self.scene.keys[m]} - set(self.scene.outside_keys)
-        outside = {
-            key
-            for m in region.members
-            for o in self.scene.operands[m]
-            if o not in position and o.op == "call_function"
-            for key in self.scene.keys[o]
-        }
-        for i, member in enumerate(region.members):
-            for tensor, key in zip(tensors_of(member.meta["val"]), self.scene.keys[member], strict=True):
-                if key not in made or key in outside:
-                    continue
-                last = max((position[u] for u in self.scene.users[member] if u in position), default=i)
-                if key not in born:
-                    born[key], dies[key] = i, i
-                    size[key] = hint(tensor.untyped_storage().nbytes())
-                dies[key] = max(dies[key], last)
-        delta = np.zeros(len(position) + 2, dtype=np.int64)
-        for key in born:
-            nbytes = -(-size[key] * longest // region.units)
-            delta[born[key]] += nbytes
-            delta[dies[key] + 1] -= nbytes
-        scratch = [self.scene.workspace_of[m] for m in region.members]
-        work = np.array([w.moving * longest // region.units + w.fixed for w in scratch], dtype=np.int64)
-        return int((np.cumsum(delta)[: len(position)] + work).max(initial=0))
-
     # --- result ---
 
-    def _result(self, layout: _Layout) -> Plan:
+    def _result(self, layout: Layout) -> Plan:
         planned = int(layout.live.max(initial=0))
         floor = int(layout.full.max(initial=0))
         ordered = [item for item in layout.items if isinstance(item, PlannedRegion)]
         return Plan(ordered, self.unsliced, planned, floor, self.budget, self._held(layout), layout.flat)
 
-    def _held(self, layout: _Layout) -> list[Held]:
+    def _held(self, layout: Layout) -> list[Held]:
         """The tensors live in full at the peak, with the reason."""
         if not len(layout.live):
             return []
         at = int(layout.live.argmax())
         held: dict[int, Held] = {}
         for node in layout.flat:
-            born = layout.index[node]
+            born = layout.at(node)
             if born > at or (self.region_of.get(node) is not None and node not in escaping_members(self.scene, self.region_of[node])):
                 continue
-            last = max((layout.index.get(u, END) for u in self.scene.users[node]), default=born)
+            last = max((layout.at(u) for u in self.scene.users[node]), default=born)
             if last < at or not self.scene.makes[node]:
                 continue
             held[id(node)] = Held(node, value_bytes(node), self._reason(layout, node, at))
         return sorted(held.values(), key=lambda h: -h.nbytes)
 
-    def _reason(self, layout: _Layout, node: Node, at: int) -> str:
-        users = [u for u in self.scene.users[node] if layout.index.get(u, END) >= at]
+    def _reason(self, layout: Layout, node: Node, at: int) -> str:
+        users = [u for u in self.scene.users[node] if layout.at(u) >= at]
         if any(u.op == "output" for u in users):
             return "it is an output"
-        last = max(users, key=lambda u: layout.index.get(u, END))
+        last = max(users, key=lambda u: layout.at(u))
         where = str(last.meta.get("where") or "")
         stop = next((self.stops[u] for u in users if u in self.stops), None)
         if stop is not None:
@@ -543,25 +346,7 @@ class Planner:
                     tags = self.scene.forward(user, node, Tag(dim), size)
                     if isinstance(tags, Refusal) and tags.reason in ("barrier", "reduced", "halo", "no-row"):
                         return f"{tags.reason}: {tags.detail} ({where})"
-        return f"kept for {last.target} at {where}, {layout.index.get(last, END) - at} calls later"
-
-
-def sliced_operands(scene: Scene, region: PlannedRegion, member: Node) -> Iterable[tuple[Node, Tag | None]]:
-    """The operands of a member with the tag that its row asks of each."""
-    seen: list[tuple[Node, Tag | None]] = []
-    for output, tag in enumerate(region.tags[member]):
-        assert tag is not None
-        wanted = scene.backward(member, tag, region.units, output)
-        if not isinstance(wanted, Refusal):
-            seen += [(slot.node, want) for slot, want in wanted.items()]
-    return seen
-
-
-def escaping_members(scene: Scene, region: PlannedRegion) -> list[Node]:
-    """Members whose value is used outside the region; views of outside values are left out, they stay outside for free."""
-    inside = set(region.members)
-    made = {key for m in region.members if scene.makes[m] for key in scene.keys[m]}
-    return [m for m in region.members if any(u not in inside for u in scene.users[m]) and any(key in made for key in scene.keys[m])]
+        return f"kept for {last.target} at {where}, {layout.at(last) - at} calls later"
 
 
 def _divisor(units: int, least: int, most: int) -> int:
@@ -572,4 +357,4 @@ def _divisor(units: int, least: int, most: int) -> int:
     return least
 
 
-__all__ = ["Held", "Plan", "PlannedRegion", "Planner", "escaping_members", "sliced_operands"]
+__all__ = ["Held", "Plan", "PlannedRegion", "Planner"]

@@ -6,6 +6,8 @@ Nothing here changes while a plan is made; regions are laid over it.
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ...ir import Function, Node
 from ...ir.infer import contiguous_stride, storage_key, tensors_of
 from ...ir.links import OperandSlot, Refusal, Tag, backward, forward, kind
@@ -33,6 +35,8 @@ class Scene:
     weight_bytes: dict[Node, int]
     _backward: dict[Any, Any] = field(default_factory=dict)
     _forward: dict[Any, Any] = field(default_factory=dict)
+    _kind: dict[Any, str] = field(default_factory=dict)
+    _dense: dict[Node, bool] = field(default_factory=dict)
 
     @staticmethod
     def of(function: Function) -> "Scene":
@@ -85,8 +89,17 @@ class Scene:
         return self._forward[key]
 
     def kind(self, node: Node, tag: Tag) -> str:
-        """The kind of link by which `node` carries `tag`."""
-        return kind(node, tag)
+        """`links.kind`, remembered: the kind of link by which `node` carries `tag`."""
+        key = (node, tag.dim, tag.unit)
+        if key not in self._kind:
+            self._kind[key] = kind(node, tag)
+        return self._kind[key]
+
+    def is_dense(self, node: Node) -> bool:
+        """Whether a value is one tensor that fills its storage in some order of dims, so that a region can lay it out again."""
+        if node not in self._dense:
+            self._dense[node] = isinstance(node.meta["val"], torch.Tensor) and _fills_storage(node.meta["val"])
+        return self._dense[node]
 
 
 def _scratch(node: Node) -> Workspace:
@@ -98,9 +111,7 @@ def value_bytes(node: Node) -> int:
     return sum(hint(t.numel()) * t.dtype.itemsize for t in tensors_of(node.meta["val"]))
 
 
-def is_dense(node: Node) -> bool:
-    """Whether a value fills its storage in some order of dims, so that a region can lay it out again with the same strides."""
-    value = node.meta["val"]
+def _fills_storage(value: torch.Tensor) -> bool:
     dims = memory_order(value)
     expected = contiguous_stride([hint(value.size(d)) for d in dims])
     return all(hint(value.size(d)) == 1 or hint(value.stride(d)) == step for d, step in zip(dims, expected, strict=True))

@@ -1,0 +1,104 @@
+"""What torch.export leaves undecided, decided from types: whether an operation copies or aliases, and what a write becomes.
+
+    reshape(x, s)  -> view(x, s), or _unsafe_view(clone(x), s)       to(x, dtype) -> x or _to_copy(x, dtype)
+    contiguous(x)  -> x or clone(x)                                   chunk(x, n) -> split(x, size)
+    add_(x, y)     -> add(x, y)
+
+These are the rules by which torch functionalises; they are read off torch itself, by running the operation once on metadata and
+taking down what it dispatches to.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._decomp import _should_decompose_because_unsafe_op
+from torch._dispatch.python import enable_python_dispatcher
+from torch._export.utils import _is_preservable_cia_op
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .calls import GETITEM, is_mutating, name_of, target_of
+from .errors import CaptureError
+from .infer import tensors_of
+from .program import Node
+from .symbols import SymbolTable
+
+Add = Callable[[Any, tuple[Any, ...], dict[str, Any]], Node]
+
+
+class NotFunctional(CaptureError):
+    """The graph writes to memory that others may see, or cannot be taken apart call by call."""
+
+
+@functools.cache
+def is_ambiguous(target: Any) -> bool:
+    """Whether `target` is a composite that may return an operand, a view or a copy, or may write to an operand."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if _should_decompose_because_unsafe_op(target):
+        return True
+    has_body = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return has_body and not _is_preservable_cia_op(target)
+
+
+def take_apart(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: SymbolTable, add: Add) -> Any:
+    """The nodes of the results of `target(*args, **kwargs)`, an operand's own where it is returned; `add` makes each call.
+
+    Raises:
+        NotFunctional: the operation writes to an operand, or works on something that is no node.
+    """
+    recorder = _Recorder(add)
+    operands, keywords = pytree.tree_map_only(Node, recorder.value_of, (args, kwargs))
+    try:
+        with symbols.inference(), torch.amp.autocast("cpu", enabled=False), enable_python_dispatcher(), recorder:
+            results = target(*operands, **keywords)
+    except Exception as error:
+        raise NotFunctional(f"{target} cannot be taken apart: {error}") from error
+    return pytree.tree_map(recorder.node_of, results)
+
+
+class _Recorder(TorchDispatchMode):
+    """Makes a node of each operation that reaches the dispatcher."""
+
+    def __init__(self, add: Add):
+        super().__init__()
+        self.add = add
+        self.nodes: dict[int, Node] = {}
+
+    def value_of(self, node: Node) -> Any:
+        for tensor in tensors_of(node.meta["val"]):
+            self.nodes[id(tensor)] = node
+        return node.meta["val"]
+
+    def node_of(self, value: Any) -> Node:
+        if id(value) not in self.nodes:
+            raise NotFunctional(f"a {type(value).__name__} that no call makes")
+        return self.nodes[id(value)]
+
+    def __torch_dispatch__(self, target: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if is_mutating(target):
+            raise NotFunctional(f"{target} writes to an operand")
+        operands, keywords = pytree.tree_map_only((torch.Tensor, torch.SymInt), self.node_of, (args, kwargs or {}))
+        node = self.add(target, operands, keywords)
+        value = node.meta["val"]
+        for result in [self.add(GETITEM, (node, i), {}) for i in range(len(value))] if isinstance(value, tuple) else [node]:
+            self.value_of(result)
+        return value
+
+
+@functools.cache
+def functional_variant(target: Any) -> Any | None:
+    """The operation that returns what `target` writes to its first operand: add for add_; None where torch has none."""
+    schema, (namespace, name, overload) = target._schema, name_of(target).split(".")
+    try:
+        variant: Any = target_of(f"{namespace}.{name.removesuffix('_')}.{overload}")
+    except KeyError:
+        return None
+    if is_ambiguous(variant):
+        return None
+    takes, gives = variant._schema.arguments, variant._schema.returns
+    is_pure = all(part.alias_info is None for part in (*takes, *gives)) and len(gives) == 1
+    writes_first = [argument.is_write for argument in schema.arguments] == [True] + [False] * (len(takes) - 1)
+    return variant if is_pure and writes_first and [a.name for a in takes] == [a.name for a in schema.arguments] else None
