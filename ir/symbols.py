@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
-from torch.utils._sympy.functions import FloorDiv, Max, Mod, PythonMod
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges
 
 UNBOUNDED = 2**63 - 1
@@ -85,6 +85,11 @@ def hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 1)
 
 
+def ceil_div(a: Any, n: Any) -> Any:
+    """a / n rounded up, for sizes that are numbers or symbolic."""
+    return (a + n - 1) // n
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are provably one. Data-dependent sizes have no stable name and compare equal to each other."""
     if isinstance(a, int) and isinstance(b, int):
@@ -136,5 +141,6 @@ def _render(expr: sympy.Basic, names: dict[sympy.Symbol, str]) -> tuple[str, int
         return f"{_wrap(expr.args[0], names, atom)} % {_wrap(expr.args[1], names, atom)}", product
     if isinstance(expr, sympy.Pow) and isinstance(expr.exp, sympy.Integer) and 1 < int(expr.exp) <= 8:
         return "*".join([_wrap(expr.base, names, atom)] * int(expr.exp)), product
-    arguments = ", ".join(_render(argument, names)[0] for argument in expr.args)
+    rendered = [_render(argument, names)[0] for argument in expr.args]
+    arguments = ", ".join(sorted(rendered) if isinstance(expr, Min | Max) else rendered)
     return f"{type(expr).__name__}({arguments})", atom

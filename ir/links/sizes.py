@@ -47,6 +47,11 @@ def common(a: Size, n: Size) -> Size | None:
     return a if differ(a, 1) and quotient(n, a) is not None else None
 
 
+def identity(a: Size) -> object:
+    """Hashable, and equal for sizes that are written alike (a SymInt has no hash of its own)."""
+    return a if type(a) is int else a.node.expr
+
+
 def product(sizes) -> Size:
     result = 1
     for size in sizes:

@@ -7,15 +7,17 @@ floor, and the budget rises to it: slicing elsewhere below a floor would only co
 
 import bisect
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
-from ...ir.symbols import hint
+from ...ir.links.sizes import Size, identity, quotient
+from ...ir.symbols import ceil_div, hint
 from .candidate import Axis, Candidate, Stop, layout_of, sweep, trace
 from .scene import END, Scene, value_bytes
 
@@ -26,17 +28,33 @@ _MAX_TRIALS = 6  # candidates whose exact profile is computed; the estimate is s
 
 @dataclass(eq=False)
 class PlannedRegion:
-    """Members in order, the tag of each, N units and n slices."""
+    """Members in order, the tag of each, N units and n slices: n of the N at capture where N is known at the call only.
 
-    units: int
+    Such a region keeps either n or the length of a slice, as `fixed_length` says.
+    """
+
+    units: Size
     count: int
     members: tuple[Node, ...]
     tags: dict[Node, tuple[Tag | None, ...]]
+    fixed_length: bool = False
 
     @property
     def longest(self) -> int:
-        """Units in the longest slice."""
-        return -(-self.units // self.count)
+        """Units in the longest slice, at capture."""
+        return ceil_div(hint(self.units), self.count)
+
+    @property
+    def length(self) -> int | None:
+        """The most units of a slice whatever N is; None where n is fixed instead."""
+        return None if isinstance(self.units, int) or not self.fixed_length else self.longest
+
+    @property
+    def nominal_length(self) -> Size:
+        """The slice length for which the body is typed, an upper bound of all."""
+        if isinstance(self.units, int):
+            return self.longest
+        return ceil_div(self.units, self.count) if self.length is None else torch.sym_min(self.units, self.length)
 
 
 @dataclass(frozen=True)
@@ -79,10 +97,25 @@ class _Layout:
 
 
 class Planner:
-    """Makes one plan for one function."""
+    """Makes one plan for one function.
 
-    def __init__(self, scene: Scene, budget: int, max_slices: int, kinds: frozenset[str], explicit: Sequence[tuple[Node, int]] = ()):
+    `fixed_length`: over an axis known at the call only, keep the length of a slice, not their number. `refused` says of a region
+    why it cannot be written, None if it can.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        budget: int,
+        max_slices: int,
+        kinds: frozenset[str],
+        explicit: Sequence[tuple[Node, int]] = (),
+        fixed_length: bool = False,
+        refused: Callable[[PlannedRegion], Stop | None] = lambda region: None,
+    ):
         self.scene = scene
+        self.fixed_length = fixed_length
+        self.refused = refused
         self.max_slices = max_slices
         self.kinds = kinds
         self.explicit = explicit
@@ -94,7 +127,7 @@ class Planner:
         self.unsliced = int(self._layout().live.max(initial=0))
         self.budget = budget
         self.target = budget
-        self._traced: dict[tuple[Node, int, int], Axis] = {}
+        self._traced: dict[tuple[Node, int, object], Axis] = {}
 
     def plan(self) -> Plan:
         layout = self._layout()
@@ -143,15 +176,16 @@ class Planner:
 
     def _slice_finer(self, layout: _Layout, spot: int, region: PlannedRegion) -> bool:
         inside = int(layout.live[spot] - layout.full[spot])
-        whole = inside * region.units // region.longest
+        whole = inside * hint(region.units) // region.longest
         count = self._count_for(region.units, int(layout.full[spot]), whole, int(layout.live[spot]))
         if count is None or count <= region.count:
             return False
         region.count = count
         return True
 
-    def _count_for(self, units: int, full: int, transient: int, now: int) -> int | None:
+    def _count_for(self, axis_units: Size, full: int, transient: int, now: int) -> int | None:
         """The least good number of slices that meets the target, else the one beyond which little is gained; None if none helps."""
+        units = hint(axis_units)
         most = min(units, self.max_slices)
         room = self.target - full
         if room > 0:
@@ -159,10 +193,10 @@ class Planner:
             if longest >= 1:
                 least = -(-units // longest)
                 if least <= most:
-                    return max(2, _divisor(units, least, most)) if units > 1 else None
+                    return max(2, _divisor(axis_units, least, most)) if units > 1 else None
         worthwhile = max(1, int(_LEAST_GAIN * now))
         count = min(most, max(2, -(-transient // worthwhile)))
-        count = _divisor(units, count, most)
+        count = _divisor(axis_units, count, most)
         gain = now - (full + -(-transient * -(-units // count) // units))
         return count if gain >= worthwhile and count >= 2 else None
 
@@ -210,8 +244,9 @@ class Planner:
                 continue
             ranked.append((self._rank(layout, candidate, count, peak), len(ranked), candidate, count))
         trials: dict[tuple, tuple[Candidate, int]] = {}
-        for _, _, candidate, count in sorted(ranked):
-            trials.setdefault((candidate.members[0], candidate.members[-1], len(candidate.members), candidate.units), (candidate, count))
+        for _, _, candidate, count in sorted(ranked, key=lambda trial: trial[:2]):
+            key = candidate.members[0], candidate.members[-1], len(candidate.members), identity(candidate.units)
+            trials.setdefault(key, (candidate, count))
         for candidate, count in list(trials.values())[:_MAX_TRIALS]:
             window = self._accept(layout, candidate, count)
             if window is not None:
@@ -238,9 +273,9 @@ class Planner:
         flat_scene = self._reordered(layout)
         position = flat_scene.position[node]
         cuts = self._cuts(layout, spot, position)
-        seen: set[tuple[int, frozenset]] = set()
+        seen: set[tuple[object, frozenset]] = set()
         for axis in self._axes_at(flat_scene, layout, node):
-            fingerprint = (axis.units, frozenset((value, tag.dim) for value, tag in axis.tags.items()))
+            fingerprint = (identity(axis.units), frozenset((value, tag.dim) for value, tag in axis.tags.items()))
             if fingerprint in seen:
                 continue
             seen.add(fingerprint)
@@ -270,24 +305,23 @@ class Planner:
             choices = [(v, d) for v in values[:6] for d in range(v.meta["val"].dim())]
         for value, dim in choices:
             size = value.meta["val"].size(dim)
-            if not isinstance(size, int) or size < 2:
-                continue
             yield from self._axes(scene, value, dim, size)
 
-    def _axes(self, scene: Scene, value: Node, dim: int, units: int) -> Iterable[Axis]:
-        tried: set[int] = set()
-        pending = [units]
+    def _axes(self, scene: Scene, value: Node, dim: int, size: Size) -> Iterable[Axis]:
+        tried: set[object] = set()
+        pending = [size]
         while pending and len(tried) < 3:
             units = pending.pop()
-            if units in tried or units < 2:
+            unit = quotient(size, units)
+            if identity(units) in tried or hint(units) < 2 or unit is None or not scene.sizes.knows(units):
                 continue
-            tried.add(units)
-            key = (value, dim, units)
+            tried.add(identity(units))
+            key = (value, dim, identity(units))
             if key not in self._traced:
-                axis, stops = trace(scene, value, dim, units)
+                axis, stops = trace(scene, value, Tag(dim, unit), units)
                 self._traced[key] = axis
-                retry = {s.refusal.retry_units for s in stops if s.refusal.reason == "unit"}
-                pending += [n for n in sorted(retry - {None}, key=str) if isinstance(n, int)]
+                retry = {identity(n): n for s in stops if s.refusal.reason == "unit" and (n := s.refusal.retry_units) is not None}
+                pending += sorted(retry.values(), key=str)
             yield self._traced[key]
 
     def _cuts(self, layout: _Layout, spot: int, position: int) -> list[tuple[int, int]]:
@@ -324,10 +358,14 @@ class Planner:
         around = {*layout.flat[candidate.first : candidate.last + 1], *(m for r in swallowed for m in r.members)}
         before_regions = self.regions
         before = int(max(layout.live[layout.index[node]] for node in around))
-        region = PlannedRegion(candidate.units, count, candidate.members, candidate.tags)
+        region = PlannedRegion(candidate.units, count, candidate.members, candidate.tags, self.fixed_length)
         self._set_regions([*(r for r in before_regions if r not in swallowed), region])
         fresh = self._layout()
-        if fresh is not None and fresh.live.max() <= layout.live.max() and max(fresh.live[fresh.index[node]] for node in around) < before:
+        helps = fresh is not None and fresh.live.max() <= layout.live.max() and max(fresh.live[fresh.index[n]] for n in around) < before
+        stop = self.refused(region) if helps else None
+        if stop is not None:
+            self.stops.setdefault(stop.node, stop.refusal)
+        elif helps:
             touched = [layout.index[node] for node in around]
             return min(touched), max(touched)
         self._set_regions(before_regions)
@@ -472,7 +510,8 @@ class Planner:
 
     def _transient(self, region: PlannedRegion, count: int) -> int:
         """The peak inside the body for the longest of `count` slices."""
-        longest = -(-region.units // count)
+        units = hint(region.units)
+        longest = ceil_div(units, count)
         position = {member: i for i, member in enumerate(region.members)}
         size: dict[int, int] = {}
         born: dict[int, int] = {}
@@ -496,11 +535,11 @@ class Planner:
                 dies[key] = max(dies[key], last)
         delta = np.zeros(len(position) + 2, dtype=np.int64)
         for key in born:
-            nbytes = -(-size[key] * longest // region.units)
+            nbytes = ceil_div(size[key] * longest, units)
             delta[born[key]] += nbytes
             delta[dies[key] + 1] -= nbytes
         scratch = [self.scene.workspace_of[m] for m in region.members]
-        work = np.array([w.moving * longest // region.units + w.fixed for w in scratch], dtype=np.int64)
+        work = np.array([w.moving * longest // units + w.fixed for w in scratch], dtype=np.int64)
         return int((np.cumsum(delta)[: len(position)] + work).max(initial=0))
 
     # --- result ---
@@ -539,9 +578,9 @@ class Planner:
         for user in users:
             for dim in range(node.meta["val"].dim()):
                 size = node.meta["val"].size(dim)
-                if isinstance(size, int) and size > 1:
+                if hint(size) > 1:
                     tags = self.scene.forward(user, node, Tag(dim), size)
-                    if isinstance(tags, Refusal) and tags.reason in ("barrier", "reduced", "halo", "no-row"):
+                    if isinstance(tags, Refusal) and tags.reason in ("barrier", "reduced", "halo", "no-row", "sym-unproved"):
                         return f"{tags.reason}: {tags.detail} ({where})"
         return f"kept for {last.target} at {where}, {layout.index.get(last, END) - at} calls later"
 
@@ -564,8 +603,10 @@ def escaping_members(scene: Scene, region: PlannedRegion) -> list[Node]:
     return [m for m in region.members if any(u not in inside for u in scene.users[m]) and any(key in made for key in scene.keys[m])]
 
 
-def _divisor(units: int, least: int, most: int) -> int:
+def _divisor(units: Size, least: int, most: int) -> int:
     """The next divisor of N within 1.25 x `least`, else `least`: equal slices need one kernel shape, not two."""
+    if not isinstance(units, int):
+        return least
     for count in range(least, min(most, int(1.25 * least) + 1) + 1):
         if units % count == 0:
             return count
