@@ -142,7 +142,8 @@ def sliced_reference(body, in_dims, out_dims, count, *operands, units=None, orde
 def _sliced_metadata(mode, body, in_dims, out_dims, count, *operands, units=None, orders=None):
     with mode:
         total = units_of(in_dims, operands, units)
-        length = ceil_div(total, count)  # a count above N leaves slices of one unit, as N does
+        # A count above N leaves slices of one unit, as N does.
+        length = 1 if statically_known_true(count == total) else ceil_div(total, count)
         parts = body(*[narrow(x, d, 0, length, total) for x, d in zip(operands, in_dims, strict=True)])
         return [
             empty_whole(part, whole_size(part, dim, length, total, slice_count(count, total)), orders[j] if orders else None)

@@ -125,10 +125,12 @@ class SlicedRun:
 
     def __call__(self, count: int, units: int | None, *operands: torch.Tensor) -> list[torch.Tensor]:
         total = units_of(self.in_dims, operands, units)
-        count = max(1, min(count, total))
+        count = min(count, total)
         wholes: list[Any] = [
             self._donated(o, operands, count) if o.donor is not None else o.allocate(operands, count) for o in self._outputs
         ]
+        if all(whole is not None and whole.numel() == 0 for whole in wholes):
+            return wholes  # a `reshape` to -1 cannot tell the length of a slice without elements
         for index, (begin, end) in enumerate(slice_bounds(total, count)):
             cut = _Cut(index, count, begin, end - begin, total)
             inputs = [cut.narrow(operand, dim) for operand, dim in zip(operands, self.in_dims, strict=True)]

@@ -30,7 +30,8 @@ _MAX_TRIALS = 6  # candidates whose exact profile is computed; the estimate is s
 class PlannedRegion:
     """Members in order, the tag of each, N units and n slices: n of the N at capture where N is known at the call only.
 
-    Such a region keeps either n or the length of a slice, as `fixed_length` says.
+    Such a region keeps either n or, with `fixed_length` and for slices of one unit, the length of a slice: what has size 1 at capture
+    broadcasts, so one body serves slices of one unit at capture or of several, not both.
     """
 
     units: Size
@@ -47,7 +48,9 @@ class PlannedRegion:
     @property
     def length(self) -> int | None:
         """The most units of a slice whatever N is; None where n is fixed instead."""
-        return None if isinstance(self.units, int) or not self.fixed_length else self.longest
+        if isinstance(self.units, int) or not (self.fixed_length or self.longest == 1):
+            return None
+        return self.longest
 
     @property
     def nominal_length(self) -> Size:

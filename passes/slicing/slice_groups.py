@@ -137,7 +137,7 @@ def _cut(region: PlannedRegion, symbols: SymbolTable) -> str:
     if isinstance(region.units, int):
         return f"N={region.units} n={region.count}"
     units = symbols.text(region.units)
-    rule = f"min({region.count}, N)" if region.length is None else f"ceil(N/{region.length})"
+    rule = f"min({region.count}, N)" if region.length is None else f"ceil(N/{region.length})" if region.length > 1 else "N"
     return f"N={units} n={rule}"
 
 
