@@ -23,6 +23,7 @@ from .scene import END, Scene, value_bytes
 
 _LEAST_GAIN = 0.01  # of the peak: below this a region or a further slice is not worth its time
 _MAX_CUTS = 10
+_FEW_UNITS = 8  # at capture: a batch or a few frames may go one by one, however many there are at a call
 _MAX_TRIALS = 6  # candidates whose exact profile is computed; the estimate is seldom far off
 
 
@@ -190,6 +191,8 @@ class Planner:
         """The least good number of slices that meets the target, else the one beyond which little is gained; None if none helps."""
         units = hint(axis_units)
         most = min(units, self.max_slices)
+        if not isinstance(axis_units, int) and not self.fixed_length and units > _FEW_UNITS:
+            most = min(most, units // 2)  # a fixed n needs slices of two units and more at capture
         room = self.target - full
         if room > 0:
             longest = room * units // transient if transient else units
