@@ -5,12 +5,13 @@ appearance, so equal programs print equal bytes.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
@@ -76,7 +77,9 @@ class SymbolTable:
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Within it, calls compute metadata only; questions about sizes are answered by hints and leave no guard."""
-        with self.mode, torch.no_grad(), self.env.suppress_guards(), self.env.ignore_fresh_unbacked_symbols():
+        # Without it some composites run C++ code that takes a symbol for its hint: a padded [n, 16] would be typed [34, 16].
+        python_code = enable_python_dispatcher() if self._symbols else nullcontext()
+        with self.mode, torch.no_grad(), self.env.suppress_guards(), self.env.ignore_fresh_unbacked_symbols(), python_code:
             yield
 
 

@@ -15,7 +15,7 @@ from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size, identity
 from ...ir.symbols import ceil_div, hint
-from .scene import END, Scene, is_dense, value_bytes
+from .scene import END, Scene, value_bytes
 
 WINDOW = 400
 
@@ -261,7 +261,7 @@ def _snapshot(scene: Scene, axis: Axis, state: _Sweep, order: list[Node], start:
     """The candidate that ends after `position`; None if an output could not be laid out again as it was."""
     escaping = [node for node, waiting in state.waiting.items() if waiting and any(key in state.storage_bytes for key in scene.keys[node])]
     for node in escaping:
-        if len(tensors_of(node.meta["val"])) != 1 or isinstance(node.meta["val"], tuple) or not is_dense(node):
+        if len(tensors_of(node.meta["val"])) != 1 or isinstance(node.meta["val"], tuple) or not scene.is_dense(node):
             return None
     if not escaping:
         return None

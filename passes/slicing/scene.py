@@ -40,6 +40,7 @@ class Scene:
     _backward: dict[Any, Any] = field(default_factory=dict)
     _forward: dict[Any, Any] = field(default_factory=dict)
     _local: dict[Any, Any] = field(default_factory=dict)
+    _dense: dict[Node, bool] = field(default_factory=dict)
 
     @staticmethod
     def of(function: Function) -> "Scene":
@@ -91,6 +92,12 @@ class Scene:
             tags = forward(node, operand, tag, units)
             self._forward[key] = (tags,) if isinstance(tags, Tag) else tags
         return self._forward[key]
+
+    def is_dense(self, node: Node) -> bool:
+        """`is_dense`, remembered."""
+        if node not in self._dense:
+            self._dense[node] = is_dense(node)
+        return self._dense[node]
 
     def unknown_size(self, node: Node, tags: Sequence[Tag | None], units: Size) -> Refusal | None:
         """Why the call of `node` on slices cannot be written: it states a size that the function's inputs do not tell."""
