@@ -8,7 +8,6 @@ operation, arguments and operand metadata are the very objects checked before is
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx
 
 from .calls import draws, is_mutating, name_of

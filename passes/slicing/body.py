@@ -75,6 +75,7 @@ def build_body(symbols: SymbolTable, region: PlannedRegion, home: dict[Node, Nod
     builder.units = size_node(region.units) if coarse else None
     return Body(leaving, builder, outputs)
 
+
 def unwritable(prepared: Prepared, region: PlannedRegion) -> Stop | None:
     """Why `region` cannot be outlined: a call or an output is not of one type for every slice length, as far as can be proved."""
     rewriter, first = prepared.rewriter, min(region.members)

@@ -78,14 +78,14 @@ def trace(scene: Scene, node: Node, tag: Tag, units: Size, window: int = WINDOW)
             stops.append(Stop(current, wanted))
             continue
         index = current.args[1] if _is_getitem(current) else 0
-        for slot, tag in wanted.items():
+        for slot, want in wanted.items():
             operand = slot.node
-            if tag is None or tag.is_partial or operand in clashing:
+            if want is None or want.is_partial or operand in clashing:
                 continue
             if operand not in tags:
-                tags[operand] = tag
+                tags[operand] = want
                 stack.append((operand, index if isinstance(index, int) else 0))
-            elif tags[operand] != tag:
+            elif tags[operand] != want:
                 clashing.add(operand)
     return Axis(units, {value: tag for value, tag in tags.items() if value not in clashing}), stops
 

@@ -53,7 +53,8 @@ class SliceGroups(Pass):
 
     `memory_budget`: bytes, text such as "512MiB", or a share of the predicted unsliced peak ("25%", 0.25). A budget that cannot be
     met gives the nearest reachable plan and a line that says what stands in the way; with `insist` it is a BudgetError.
-    `max_slices`: the most slices of one region. `axes`: kinds of links that may be cut ("rows", "query", "features"), or places
+    Over a size known at the call only, a share fixes the number of slices and bytes fix their length, as planned for the sizes of
+    capture. `max_slices`: the most slices of one region (at capture, where the length is fixed). `axes`: kinds of links that may be cut ("rows", "query", "features"), or places
     "INPUT:DIM" where an axis starts.
     """
 
