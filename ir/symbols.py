@@ -4,6 +4,7 @@ torch names a symbol after a hash of its source; users see the names they gave (
 appearance, so equal programs print equal bytes.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ class SymbolTable:
         if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
             return str(size)
         return _expression_text(_without_clamps(self.env.simplify(size.node.expr)), self._names)
+
+    def named(self, text: str) -> str:
+        """`text` in which sizes stand as torch writes them, with the names that users gave."""
+        names = {str(symbol): name for symbol, name in self._names.items()}
+        return re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), text)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -54,8 +54,8 @@ class SliceGroups(Pass):
     `memory_budget`: bytes, text such as "512MiB", or a share of the predicted unsliced peak ("25%", 0.25). A budget that cannot be
     met gives the nearest reachable plan and a line that says what stands in the way; with `insist` it is a BudgetError.
     Over a size known at the call only, a share fixes the number of slices and bytes fix their length, as planned for the sizes of
-    capture. `max_slices`: the most slices of one region (at capture, where the length is fixed). `axes`: kinds of links that may be cut ("rows", "query", "features"), or places
-    "INPUT:DIM" where an axis starts.
+    capture. `max_slices`: the most slices of one region (at capture, where the length is fixed). `axes`: kinds of links that may
+    be cut ("rows", "query", "features"), or places "INPUT:DIM" where an axis starts.
     """
 
     name = "slice-groups"
@@ -83,8 +83,11 @@ class SliceGroups(Pass):
         plan.planned = profile(rewriter.function).peak_bytes
         if self.insist and not plan.met:
             nearest = f"the nearest reachable peak is {mib(plan.planned)}"
-            raise BudgetError(f"the memory budget of {mib(budget)} cannot be met, {nearest}: {_obstacles(plan)}")
-        left = tuple(LeftAlone.at(held.node, f"{mib(held.nbytes)} live in full at the peak: {held.reason}") for held in plan.held)
+            raise BudgetError(f"the memory budget of {mib(budget)} cannot be met, {nearest}: {_obstacles(plan, rewriter.symbols)}")
+        left = tuple(
+            LeftAlone.at(held.node, f"{mib(held.nbytes)} live in full at the peak: {rewriter.symbols.named(held.reason)}")
+            for held in plan.held
+        )
         data = {
             "unsliced": before.peak_bytes,
             "planned": plan.planned,
@@ -124,7 +127,7 @@ def _lines(plan: Plan, unsliced: int, symbols: SymbolTable) -> list[str]:
     figures = f"peak {mib(unsliced)} -> {mib(plan.planned)} ({share_left:.1f} %)"
     lines = [f"{figures}, budget {mib(plan.budget)} {verdict}, floor {mib(min(plan.floor, plan.planned))}"]
     if not plan.met:
-        lines.append(f"the peak cannot go lower: {_obstacles(plan)}")
+        lines.append(f"the peak cannot go lower: {_obstacles(plan, symbols)}")
     for i, region in enumerate(plan.regions):
         first = next((str(m.meta["where"]) for m in region.members if str(m.meta.get("where") or "")), "")
         lines.append(f"region {i}: {_cut(region, symbols)}, {len(region.members)} calls from {first}")
@@ -142,9 +145,9 @@ def _cut(region: PlannedRegion, symbols: SymbolTable) -> str:
     return f"N={units} n={rule}"
 
 
-def _obstacles(plan: Plan) -> str:
+def _obstacles(plan: Plan, symbols: SymbolTable) -> str:
     shown = []
     for held in plan.held[:4]:
         shape = [hint(n) for n in tensors_of(held.node.meta["val"])[0].shape]
-        shown.append(f"{held.node.target} {shape} {mib(held.nbytes)} ({held.reason})")
+        shown.append(f"{held.node.target} {shape} {mib(held.nbytes)} ({symbols.named(held.reason)})")
     return "live there in full: " + "; ".join(shown)
