@@ -31,8 +31,8 @@ _MAX_TRIALS = 6  # candidates whose exact profile is computed; the estimate is s
 class PlannedRegion:
     """Members in order, the tag of each, N units and n slices: n of the N at capture where N is known at the call only.
 
-    Such a region keeps either n or, with `fixed_length` and for slices of one unit, the length of a slice: what has size 1 at capture
-    broadcasts, so one body serves slices of one unit at capture or of several, not both.
+    Such a region keeps n, or the length of a slice: with `fixed_length`, and where a slice is one unit at capture. There a symbolic
+    length would be 1 at its hint, and types inferred from it would broadcast.
     """
 
     units: Size
