@@ -11,7 +11,7 @@
     argument  = [NAME "="] literal          literal = VALUE | WEIGHT | number | string | list | keyword | dtype | device(..) ...
     return    = "return" [literal {"," literal}] ["state" NAME "=" literal {"," NAME "=" literal}]
     tensor    = DTYPE "[" [size {"," size}] "]" ["strides" "[" size {"," size} "]"] ["on" device]
-    size      = expression over symbol names with + - * // %
+    size      = expression over symbol names with + - * // % Min(size, size) Max(size, size)
     comment   = "#" ["[" INT {"," INT} "]"] [FILE ":" LINE] [MODULE]      (provenance; any other comment is ignored)
 
 Types after calls may be left out; where given they must be what the operation computes.
@@ -19,7 +19,7 @@ Types after calls may be left out; where given they must be what the operation c
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -58,6 +58,7 @@ _TOKEN = re.compile(
 _PROVENANCE = re.compile(r"#\s?(?:\[(\d+(?:,\d+)*)\](?: |$))?(?:(.*?):(\d+)(?: |$))?(.*)$")
 _KINDS = ("parameter", "buffer", "constant", "state")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
+_CHOICES: dict[str, Callable[[Any, Any], Any]] = {"Min": torch.sym_min, "Max": torch.sym_max}
 _LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
 _FORMATS = {
     str(x).removeprefix("torch."): x for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
@@ -338,10 +339,20 @@ class _Parser:
             return value
         if token.kind == "name":
             self.advance()
+            if token.text in _CHOICES and self.accept("("):
+                return self._choice(_CHOICES[token.text])
             if token.text not in self.symbols:
                 self.fail(f"unknown symbol {token.text}", token)
             return self.symbols.size(token.text)
         return self.integer()
+
+    def _choice(self, choose: Callable[[Any, Any], Any]) -> Any:
+        """The rest of Min(a, b, ..) or Max(a, b, ..)."""
+        value = self.expression()
+        while self.accept(","):
+            value = choose(value, self.expression())
+        self.expect(")")
+        return value
 
     def _type(self) -> Any:
         """The fake value of an input's type."""

@@ -13,8 +13,9 @@ from torch import fx
 from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .symbols import hint
+from .symbols import ceil_div, hint
 
 
 class Region:
@@ -45,8 +46,17 @@ class Region:
 
 
 def slice_bounds(units: int, count: int) -> list[tuple[int, int]]:
-    """The unit ranges of `count` slices of an axis of `units` units: [k*units//count, (k+1)*units//count)."""
+    """The unit ranges of `count` slices of an axis of `units` units: [k*units//count, (k+1)*units//count).
+
+    An axis without units has one empty slice.
+    """
+    count = max(1, count)
     return [(k * units // count, (k + 1) * units // count) for k in range(count)]
+
+
+def slice_count(count: Any, units: Any) -> Any:
+    """The number of slices: `count`, or N where that is less."""
+    return count if statically_known_true(count <= units) else torch.sym_min(count, units)
 
 
 def units_of(in_dims: Sequence[int], operands: Sequence[torch.Tensor], units: int | None) -> int:
@@ -76,8 +86,9 @@ for _key in (DispatchKey.Autograd, DispatchKey.AutogradCPU, DispatchKey.Autograd
     sliced.fallthrough(_key)
 
 
-def _narrow(operand: torch.Tensor, dim: int, begin: Any, end: Any, units: Any) -> torch.Tensor:
-    if dim < 0:
+def narrow(operand: Any, dim: int, begin: Any, end: Any, units: Any) -> Any:
+    """Units [begin, end) of an operand that is sliced along `dim`; all of it for dim -1."""
+    if dim < 0 or (isinstance(units, int) and units == 0):
         return operand
     per_unit = operand.size(dim) // units
     return operand.narrow(dim, begin * per_unit, (end - begin) * per_unit)
@@ -96,10 +107,15 @@ def whole_size(part: torch.Tensor, dim: int, length: Any, units: Any, count: Any
 
 def empty_whole(part: torch.Tensor, size: list[Any], order: Sequence[int] | None = None) -> torch.Tensor:
     """A dense tensor of `size` whose dims lie in memory in `order`, outermost first, or as those of `part` do."""
+    return part.new_empty_strided(size, dense_stride(size, memory_order(part) if order is None else order))
+
+
+def dense_stride(size: Sequence[Any], order: Sequence[int]) -> list[Any]:
+    """The strides of a dense tensor whose dims lie in memory in `order`, outermost first."""
     stride, step = [0] * len(size), 1
-    for dim in reversed(memory_order(part) if order is None else order):
+    for dim in reversed(order):
         stride[dim], step = step, step * size[dim]
-    return part.new_empty_strided(size, stride)
+    return stride
 
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
@@ -113,7 +129,7 @@ def sliced_reference(body, in_dims, out_dims, count, *operands, units=None, orde
     total = units_of(in_dims, operands, units)
     parts = []
     for begin, end in slice_bounds(total, min(count, total)):
-        parts.append(body(*[_narrow(x, d, begin, end, total) for x, d in zip(operands, in_dims, strict=True)]))
+        parts.append(body(*[narrow(x, d, begin, end, total) for x, d in zip(operands, in_dims, strict=True)]))
     outputs = []
     for j, dim in enumerate(out_dims):
         joined = torch.cat([part[j] for part in parts], dim)
@@ -126,10 +142,10 @@ def sliced_reference(body, in_dims, out_dims, count, *operands, units=None, orde
 def _sliced_metadata(mode, body, in_dims, out_dims, count, *operands, units=None, orders=None):
     with mode:
         total = units_of(in_dims, operands, units)
-        n = min(count, total) if isinstance(total, int) and isinstance(count, int) else count
-        length = -(-total // n)
-        parts = body(*[_narrow(x, d, 0, length, total) for x, d in zip(operands, in_dims, strict=True)])
+        # A count above N leaves slices of one unit, as N does.
+        length = 1 if statically_known_true(count == total) else ceil_div(total, count)
+        parts = body(*[narrow(x, d, 0, length, total) for x, d in zip(operands, in_dims, strict=True)])
         return [
-            empty_whole(part, whole_size(part, dim, length, total, n), orders[j] if orders else None)
+            empty_whole(part, whole_size(part, dim, length, total, slice_count(count, total)), orders[j] if orders else None)
             for j, (part, dim) in enumerate(zip(parts, out_dims, strict=True))
         ]

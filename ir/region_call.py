@@ -11,7 +11,10 @@ from .region import Region
 
 @dataclass(frozen=True)
 class RegionCall:
-    """`body` runs over `count` slices of `operands`; `in_dims` and `out_dims` say along which dims. `outputs` are types."""
+    """`body` runs over `count` slices of `operands`; `in_dims` and `out_dims` say along which dims. `outputs` are types.
+
+    `count` and `units` are numbers, or nodes that compute them; `units` None is the common size of the sliced dims.
+    """
 
     body: Region
     in_dims: list[int]

@@ -4,16 +4,18 @@ torch names a symbol after a hash of its source; users see the names they gave (
 appearance, so equal programs print equal bytes.
 """
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unbacked_symbols
-from torch.utils._sympy.functions import FloorDiv, Max, Mod, PythonMod
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges
 
 UNBOUNDED = 2**63 - 1
@@ -74,16 +76,28 @@ class SymbolTable:
             return str(size)
         return _expression_text(_without_clamps(self.env.simplify(size.node.expr)), self._names)
 
+    def named(self, text: str) -> str:
+        """`text` in which sizes stand as torch writes them, with the names that users gave."""
+        names = {str(symbol): name for symbol, name in self._names.items()}
+        return re.sub(r"\bs\d+\b", lambda match: names.get(match[0], match[0]), text)
+
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Within it, calls compute metadata only; questions about sizes are answered by hints and leave no guard."""
-        with self.mode, torch.no_grad(), self.env.suppress_guards(), self.env.ignore_fresh_unbacked_symbols():
+        # Without it some composites run C++ code that takes a symbol for its hint: a padded [n, 16] would be typed [34, 16].
+        python_code = enable_python_dispatcher() if self._symbols else nullcontext()
+        with self.mode, torch.no_grad(), self.env.suppress_guards(), self.env.ignore_fresh_unbacked_symbols(), python_code:
             yield
 
 
 def hint(size: Any) -> int:
     """A size as a number: itself, or the size at capture of a symbolic one (1 where only the data tell)."""
     return size if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 1)
+
+
+def ceil_div(a: Any, n: Any) -> Any:
+    """a / n rounded up, for sizes that are numbers or symbolic."""
+    return (a + n - 1) // n
 
 
 def same_size(a: Any, b: Any) -> bool:
@@ -137,5 +151,6 @@ def _render(expr: sympy.Basic, names: dict[sympy.Symbol, str]) -> tuple[str, int
         return f"{_wrap(expr.args[0], names, atom)} % {_wrap(expr.args[1], names, atom)}", product
     if isinstance(expr, sympy.Pow) and isinstance(expr.exp, sympy.Integer) and 1 < int(expr.exp) <= 8:
         return "*".join([_wrap(expr.base, names, atom)] * int(expr.exp)), product
-    arguments = ", ".join(_render(argument, names)[0] for argument in expr.args)
+    rendered = [_render(argument, names)[0] for argument in expr.args]
+    arguments = ", ".join(sorted(rendered) if isinstance(expr, Min | Max) else rendered)
     return f"{type(expr).__name__}({arguments})", atom

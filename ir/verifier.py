@@ -5,18 +5,19 @@ inference gives), weights (they exist and fit), regions (closed, not nested, sha
 operation, arguments and operand metadata are the very objects checked before is not inferred again.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx
 
 from .calls import draws, is_mutating, name_of
 from .errors import VerifyError
 from .infer import InferenceError, infer, operands_of, same_type, storage_key, tensors_of
+from .links.sizes import same
 from .printer import node_lines
 from .program import Function, Node, Program, Weight, region_of
-from .region import Region, slice_bounds, sliced, units_of
-from .symbols import SymbolTable
+from .region import Region, narrow, slice_bounds, slice_count, sliced, units_of
+from .symbols import SymbolTable, hint
 from .types import type_text
 
 
@@ -120,7 +121,8 @@ def _verify_region(node: Node, body: Region, symbols: SymbolTable) -> None:
     if not any(dim >= 0 for dim in in_dims):
         raise _Broken("gw.sliced slices no operand", node)
     values = [operand.meta["val"] for operand in operands]
-    units = units_of(in_dims, values, node.kwargs.get("units"))
+    units = units_of(in_dims, values, _known(node.kwargs.get("units")))
+    count = _known(count)
     for value, dim in zip(values, in_dims, strict=True):
         size = value.size(dim) if dim >= 0 else 0
         if isinstance(size, int) and isinstance(units, int) and size % units:
@@ -132,8 +134,15 @@ def _verify_region(node: Node, body: Region, symbols: SymbolTable) -> None:
     for j, output in enumerate(body.outputs):
         if output not in reached:
             raise _Broken(f"output {j} of gw.sliced does not depend on the slice: compute it outside", node)
-    if isinstance(units, int) and isinstance(count, int) and units % count:
-        _verify_short_slice(node, body, in_dims, out_dims, units, count, values)
+    if not isinstance(units, int) or not isinstance(count, int):
+        _verify_lengths(node, body, (1, 2), units, count, symbols)
+    elif units % count:
+        _verify_lengths(node, body, {end - begin for begin, end in slice_bounds(units, count)}, units, count, symbols)
+
+
+def _known(size: Any) -> Any:
+    """The value of a size that may be computed by a node."""
+    return size.meta["val"] if isinstance(size, fx.Node) else size
 
 
 def _reachable(body: Region, in_dims: list[int]) -> set[Node]:
@@ -144,25 +153,23 @@ def _reachable(body: Region, in_dims: list[int]) -> set[Node]:
     return reached
 
 
-def _verify_short_slice(
-    node: Node, body: Region, in_dims: list[int], out_dims: list[int], units: int, count: int, values: list[torch.Tensor]
-) -> None:
-    """The body was typed for slices of ceil(N/n) units; it must hold for those of floor(N/n) too."""
-    lengths = {end - begin for begin, end in slice_bounds(units, count)}
+def _verify_lengths(node: Node, body: Region, lengths: Iterable[int], units: Any, count: Any, symbols: SymbolTable) -> None:
+    """The body was typed for slices of one length; it must hold for those of other `lengths` too."""
+    _, in_dims, out_dims, _, *operands = node.args
     for length in lengths:
+        if length > hint(units):
+            continue
         try:
-            with values[0].fake_mode, torch.no_grad():  # type: ignore[attr-defined]
-                narrowed = [
-                    value if dim < 0 else value.narrow(dim, 0, length * (value.size(dim) // units))
-                    for value, dim in zip(values, in_dims, strict=True)
-                ]
-                parts = body(*narrowed)
+            with symbols.inference():
+                values = [narrow(operand.meta["val"], dim, 0, length, units) for operand, dim in zip(operands, in_dims, strict=True)]
+                parts = body(*values)
         except Exception as error:
             raise _Broken(f"the body of gw.sliced fails on a slice of {length} units: {str(error).splitlines()[0]}", node) from error
         for j, (part, dim) in enumerate(zip(parts, out_dims, strict=True)):
             whole = node.meta["val"][j].size(dim)
-            expected = 1 if part.size(dim) == 1 and whole == count else whole // units * length
-            if part.size(dim) != expected:
+            is_partial = same(part.size(dim), 1) and same(whole, slice_count(count, units))
+            expected = 1 if is_partial else whole // units * length
+            if not same(part.size(dim), expected):
                 raise _Broken(f"output {j} of gw.sliced has {part.size(dim)} rows for a slice of {length} units, not {expected}", node)
 
 

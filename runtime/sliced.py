@@ -14,8 +14,9 @@ from torch import fx
 
 from ..ir import Node, Region
 from ..ir.infer import operands_of, same_strides, storage_key
+from ..ir.links.sizes import quotient
 from ..ir.liveness import profile_graph
-from ..ir.region import empty_whole, slice_bounds, units_of
+from ..ir.region import dense_stride, empty_whole, memory_order, narrow, slice_bounds, units_of
 from ..ir.region_call import RegionCall
 from .flat import FlatGraph
 from .out_variant import is_pointwise, out_variant
@@ -26,38 +27,74 @@ Compile = Callable[[fx.Graph, Types], Body]
 
 
 @dataclass(frozen=True)
+class _OperandSize:
+    """A size that operand `operand` has along `dim`, `factor` times."""
+
+    operand: int
+    dim: int
+    factor: int
+
+    def of(self, operands: Sequence[torch.Tensor]) -> int:
+        return operands[self.operand].size(self.dim) * self.factor
+
+
+@dataclass(frozen=True)
 class _Output:
-    """How an output's slices lie in it. `is_partial`: each slice gives one row (statistics), so there are `count` rows."""
+    """How an output's slices lie in it. `is_partial`: each slice gives one row (statistics), so there are `count` rows.
+
+    `size` holds numbers and sizes that an operand tells; None where no operand does. Dims lie in memory in `order`, outermost first.
+    """
 
     dim: int
     is_partial: bool
-    size: tuple[Any, ...]
-    stride: tuple[Any, ...]
+    size: "tuple[int | _OperandSize, ...] | None"
+    order: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     donor: int | None
 
     @staticmethod
-    def of(whole: torch.Tensor, part: torch.Tensor, dim: int, donor: int | None) -> "_Output":
+    def of(whole: torch.Tensor, part: torch.Tensor, dim: int, donor: int | None, operands: Sequence[Any]) -> "_Output":
         rows = part.size(dim)
         is_partial = isinstance(rows, int) and rows == 1
-        return _Output(dim, is_partial, tuple(whole.shape), whole.stride(), whole.dtype, whole.device, donor)
+        # A partial's rows are counted when it runs.
+        known = [1 if is_partial and d == dim else _told_by(operands, size) for d, size in enumerate(whole.shape)]
+        size = tuple(n for n in known if n is not None)
+        order = tuple(memory_order(whole))
+        return _Output(dim, is_partial, size if len(size) == len(known) else None, order, whole.dtype, whole.device, donor)
 
-    @property
-    def is_static(self) -> bool:
-        return all(isinstance(n, int) for n in (*self.size, *self.stride))
-
-    def allocate(self) -> torch.Tensor:
-        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+    def allocate(self, operands: Sequence[torch.Tensor], count: int) -> torch.Tensor | None:
+        """The whole output; None where only a slice's part tells its size."""
+        if self.size is None:
+            return None
+        size = [n if isinstance(n, int) else n.of(operands) for n in self.size]
+        if self.is_partial:
+            size[self.dim] = count
+        return torch.empty_strided(size, dense_stride(size, self.order), dtype=self.dtype, device=self.device)
 
     def allocate_for(self, part: torch.Tensor, cut: "_Cut") -> torch.Tensor:
         """The whole output, known from the first slice's part."""
         size = list(part.shape)
-        size[self.dim] = cut.count if self.is_partial else cut.units * (size[self.dim] // cut.length)
-        return empty_whole(part, size)
+        if self.is_partial:
+            size[self.dim] = cut.count
+        elif cut.length:
+            size[self.dim] = cut.units * (size[self.dim] // cut.length)
+        return empty_whole(part, size, self.order)
 
     def destination(self, whole: torch.Tensor, cut: "_Cut") -> torch.Tensor:
         return whole.narrow(self.dim, cut.index, 1) if self.is_partial else cut.narrow(whole, self.dim)
+
+
+def _told_by(operands: Sequence[Any], size: Any) -> "int | _OperandSize | None":
+    """`size` as a number, or by an operand that has it or a whole part of it along some dim."""
+    if isinstance(size, int):
+        return size
+    for n, operand in enumerate(operands):
+        for dim, own in enumerate(operand.shape) if isinstance(operand, torch.Tensor) else ():
+            factor = quotient(size, own) if isinstance(own, torch.SymInt) else None
+            if isinstance(factor, int):
+                return _OperandSize(n, dim, factor)
+    return None
 
 
 @dataclass(frozen=True)
@@ -71,10 +108,7 @@ class _Cut:
     units: int
 
     def narrow(self, operand: torch.Tensor, dim: int) -> torch.Tensor:
-        if dim < 0:
-            return operand
-        per_unit = operand.size(dim) // self.units
-        return operand.narrow(dim, self.begin * per_unit, self.length * per_unit)
+        return narrow(operand, dim, self.begin, self.begin + self.length, self.units)
 
 
 class SlicedRun:
@@ -85,7 +119,7 @@ class SlicedRun:
         self.donors = donors
         self.in_dims = call.in_dims
         self._outputs = [
-            _Output.of(whole, part.meta["val"], dim, donors.get(j))
+            _Output.of(whole, part.meta["val"], dim, donors.get(j), [operand.meta["val"] for operand in call.operands])
             for j, (whole, part, dim) in enumerate(zip(call.outputs, call.body.outputs, call.out_dims, strict=True))
         ]
         self._compiled = self._bodies(call, donors, compile) if compile is not None else {}
@@ -95,9 +129,9 @@ class SlicedRun:
     def __call__(self, count: int, units: int | None, *operands: torch.Tensor) -> list[torch.Tensor]:
         total = units_of(self.in_dims, operands, units)
         count = min(count, total)
-        wholes: list[Any] = [
-            self._donated(o, operands) if o.donor is not None else o.allocate() if o.is_static else None for o in self._outputs
-        ]
+        wholes: list[Any] = [self._donated(o, operands) if o.donor is not None else o.allocate(operands, count) for o in self._outputs]
+        if all(whole is not None and whole.numel() == 0 for whole in wholes):
+            return wholes  # a `reshape` to -1 cannot tell the length of a slice without elements
         read = self._with_outputs_for_donors(operands, wholes) if self._compiled else operands
         for index, (begin, end) in enumerate(slice_bounds(total, count)):
             cut = _Cut(index, count, begin, end - begin, total)

@@ -71,6 +71,17 @@ def test_unnamed_dims_are_numbered() -> None:
     assert [s.name for s in program.symbols] == ["s0", "s1"]
 
 
+def test_a_padded_dynamic_dim_stays_dynamic() -> None:
+    """torch pads fake tensors in C++ code that takes a symbol for its value at capture."""
+
+    class Pad(nn.Module):
+        def forward(self, x):
+            return nn.functional.pad(x, (0, 0, 1, 1))
+
+    program = capture(Pad(), torch.ones(5, 4), dynamic_shapes={"x": {0: Dim("rows", max=32)}})
+    assert ": f32[rows + 2, 4]" in str(program)
+
+
 def test_dims_inside_a_list_get_their_names() -> None:
     class Sum(nn.Module):
         def forward(self, xs):

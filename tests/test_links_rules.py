@@ -433,6 +433,25 @@ def test_symbolic_sizes_pass_where_proved_and_refuse_where_not(symbolic):
     assert len(symbolic.env.guards) == guards
 
 
+def test_a_symbolic_axis_is_retried_in_the_blocks_that_a_view_makes(symbolic):
+    a = symbolic("s", 4, 8)
+    s = symbolic.symbols["s"]
+    merged = symbolic.call(aten.view.default, a, [-1, 8])
+    refused = backward(merged, Tag(0), 4 * s)
+    assert refused.reason == "unit" and refused.retry_units.node.expr == s.node.expr
+    assert backward(merged, Tag(0, 4), s) == {OperandSlot(0, None, a): Tag(0)}
+
+
+def test_a_slice_up_to_the_size_of_its_operand_is_an_alias(symbolic):
+    a, other = symbolic("s", 8), symbolic("r", 8)
+    s = symbolic.symbols["s"]
+    own, foreign = symbolic.call(aten.sym_size.int, a, 0), symbolic.call(aten.sym_size.int, other, 0)
+    assert forward(symbolic.call(aten.slice.Tensor, a, 0, 0, own), a, Tag(0), s) == Tag(0)
+    cut = own.graph.call_function(aten.slice.Tensor, (a, 0, 0, foreign))
+    cut.meta["val"] = other.meta["val"]
+    assert reason(forward(cut, a, Tag(0), s)) == "position"
+
+
 def test_symbolic_attention_over_queries(symbolic):
     q, k, v, mask = symbolic(2, 4, "l", 8), symbolic(2, 4, "s", 8), symbolic(2, 4, "s", 8), symbolic(2, 1, "l", "s")
     node = symbolic.call(aten.scaled_dot_product_attention.default, q, k, v, mask)

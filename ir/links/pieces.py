@@ -1,5 +1,7 @@
 """R19-R23: ops that join, cut, repeat or pad along one dim. The other dims move alone; along that dim rows have positions."""
 
+from torch import fx
+
 from .call import Call, Key
 from .sizes import same
 from .table import Move, Moves, Refusal, Tag, row
@@ -86,7 +88,9 @@ def _full_range(call: Call, dim: int) -> bool:
     start, end, step, size = call["start"], call["end"], call["step"], call.shape("self")[dim]
     if start not in (None, 0) or step != 1:
         return False
-    if end is None or end == OPEN_END:
+    if isinstance(end, fx.Node):
+        end = end.meta["val"]
+    if end is None or same(end, OPEN_END) or same(end, size):
         return True
     return type(end) is int and type(size) is int and end >= size
 

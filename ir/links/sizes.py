@@ -41,10 +41,18 @@ def quotient(a: Size, n: Size) -> Size | None:
 
 
 def common(a: Size, n: Size) -> Size | None:
-    """The largest proved N' > 1 that divides both (with symbols: `a` itself if it divides n), else None: the units to retry with."""
+    """The largest proved N' > 1 that divides both, else None: the units to retry with.
+
+    With symbols `a` itself if it divides n, which may turn out to be 1: an axis of one unit is cut into one slice.
+    """
     if type(a) is int and type(n) is int:
         return gcd(a, n) if gcd(a, n) > 1 else None
-    return a if differ(a, 1) and quotient(n, a) is not None else None
+    return a if not same(a, 1) and quotient(n, a) is not None else None
+
+
+def identity(a: Size) -> object:
+    """Hashable, and equal for sizes that are written alike (a SymInt has no hash of its own)."""
+    return a if type(a) is int else a.node.expr
 
 
 def product(sizes) -> Size:

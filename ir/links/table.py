@@ -248,7 +248,7 @@ def backward(node: fx.Node, tag: Tag, units: Size, output: int = 0) -> dict[Oper
         return entry
     call = Call(node)
     size = call.out_shape(output)[tag.dim]
-    assert type(size) is not int or tag.unit == 0 or not differ(size, units * tag.unit), (
+    assert type(size) is not int or tag.is_partial or not differ(size, units * tag.unit), (
         f"{tag} of {units} units on {size} indices: {call.op}"
     )
     tags = entry.backward(call, output, tag, units)

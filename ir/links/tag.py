@@ -26,6 +26,11 @@ class Tag:
     dim: int
     unit: int | torch.SymInt = 1
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether each slice leaves one index, whatever its length."""
+        return type(self.unit) is int and self.unit == 0
+
     # The generated __eq__ would compare SymInts with bool(), which adds a guard to the program's shapes.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tag) and self.dim == other.dim and same(self.unit, other.unit)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
-from ...ir.symbols import hint
+from ...ir.links.sizes import Size, identity
+from ...ir.symbols import ceil_div, hint
 from .scene import END, Scene, value_bytes
 
 WINDOW = 400
@@ -23,7 +24,7 @@ WINDOW = 400
 class Axis:
     """An axis of `units` units and the tag of each value known to carry it."""
 
-    units: int
+    units: Size
     tags: Mapping[Node, Tag]
 
     def __hash__(self) -> int:
@@ -45,7 +46,7 @@ class Candidate:
     `base` bytes live around it, `escaping` bytes of outputs (donated ones left out), `transient` bytes inside at one slice.
     """
 
-    units: int
+    units: Size
     members: tuple[Node, ...]
     tags: dict[Node, tuple[Tag | None, ...]]
     first: int
@@ -57,14 +58,13 @@ class Candidate:
 
     def peak(self, count: int) -> int:
         """Bytes live while the region runs in `count` slices."""
-        longest = -(-self.units // count)
-        return self.base + self.escaping + -(-self.transient * longest // self.units)
+        units = hint(self.units)
+        return self.base + self.escaping + ceil_div(self.transient * ceil_div(units, count), units)
 
 
-def trace(scene: Scene, node: Node, dim: int, units: int, window: int = WINDOW) -> tuple[Axis, list[Stop]]:
-    """The axis that `node` carries along `dim`, followed back to every ancestor within the window."""
-    size = hint(tensors_of(node.meta["val"])[0].size(dim))
-    tags: dict[Node, Tag] = {node: Tag(dim, size // units)}
+def trace(scene: Scene, node: Node, tag: Tag, units: Size, window: int = WINDOW) -> tuple[Axis, list[Stop]]:
+    """The axis that `node` carries by `tag`, followed back to every ancestor within the window."""
+    tags: dict[Node, Tag] = {node: tag}
     clashing: set[Node] = set()
     stops: list[Stop] = []
     lowest = scene.at(node) - window
@@ -78,14 +78,14 @@ def trace(scene: Scene, node: Node, dim: int, units: int, window: int = WINDOW) 
             stops.append(Stop(current, wanted))
             continue
         index = current.args[1] if _is_getitem(current) else 0
-        for slot, tag in wanted.items():
+        for slot, want in wanted.items():
             operand = slot.node
-            if tag is None or tag.unit == 0 or operand in clashing:
+            if want is None or want.is_partial or operand in clashing:
                 continue
             if operand not in tags:
-                tags[operand] = tag
+                tags[operand] = want
                 stack.append((operand, index if isinstance(index, int) else 0))
-            elif tags[operand] != tag:
+            elif tags[operand] != want:
                 clashing.add(operand)
     return Axis(units, {value: tag for value, tag in tags.items() if value not in clashing}), stops
 
@@ -196,7 +196,7 @@ def _tags_for(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozen
             return Refusal("mixed", "an output does not carry the axis", operand)
         if any(t is not None and scene.kind(node, t) not in kinds for t in tags):
             return Refusal("kind-off", "this kind of link is switched off", operand)
-        problem = _disagreement(scene, axis, state, node, tags)
+        problem = _disagreement(scene, axis, state, node, tags) or scene.unknown_size(node, tags, axis.units)
         return problem if problem is not None else tags
     return refusal
 
@@ -302,7 +302,7 @@ def layout_of(node: Node, tag: Tag | None) -> tuple:
     """What must agree for one tensor to take another's storage slice by slice."""
     value = tensors_of(node.meta["val"])[0]
     assert tag is not None
-    return (tag.dim, tag.unit, value.dtype, tuple(map(hint, value.shape)), tuple(map(hint, value.stride())))
+    return (tag.dim, identity(tag.unit), value.dtype, tuple(map(hint, value.shape)), tuple(map(hint, value.stride())))
 
 
 __all__ = ["END", "Axis", "Candidate", "Stop", "layout_of", "sweep", "trace"]

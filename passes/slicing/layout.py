@@ -11,28 +11,49 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
-from ...ir.symbols import hint
+from ...ir.links.sizes import Size
+from ...ir.symbols import ceil_div, hint
 from .candidate import layout_of
 from .scene import END, Scene, value_bytes
 
 
 @dataclass(eq=False)
 class PlannedRegion:
-    """Members in order, the tag of each, N units and n slices."""
+    """Members in order, the tag of each, N units and n slices: n of the N at capture where N is known at the call only.
 
-    units: int
+    Such a region keeps n, or the length of a slice: with `fixed_length`, and where a slice is one unit at capture. There a symbolic
+    length would be 1 at its hint, and types inferred from it would broadcast.
+    """
+
+    units: Size
     count: int
     members: tuple[Node, ...]
     tags: dict[Node, tuple[Tag | None, ...]]
+    fixed_length: bool = False
 
     @property
     def longest(self) -> int:
-        """Units in the longest slice."""
-        return -(-self.units // self.count)
+        """Units in the longest slice, at capture."""
+        return ceil_div(hint(self.units), self.count)
+
+    @property
+    def length(self) -> int | None:
+        """The most units of a slice whatever N is; None where n is fixed instead."""
+        if isinstance(self.units, int) or not (self.fixed_length or self.longest == 1):
+            return None
+        return self.longest
+
+    @property
+    def nominal_length(self) -> Size:
+        """The slice length for which the body is typed, an upper bound of all."""
+        if isinstance(self.units, int):
+            return self.longest
+        return ceil_div(self.units, self.count) if self.length is None else torch.sym_min(self.units, self.length)
 
 
 Item = Node | PlannedRegion
@@ -295,7 +316,8 @@ class Layouts:
 
     def transient(self, region: PlannedRegion, count: int) -> int:
         """The peak inside the body for the longest of `count` slices."""
-        longest = -(-region.units // count)
+        units = hint(region.units)
+        longest = ceil_div(units, count)
         position = {member: i for i, member in enumerate(region.members)}
         size: dict[int, int] = {}
         born: dict[int, int] = {}
@@ -319,11 +341,11 @@ class Layouts:
                 dies[key] = max(dies[key], last)
         delta = np.zeros(len(position) + 2, dtype=np.int64)
         for key in born:
-            nbytes = -(-size[key] * longest // region.units)
+            nbytes = ceil_div(size[key] * longest, units)
             delta[born[key]] += nbytes
             delta[dies[key] + 1] -= nbytes
         scratch = [self.scene.workspace_of[m] for m in region.members]
-        work = np.array([w.moving * longest // region.units + w.fixed for w in scratch], dtype=np.int64)
+        work = np.array([w.moving * longest // units + w.fixed for w in scratch], dtype=np.int64)
         return int((np.cumsum(delta)[: len(position)] + work).max(initial=0))
 
 

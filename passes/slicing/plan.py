@@ -6,7 +6,7 @@ floor, and the budget rises to it: slicing elsewhere below a floor would only co
 """
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,12 +14,15 @@ import numpy as np
 from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
+from ...ir.links.sizes import Size, identity, quotient
+from ...ir.symbols import hint
 from .candidate import Axis, Candidate, Stop, sweep, trace
 from .layout import Layout, Layouts, PlannedRegion, escaping_members
 from .scene import Scene, value_bytes
 
 _LEAST_GAIN = 0.01  # of the peak: below this a region or a further slice is not worth its time
 _MAX_CUTS = 10
+_FEW_UNITS = 8  # at capture: a batch or a few frames may go one by one, however many there are at a call
 _MAX_TRIALS = 6  # candidates whose exact profile is computed; the estimate is seldom far off
 
 
@@ -50,10 +53,25 @@ class Plan:
 
 
 class Planner:
-    """Makes one plan for one function."""
+    """Makes one plan for one function.
 
-    def __init__(self, scene: Scene, budget: int, max_slices: int, kinds: frozenset[str], explicit: Sequence[tuple[Node, int]] = ()):
+    `fixed_length`: over an axis known at the call only, keep the length of a slice, not their number. `refused` says of a region
+    why it cannot be written, None if it can.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        budget: int,
+        max_slices: int,
+        kinds: frozenset[str],
+        explicit: Sequence[tuple[Node, int]] = (),
+        fixed_length: bool = False,
+        refused: Callable[[PlannedRegion], Stop | None] = lambda region: None,
+    ):
         self.scene = scene
+        self.fixed_length = fixed_length
+        self.refused = refused
         self.max_slices = max_slices
         self.kinds = kinds
         self.explicit = explicit
@@ -64,7 +82,7 @@ class Planner:
         self.unsliced = int(self._settled().live.max(initial=0))
         self.budget = budget
         self.target = budget
-        self._traced: dict[tuple[Node, int, int], Axis] = {}
+        self._traced: dict[tuple[Node, int, object], Axis] = {}
 
     def plan(self) -> Plan:
         layout = self._settled()
@@ -125,26 +143,29 @@ class Planner:
 
     def _slice_finer(self, layout: Layout, spot: int, region: PlannedRegion) -> bool:
         inside = int(layout.live[spot] - layout.full[spot])
-        whole = inside * region.units // region.longest
+        whole = inside * hint(region.units) // region.longest
         count = self._count_for(region.units, int(layout.full[spot]), whole, int(layout.live[spot]))
         if count is None or count <= region.count:
             return False
         region.count = count
         return True
 
-    def _count_for(self, units: int, full: int, transient: int, now: int) -> int | None:
+    def _count_for(self, axis_units: Size, full: int, transient: int, now: int) -> int | None:
         """The least good number of slices that meets the target, else the one beyond which little is gained; None if none helps."""
+        units = hint(axis_units)
         most = min(units, self.max_slices)
+        if not isinstance(axis_units, int) and not self.fixed_length and units > _FEW_UNITS:
+            most = min(most, units // 2)  # a fixed n needs slices of two units and more at capture
         room = self.target - full
         if room > 0:
             longest = room * units // transient if transient else units
             if longest >= 1:
                 least = -(-units // longest)
                 if least <= most:
-                    return max(2, _divisor(units, least, most)) if units > 1 else None
+                    return max(2, _divisor(axis_units, least, most)) if units > 1 else None
         worthwhile = max(1, int(_LEAST_GAIN * now))
         count = min(most, max(2, -(-transient // worthwhile)))
-        count = _divisor(units, count, most)
+        count = _divisor(axis_units, count, most)
         gain = now - (full + -(-transient * -(-units // count) // units))
         return count if gain >= worthwhile and count >= 2 else None
 
@@ -190,8 +211,9 @@ class Planner:
                 continue
             ranked.append((self._rank(layout, candidate, count, peak), len(ranked), candidate, count))
         trials: dict[tuple, tuple[Candidate, int]] = {}
-        for _, _, candidate, count in sorted(ranked):
-            trials.setdefault((candidate.members[0], candidate.members[-1], len(candidate.members), candidate.units), (candidate, count))
+        for _, _, candidate, count in sorted(ranked, key=lambda trial: trial[:2]):
+            key = candidate.members[0], candidate.members[-1], len(candidate.members), identity(candidate.units)
+            trials.setdefault(key, (candidate, count))
         for candidate, count in list(trials.values())[:_MAX_TRIALS]:
             window = self._accept(layout, candidate, count)
             if window is not None:
@@ -216,9 +238,9 @@ class Planner:
     def _candidates(self, layout: Layout, spot: int, node: Node) -> Iterable[Candidate]:
         position = self.scene.position[node]
         cuts = self._cuts(layout, spot, position)
-        seen: set[tuple[int, frozenset]] = set()
+        seen: set[tuple[object, frozenset]] = set()
         for axis in self._axes_at(self.scene, node):
-            fingerprint = (axis.units, frozenset((value, tag.dim) for value, tag in axis.tags.items()))
+            fingerprint = (identity(axis.units), frozenset((value, tag.dim) for value, tag in axis.tags.items()))
             if fingerprint in seen:
                 continue
             seen.add(fingerprint)
@@ -243,24 +265,23 @@ class Planner:
             choices = [(v, d) for v in values[:6] for d in range(v.meta["val"].dim())]
         for value, dim in choices:
             size = value.meta["val"].size(dim)
-            if not isinstance(size, int) or size < 2:
-                continue
             yield from self._axes(scene, value, dim, size)
 
-    def _axes(self, scene: Scene, value: Node, dim: int, units: int) -> Iterable[Axis]:
-        tried: set[int] = set()
-        pending = [units]
+    def _axes(self, scene: Scene, value: Node, dim: int, size: Size) -> Iterable[Axis]:
+        tried: set[object] = set()
+        pending = [size]
         while pending and len(tried) < 3:
             units = pending.pop()
-            if units in tried or units < 2:
+            unit = quotient(size, units)
+            if identity(units) in tried or hint(units) < 2 or unit is None or not scene.sizes.knows(units):
                 continue
-            tried.add(units)
-            key = (value, dim, units)
+            tried.add(identity(units))
+            key = (value, dim, identity(units))
             if key not in self._traced:
-                axis, stops = trace(scene, value, dim, units)
+                axis, stops = trace(scene, value, Tag(dim, unit), units)
                 self._traced[key] = axis
-                retry = {s.refusal.retry_units for s in stops if s.refusal.reason == "unit"}
-                pending += [n for n in sorted(retry - {None}, key=str) if isinstance(n, int)]
+                retry = {identity(n): n for s in stops if s.refusal.reason == "unit" and (n := s.refusal.retry_units) is not None}
+                pending += sorted(retry.values(), key=str)
             yield self._traced[key]
 
     def _cuts(self, layout: Layout, spot: int, position: int) -> list[tuple[int, int]]:
@@ -297,10 +318,14 @@ class Planner:
         around = {*layout.flat[candidate.first : candidate.last + 1], *(m for r in swallowed for m in r.members)}
         before_regions = self.regions
         before = layout.live_at(around).max()
-        region = PlannedRegion(candidate.units, count, candidate.members, candidate.tags)
+        region = PlannedRegion(candidate.units, count, candidate.members, candidate.tags, self.fixed_length)
         self._set_regions([*(r for r in before_regions if r not in swallowed), region])
         fresh = self.layouts.lay(self.regions)
-        if fresh is not None and fresh.live.max() <= layout.live.max() and fresh.live_at(around).max() < before:
+        helps = fresh is not None and fresh.live.max() <= layout.live.max() and fresh.live_at(around).max() < before
+        stop = self.refused(region) if helps else None
+        if stop is not None:
+            self.stops.setdefault(stop.node, stop.refusal)
+        elif helps:
             touched = [layout.at(node) for node in around]
             return min(touched), max(touched)
         self._set_regions(before_regions)
@@ -342,15 +367,17 @@ class Planner:
         for user in users:
             for dim in range(node.meta["val"].dim()):
                 size = node.meta["val"].size(dim)
-                if isinstance(size, int) and size > 1:
+                if hint(size) > 1:
                     tags = self.scene.forward(user, node, Tag(dim), size)
-                    if isinstance(tags, Refusal) and tags.reason in ("barrier", "reduced", "halo", "no-row"):
+                    if isinstance(tags, Refusal) and tags.reason in ("barrier", "reduced", "halo", "no-row", "sym-unproved"):
                         return f"{tags.reason}: {tags.detail} ({where})"
         return f"kept for {last.target} at {where}, {layout.at(last) - at} calls later"
 
 
-def _divisor(units: int, least: int, most: int) -> int:
+def _divisor(units: Size, least: int, most: int) -> int:
     """The next divisor of N within 1.25 x `least`, else `least`: equal slices need one kernel shape, not two."""
+    if not isinstance(units, int):
+        return least
     for count in range(least, min(most, int(1.25 * least) + 1) + 1):
         if units % count == 0:
             return count

@@ -12,6 +12,7 @@ import torch
 
 from ...ir import Node, Program, Rewriter
 from ...ir.pattern import named_arguments
+from ...ir.size_nodes import SizeNodes
 
 aten = torch.ops.aten
 gw = torch.ops.gw
@@ -38,6 +39,8 @@ class Prepared:
     """The spelled-out copy, and how its nodes correspond to those of the original."""
 
     program: Program
+    rewriter: Rewriter  # of the copy
+    sizes: SizeNodes
     original: dict[Node, Node]
     norms: dict[Node, SplitNorm]  # original GroupNorm -> its halves in the copy
     attentions: dict[Node, CausalRows]
@@ -48,14 +51,15 @@ def prepare(program: Program, function: str) -> Prepared:
     copy = program.copy()
     pairs = list(zip(program.functions[function].graph.nodes, copy.functions[function].graph.nodes, strict=True))
     rewriter = Rewriter(copy, pass_name="slice-groups", function=function)
-    prepared = Prepared(copy, {twin: node for node, twin in pairs}, {}, {})
+    sizes = SizeNodes(copy.functions[function])
+    prepared = Prepared(copy, rewriter, sizes, {twin: node for node, twin in pairs}, {}, {})
     for node, twin in pairs:
         if is_group_norm(node):
             with rewriter.step("split-group-norm"):
                 prepared.norms[node] = split_norm(rewriter, twin)
         elif is_causal_attention(node):
             with rewriter.step("attention-rows"):
-                prepared.attentions[node] = attention_rows(rewriter, twin)
+                prepared.attentions[node] = attention_rows(rewriter, sizes, twin)
     return prepared
 
 
@@ -82,12 +86,16 @@ def split_norm(rewriter: Rewriter, node: Node) -> SplitNorm:
     return SplitNorm(stats, apply)
 
 
-def attention_rows(rewriter: Rewriter, node: Node) -> CausalRows:
+def attention_rows(rewriter: Rewriter, sizes: SizeNodes, node: Node) -> CausalRows:
     """attention(q, k, v, is_causal) -> causal_attention(q, k, v, arange(L)): a slice of queries keeps its own positions."""
     a = named_arguments(node)
     query = a["query"]
-    length = query.meta["val"].size(-2)
-    device = query.meta["val"].device
+    value = query.meta["val"]
+    length, device = value.size(-2), value.device
+    if sizes.knows(length):
+        length = sizes.node(rewriter, length, node)
+    else:
+        length = rewriter.insert(aten.sym_size.int, (query, value.dim() - 2), before=node, origin=node)
     rows = rewriter.insert(aten.arange.default, (length,), {"device": device, "pin_memory": False}, before=node, origin=node)
     operands = (query, a["key"], a["value"], rows, a["scale"], a["enable_gqa"])
     attention = rewriter.insert(gw.causal_attention.default, operands, before=node, origin=node)

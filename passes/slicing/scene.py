@@ -3,6 +3,7 @@
 Nothing here changes while a plan is made; regions are laid over it.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 
 from ...ir import Function, Node
 from ...ir.infer import contiguous_stride, storage_key, tensors_of
-from ...ir.links import OperandSlot, Refusal, Tag, backward, forward, kind
+from ...ir.links import OperandSlot, Refusal, Tag, backward, forward, kind, localize
+from ...ir.links.sizes import Size, identity
 from ...ir.liveness import node_workspace, storage_bytes
 from ...ir.program import region_of
 from ...ir.region import memory_order
-from ...ir.symbols import hint
+from ...ir.size_nodes import SizeNodes
+from ...ir.symbols import hint, same_size
 from ...ir.workspace import Workspace, workspace
 
 END = 2**62  # the position of the function's return
@@ -33,9 +36,11 @@ class Scene:
     makes: dict[Node, int]
     workspace_of: dict[Node, Workspace]
     weight_bytes: dict[Node, int]
+    sizes: SizeNodes
     _backward: dict[Any, Any] = field(default_factory=dict)
     _forward: dict[Any, Any] = field(default_factory=dict)
     _kind: dict[Any, str] = field(default_factory=dict)
+    _local: dict[Any, Any] = field(default_factory=dict)
     _dense: dict[Node, bool] = field(default_factory=dict)
 
     @staticmethod
@@ -65,6 +70,7 @@ class Scene:
             makes=makes,
             workspace_of={node: _scratch(node) for node in nodes},
             weight_bytes={n: sum(storage_bytes(o.meta["val"]) for o in n.all_input_nodes if o.op == "get_attr") for n in nodes},
+            sizes=SizeNodes(function),
         )
 
     def at(self, node: Node) -> int:
@@ -73,24 +79,35 @@ class Scene:
             return self.position[node]
         return END if node.op == "output" else -1
 
-    def backward(self, node: Node, tag: Tag, units: int, output: int = 0) -> dict[OperandSlot, Tag | None] | Refusal:
+    def backward(self, node: Node, tag: Tag, units: Size, output: int = 0) -> dict[OperandSlot, Tag | None] | Refusal:
         """`links.backward`, remembered."""
-        key = (node, tag.dim, tag.unit, units, output)
+        key = (node, tag.dim, identity(tag.unit), identity(units), output)
         if key not in self._backward:
             self._backward[key] = backward(node, tag, units, output)
         return self._backward[key]
 
-    def forward(self, node: Node, operand: Node, tag: Tag, units: int) -> tuple[Tag | None, ...] | Refusal:
+    def forward(self, node: Node, operand: Node, tag: Tag, units: Size) -> tuple[Tag | None, ...] | Refusal:
         """`links.forward`, remembered, with one tag for each output."""
-        key = (node, operand, tag.dim, tag.unit, units)
+        key = (node, operand, tag.dim, identity(tag.unit), identity(units))
         if key not in self._forward:
             tags = forward(node, operand, tag, units)
             self._forward[key] = (tags,) if isinstance(tags, Tag) else tags
         return self._forward[key]
 
+    def unknown_size(self, node: Node, tags: Sequence[Tag | None], units: Size) -> Refusal | None:
+        """Why the call of `node` on slices cannot be written: it states a size that the function's inputs do not tell."""
+        output, tag = first_tag(tags)
+        key = (node, tag.dim, identity(tag.unit), identity(units), output)
+        if key not in self._local:
+            local = localize(node, tag, units, output)
+            unknown = [size for size in symbolic_sizes((local.args, local.kwargs)) if not self.sizes.knows(size)]
+            detail = f"{node.target} states the size {unknown[0]}, which no input tells" if unknown else ""
+            self._local[key] = Refusal("sym-unproved", detail, node) if unknown else None
+        return self._local[key]
+
     def kind(self, node: Node, tag: Tag) -> str:
         """`links.kind`, remembered: the kind of link by which `node` carries `tag`."""
-        key = (node, tag.dim, tag.unit)
+        key = (node, tag.dim, identity(tag.unit))
         if key not in self._kind:
             self._kind[key] = kind(node, tag)
         return self._kind[key]
@@ -100,6 +117,22 @@ class Scene:
         if node not in self._dense:
             self._dense[node] = isinstance(node.meta["val"], torch.Tensor) and _fills_storage(node.meta["val"])
         return self._dense[node]
+
+
+def first_tag(tags: Sequence[Tag | None]) -> tuple[int, Tag]:
+    """The first output that carries the axis, and its tag."""
+    return next((output, tag) for output, tag in enumerate(tags) if tag is not None)
+
+
+def symbolic_sizes(arguments: Any) -> Iterator[torch.SymInt]:
+    """The sizes among nested arguments that are neither numbers nor nodes."""
+    if isinstance(arguments, torch.SymInt):
+        yield arguments
+    elif isinstance(arguments, (list, tuple)):
+        for item in arguments:
+            yield from symbolic_sizes(item)
+    elif isinstance(arguments, dict):
+        yield from symbolic_sizes(list(arguments.values()))
 
 
 def _scratch(node: Node) -> Workspace:
@@ -113,5 +146,5 @@ def value_bytes(node: Node) -> int:
 
 def _fills_storage(value: torch.Tensor) -> bool:
     dims = memory_order(value)
-    expected = contiguous_stride([hint(value.size(d)) for d in dims])
-    return all(hint(value.size(d)) == 1 or hint(value.stride(d)) == step for d, step in zip(dims, expected, strict=True))
+    expected = contiguous_stride([value.size(d) for d in dims])
+    return all(same_size(value.size(d), 1) or same_size(value.stride(d), step) for d, step in zip(dims, expected, strict=True))

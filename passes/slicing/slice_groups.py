@@ -10,9 +10,10 @@ operator grouping. Its released code takes GroupNorm statistics per slice; this 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from ...ir import Node, Rewriter
+from ...ir import Node, Rewriter, SymbolTable
 from ...ir.errors import BudgetError, PassError
 from ...ir.infer import tensors_of
 from ...ir.liveness import mib, profile
@@ -20,8 +21,9 @@ from ...ir.symbols import hint
 from ..base import LeftAlone, Outcome, Pass
 from ..contract import Contract
 from ..options import at_least, is_share, is_size, option, share, size_in_bytes
+from .body import unwritable
 from .emit import emit
-from .plan import Plan, Planner
+from .plan import Plan, PlannedRegion, Planner
 from .prepare import prepare
 from .scene import Scene
 
@@ -51,8 +53,9 @@ class SliceGroups(Pass):
 
     `memory_budget`: bytes, text such as "512MiB", or a share of the predicted unsliced peak ("25%", 0.25). A budget that cannot be
     met gives the nearest reachable plan and a line that says what stands in the way; with `insist` it is a BudgetError.
-    `max_slices`: the most slices of one region. `axes`: kinds of links that may be cut ("rows", "query", "features"), or places
-    "INPUT:DIM" where an axis starts.
+    Over a size known at the call only, a share fixes the number of slices and bytes fix their length, as planned for the sizes of
+    capture. `max_slices`: the most slices of one region (at capture, where the length is fixed). `axes`: kinds of links that may
+    be cut ("rows", "query", "features"), or places "INPUT:DIM" where an axis starts.
     """
 
     name = "slice-groups"
@@ -71,15 +74,20 @@ class SliceGroups(Pass):
         prepared = prepare(rewriter.program, rewriter.function.name)
         spelled_out = prepared.program.functions[rewriter.function.name]
         kinds = frozenset(axis for axis in self.axes if axis in KINDS) or frozenset({"rows", "query"})
-        planner = Planner(Scene.of(spelled_out), budget, self.max_slices, kinds, self._places(spelled_out.placeholders))
-        plan = planner.plan()
+        scene = Scene.of(spelled_out)
+        places = self._places(spelled_out.placeholders)
+        refused = partial(unwritable, prepared) if len(rewriter.symbols) else lambda region: None
+        plan = Planner(scene, budget, self.max_slices, kinds, places, not self._is_share, refused).plan()
         emit(rewriter, prepared, plan)
         # The plan is made on a copy that spells norms and masks out; what counts is the program that came of it.
         plan.planned = profile(rewriter.function).peak_bytes
         if self.insist and not plan.met:
             nearest = f"the nearest reachable peak is {mib(plan.planned)}"
-            raise BudgetError(f"the memory budget of {mib(budget)} cannot be met, {nearest}: {_obstacles(plan)}")
-        left = tuple(LeftAlone.at(held.node, f"{mib(held.nbytes)} live in full at the peak: {held.reason}") for held in plan.held)
+            raise BudgetError(f"the memory budget of {mib(budget)} cannot be met, {nearest}: {_obstacles(plan, rewriter.symbols)}")
+        left = tuple(
+            LeftAlone.at(held.node, f"{mib(held.nbytes)} live in full at the peak: {rewriter.symbols.named(held.reason)}")
+            for held in plan.held
+        )
         data = {
             "unsliced": before.peak_bytes,
             "planned": plan.planned,
@@ -87,13 +95,18 @@ class SliceGroups(Pass):
             "budget": budget,
             "regions": len(plan.regions),
         }
-        return Outcome(left=left, lines=tuple(_lines(plan, before.peak_bytes)), data=data)
+        return Outcome(left=left, lines=tuple(_lines(plan, before.peak_bytes, rewriter.symbols)), data=data)
+
+    @property
+    def _is_share(self) -> bool:
+        return isinstance(self.memory_budget, float) or is_share(self.memory_budget)
 
     def budget_bytes(self, unsliced: int) -> int:
         """The budget in bytes, given the predicted unsliced peak."""
-        if isinstance(self.memory_budget, float):
-            return int(self.memory_budget * unsliced)
-        return int(share(self.memory_budget) * unsliced) if is_share(self.memory_budget) else size_in_bytes(self.memory_budget)
+        if self._is_share:
+            part = self.memory_budget if isinstance(self.memory_budget, float) else share(self.memory_budget)
+            return int(part * unsliced)
+        return size_in_bytes(self.memory_budget)
 
     def _places(self, placeholders: list[Node]) -> list[tuple[Node, int]]:
         places = []
@@ -108,22 +121,33 @@ class SliceGroups(Pass):
         return places
 
 
-def _lines(plan: Plan, unsliced: int) -> list[str]:
+def _lines(plan: Plan, unsliced: int, symbols: SymbolTable) -> list[str]:
     share_left = 100 * plan.planned / unsliced if unsliced else 100.0
     verdict = "met" if plan.met else "not met"
     figures = f"peak {mib(unsliced)} -> {mib(plan.planned)} ({share_left:.1f} %)"
     lines = [f"{figures}, budget {mib(plan.budget)} {verdict}, floor {mib(min(plan.floor, plan.planned))}"]
     if not plan.met:
-        lines.append(f"the peak cannot go lower: {_obstacles(plan)}")
+        lines.append(f"the peak cannot go lower: {_obstacles(plan, symbols)}")
     for i, region in enumerate(plan.regions):
         first = next((str(m.meta["where"]) for m in region.members if str(m.meta.get("where") or "")), "")
-        lines.append(f"region {i}: N={region.units} n={region.count}, {len(region.members)} calls from {first}")
+        lines.append(f"region {i}: {_cut(region, symbols)}, {len(region.members)} calls from {first}")
+    if len(symbols):
+        lines.append("planned for the sizes of capture: " + ", ".join(f"{symbol.name}={symbol.hint}" for symbol in symbols))
     return lines
 
 
-def _obstacles(plan: Plan) -> str:
+def _cut(region: PlannedRegion, symbols: SymbolTable) -> str:
+    """N and n of a region; of one over a dynamic axis also what n is for any N."""
+    if isinstance(region.units, int):
+        return f"N={region.units} n={region.count}"
+    units = symbols.text(region.units)
+    rule = f"min({region.count}, N)" if region.length is None else f"ceil(N/{region.length})" if region.length > 1 else "N"
+    return f"N={units} n={rule}"
+
+
+def _obstacles(plan: Plan, symbols: SymbolTable) -> str:
     shown = []
     for held in plan.held[:4]:
         shape = [hint(n) for n in tensors_of(held.node.meta["val"])[0].shape]
-        shown.append(f"{held.node.target} {shape} {mib(held.nbytes)} ({held.reason})")
+        shown.append(f"{held.node.target} {shape} {mib(held.nbytes)} ({symbols.named(held.reason)})")
     return "live there in full: " + "; ".join(shown)
