@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import graphwright as gw
 from graphwright import ir
 from graphwright.ir.errors import VerifyError
-from graphwright.ir.links import Tag
+from graphwright.ir.links import Refusal, Tag
 from graphwright.ir.liveness import profile
 from graphwright.ir.run import run
 from graphwright.ir.size_nodes import SizeNodes
@@ -27,7 +27,8 @@ from graphwright.passes import PassManager, SliceGroups
 from graphwright.passes.check import check_exact
 from graphwright.passes.inputs import random_inputs
 from graphwright.passes.slicing.body import unwritable
-from graphwright.passes.slicing.plan import PlannedRegion
+from graphwright.passes.slicing.candidate import Stop
+from graphwright.passes.slicing.plan import PlannedRegion, Planner
 from graphwright.passes.slicing.prepare import prepare
 from graphwright.passes.slicing.scene import Scene
 from graphwright.runtime.backend import has_cpp_compiler
@@ -482,6 +483,31 @@ def test_a_body_that_does_not_type_check_is_refused_not_raised() -> None:
     linear.args = (linear.args[0], members[-1].args[1])
     stop = unwritable(prepared, region)
     assert stop is not None and stop.node is linear and stop.refusal.reason == "sym-unproved" and "on a slice: " in stop.refusal.detail
+
+
+class BeforeACumsum(nn.Module):
+    """What the cumsum reads and writes is more than a feed-forward in a few slices needs, so its region ends in fewer than it began."""
+
+    def __init__(self):
+        super().__init__()
+        self.ff, self.wide = FeedForward(), nn.Linear(16, 64)
+
+    def forward(self, x):
+        return self.wide(self.ff(x)).flatten(1).cumsum(1)
+
+
+def test_a_region_that_its_final_count_makes_unwritable_is_dropped() -> None:
+    program = ir.capture(BeforeACumsum().eval(), (rows(1, 48, 16),), dynamic_shapes={"x": {1: Dim("n", min=1, max=99)}})
+    asked: list[tuple[PlannedRegion, int]] = []
+
+    def refused(region: PlannedRegion) -> Stop | None:
+        known = any(region is other for other, _ in asked)
+        asked.append((region, region.count))
+        return Stop(region.members[0], Refusal("sym-unproved", "asked again")) if known else None
+
+    plan = Planner(Scene.of(program.main), 1, 64, frozenset({"rows"}), refused=refused).plan()
+    again = [region for region, count in asked if any(region is other and count != first for other, first in asked)]
+    assert again and not any(region is dropped for region in plan.regions for dropped in again)
 
 
 SIZES = """graphwright 1

@@ -78,6 +78,7 @@ class Planner:
         self.regions: list[PlannedRegion] = []
         self.region_of: dict[Node, PlannedRegion] = {}
         self.stops: dict[Node, Refusal] = {}
+        self._written: dict[PlannedRegion, int] = {}  # the number of slices in which `refused` had nothing against it
         self.layouts = Layouts(scene)
         self.unsliced = int(self._settled().live.max(initial=0))
         self.budget = budget
@@ -92,7 +93,7 @@ class Planner:
             if not self._round(layout, stuck):
                 break
             layout = self._settled()
-        return self._result(self._relaxed(layout))
+        return self._result(self._writable(self._relaxed(layout)))
 
     def _settled(self) -> Layout:
         """The layout of the regions accepted so far."""
@@ -196,6 +197,15 @@ class Planner:
     def _set_regions(self, regions: list[PlannedRegion]) -> None:
         self.regions = regions
         self.region_of = {member: region for region in regions for member in region.members}
+
+    def _writable(self, layout: Layout) -> Layout:
+        """The layout without regions that cannot be written in the number of slices that they have come to."""
+        for region in [r for r in self.regions if self._written[r] != r.count]:
+            stop = self.refused(region)
+            if stop is not None:
+                self.stops.setdefault(stop.node, stop.refusal)
+                self._set_regions([r for r in self.regions if r is not region])
+        return self.layouts.lay(self.regions) or layout
 
     # --- candidates ---
 
@@ -326,6 +336,7 @@ class Planner:
         if stop is not None:
             self.stops.setdefault(stop.node, stop.refusal)
         elif helps:
+            self._written[region] = count
             touched = [layout.at(node) for node in around]
             return min(touched), max(touched)
         self._set_regions(before_regions)
