@@ -104,10 +104,11 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Boundary:
-    """What goes in and out of a region: outputs as (place, storage, layout, bytes), operands that it slices as (storage, layout)."""
+    """What goes in and out of a region: outputs as (place, storage, layout, bytes, is partial), operands that it slices as
+    (storage, layout). Of a partial output, statistics of a slice, there are as many as slices."""
 
     members: np.ndarray
-    outputs: list[tuple[int, int, tuple, int]]
+    outputs: list[tuple[int, int, tuple, int, bool]]
     donors: list[tuple[int, tuple]]
 
 
@@ -268,24 +269,24 @@ class Layouts:
                 storage = taken.get(storage, storage)
                 if dies[storage] <= i:
                     donors.setdefault(layout, []).append(storage)
-            for place, storage, layout, nbytes in boundary.outputs:
+            for place, storage, layout, nbytes, is_partial in boundary.outputs:
                 last = max(last_use[place], dies[storage])
                 if not size[storage] and donors.get(layout):
                     taken[storage] = donors[layout].pop()
                 if storage in taken:
                     storage = taken[storage]
                 else:
-                    size[storage] += nbytes
+                    size[storage] += nbytes * (region.count if is_partial else 1)
                 dies[storage] = max(dies[storage], last)
 
     def _boundary(self, region: PlannedRegion) -> _Boundary:
         if region not in self._boundaries:
             scene = self.scene
-            outputs = [
-                (self.place[node], self._storage[scene.keys[node][0]], layout_of(node, region.tags[node][0]), value_bytes(node))
-                for node in escaping_members(scene, region)
-                if scene.keys[node][0] in self._storage
-            ]
+            outputs = []
+            for node in escaping_members(scene, region):
+                (key, *_), (tag, *_) = scene.keys[node], region.tags[node]
+                if key in self._storage and tag is not None:
+                    outputs.append((self.place[node], self._storage[key], layout_of(node, tag), value_bytes(node), tag.is_partial))
             members = np.array([self.place[member] for member in region.members], dtype=np.int64)
             donors = [(self._storage[scene.keys[o][0]], layout_of(o, tag)) for o, tag in self._donors(region)]
             self._boundaries[region] = _Boundary(members, outputs, donors)
@@ -334,7 +335,8 @@ class Layouts:
             for tensor, key in zip(tensors_of(member.meta["val"]), self.scene.keys[member], strict=True):
                 if key not in made or key in outside:
                     continue
-                last = max((position[u] for u in self.scene.users[member] if u in position), default=i)
+                # What leaves the body is there until its end.
+                last = max((position.get(user, len(position) - 1) for user in self.scene.users[member]), default=i)
                 if key not in born:
                     born[key], dies[key] = i, i
                     size[key] = hint(tensor.untyped_storage().nbytes())
