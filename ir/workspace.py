@@ -38,18 +38,30 @@ def workspace(node: Node, threads: int = NOMINAL_THREADS) -> Workspace:
     return rule(named_arguments(node), node, threads) if rule is not None else Workspace()
 
 
-def _conv(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+def slice_workspace(node: Node, dim: int, length: int, units: int, threads: int = NOMINAL_THREADS) -> int:
+    """Scratch bytes of a call on `length` of the `units` units that lie along `dim` of its result."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    if _RULES.get(name) is _conv:  # another kernel takes small images
+        return _conv(named_arguments(node), node, threads, (dim, length, units)).total
+    moving, fixed = workspace(node, threads)
+    return moving * length // units + fixed
+
+
+def _conv(a: dict[str, Any], node: Node, threads: int, part: tuple[int, int, int] | None = None) -> Workspace:
     """oneDNN's input and weight in blocks; ATen's own kernel, which takes one small image or float64, unfolds the image for each
-    group: [B, C_in / groups * prod(k), prod(out)]."""
-    batch, *_ = sizes = _sizes(a["input"])
+    group: [B, C_in / groups * prod(k), prod(out)]. With `part` = (dim, length, units), of a slice."""
+    dim, length, units = part or (0, 1, 1)
+    sizes, itemsize = _sizes(a["input"]), _tensor(a["input"]).dtype.itemsize
+    sizes[dim] = sizes[dim] * length // units
+    batch = sizes[0]
     _, inputs, *kernel = _sizes(a["weight"])
     is_large = batch > 1 or _product(sizes) > _SMALL_IMAGE or a["groups"] > 1 or min(kernel) > 3
     if _tensor(a["input"]).dtype is not torch.float64 and is_large:
-        return Workspace(_bytes(a["input"]), _bytes(a["weight"]))
+        return Workspace(_product(sizes) * itemsize, _bytes(a["weight"]))
     if _product(kernel) == 1:
         return Workspace()
-    places = _numel(node) // _sizes(node)[1]  # of all images
-    return Workspace(places * inputs * _product(kernel) * _tensor(a["input"]).dtype.itemsize)
+    places = _numel(node) // _sizes(node)[1] * length // units  # of all images
+    return Workspace(places * inputs * _product(kernel) * itemsize)
 
 
 def _layer_norm(a: dict[str, Any], node: Node, threads: int) -> Workspace:

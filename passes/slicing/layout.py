@@ -19,7 +19,7 @@ from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size
 from ...ir.symbols import ceil_div, hint
 from .candidate import layout_of
-from .scene import END, Scene, value_bytes
+from .scene import END, Scene, first_tag, value_bytes
 
 
 @dataclass(eq=False)
@@ -346,8 +346,9 @@ class Layouts:
             nbytes = ceil_div(size[key] * longest, units)
             delta[born[key]] += nbytes
             delta[dies[key] + 1] -= nbytes
-        scratch = [self.scene.workspace_of[m] for m in region.members]
-        work = np.array([w.moving * longest // units + w.fixed for w in scratch], dtype=np.int64)
+        tags = [first_tag(region.tags[member])[1] for member in region.members]
+        scratch = [self.scene.slice_scratch(member, tag, longest, units) for member, tag in zip(region.members, tags, strict=True)]
+        work = np.array(scratch, dtype=np.int64)
         return int((np.cumsum(delta)[: len(position)] + work).max(initial=0))
 
 

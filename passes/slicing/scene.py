@@ -18,7 +18,7 @@ from ...ir.program import region_of
 from ...ir.region import memory_order
 from ...ir.size_nodes import SizeNodes
 from ...ir.symbols import hint, same_size
-from ...ir.workspace import Workspace, workspace
+from ...ir.workspace import Workspace, slice_workspace, workspace
 
 END = 2**62  # the position of the function's return
 
@@ -111,6 +111,12 @@ class Scene:
         if key not in self._kind:
             self._kind[key] = kind(node, tag)
         return self._kind[key]
+
+    def slice_scratch(self, node: Node, tag: Tag, length: int, units: int) -> int:
+        """Bytes beside operands and results of a call on `length` of `units` units."""
+        if region_of(node) is not None or not self.workspace_of[node].total:
+            return self.workspace_of[node].total
+        return slice_workspace(node, tag.dim, length, units)
 
     def is_dense(self, node: Node) -> bool:
         """Whether a value is one tensor that fills its storage in some order of dims, so that a region can lay it out again."""
