@@ -151,6 +151,7 @@ class Layouts:
         self._makers = np.array(makers, dtype=np.int64)
         self._nbytes = np.array(nbytes, dtype=np.int64)
         self._views = np.array([view for each in views for view in each], dtype=np.int64)
+        self._maker_of_view = np.repeat(self._makers, [len(each) for each in views])
         self._first_view = np.cumsum([0, *map(len, views[:-1])])
 
     def lay(self, regions: Sequence[PlannedRegion]) -> Layout | None:
@@ -247,12 +248,15 @@ class Layouts:
         """Bytes of the storages that exist in full, at each item and across the cut before it."""
         if not len(self._makers):
             return np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
-        on_its_own = np.ones(len(self.order), dtype=bool)
-        for _, region in regions:
-            on_its_own[self._boundary(region).members] = False
+        home = np.full(len(self.order), -1)  # the region of each call
+        for number, (_, region) in enumerate(regions):
+            home[self._boundary(region).members] = number
+        on_its_own = home < 0
+        # A view that a region takes of an outside value keeps that alive for whoever uses it outside.
+        outlasts = on_its_own[self._views] | (home[self._views] != home[self._maker_of_view])
         last_use = np.maximum.reduceat(index[self._users], self._first_user)
         born = index[self._makers]
-        dies = np.maximum.reduceat(np.where(on_its_own[self._views], last_use[self._views], -1), self._first_view)
+        dies = np.maximum.reduceat(np.where(outlasts, last_use[self._views], -1), self._first_view)
         size = np.where(on_its_own[self._makers], self._nbytes, 0)
         self._add_outputs(regions, last_use, dies, size)
         dies = np.minimum(dies, length - 1)
