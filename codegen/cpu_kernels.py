@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.ops.norm import merge_stats
+from ..ir.ops.norm import merge_stats, result_format
 
 gw = torch.ops.gw
 
@@ -44,7 +44,8 @@ def norm_apply(x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | N
     if bias is not None:
         shift = shift + bias
     channels = (x.size(0), x.size(1), *[1] * (x.dim() - 2))
-    return torch.addcmul(shift.view(channels), x, scale.view(channels))
+    y = torch.empty(x.shape, dtype=x.dtype, memory_format=result_format(x))
+    return torch.addcmul(shift.view(channels), x, scale.view(channels), out=y)
 
 
 def conv3d(

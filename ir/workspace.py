@@ -41,26 +41,40 @@ def workspace(node: Node, threads: int = NOMINAL_THREADS) -> Workspace:
 def slice_workspace(node: Node, dim: int, length: int, units: int, threads: int = NOMINAL_THREADS) -> int:
     """Scratch bytes of a call on `length` of the `units` units that lie along `dim` of its result."""
     name = getattr(getattr(node.target, "_schema", None), "name", "")
-    if _RULES.get(name) is _conv:  # another kernel takes small images
-        return _conv(named_arguments(node), node, threads, (dim, length, units)).total
+    if name in _RULES_OF_SLICES:
+        return _RULES_OF_SLICES[name](named_arguments(node), node, threads, Part(dim, length, units)).total
     moving, fixed = workspace(node, threads)
     return moving * length // units + fixed
 
 
-def _conv(a: dict[str, Any], node: Node, threads: int, part: tuple[int, int, int] | None = None) -> Workspace:
+class Part(NamedTuple):
+    """A slice: `length` of `units` units along `dim`."""
+
+    dim: int = 0
+    length: int = 1
+    units: int = 1
+
+    def sizes(self, node: Any) -> list[int]:
+        """The sizes of a slice of an operand that is cut along the same dim as the result."""
+        sizes = _sizes(node)
+        sizes[self.dim] = sizes[self.dim] * self.length // self.units
+        return sizes
+
+
+WHOLE = Part()
+
+
+def _conv(a: dict[str, Any], node: Node, threads: int, part: Part = WHOLE) -> Workspace:
     """oneDNN's input and weight in blocks; ATen's own kernel, which takes one small image or float64, unfolds the image for each
-    group: [B, C_in / groups * prod(k), prod(out)]. With `part` = (dim, length, units), of a slice."""
-    dim, length, units = part or (0, 1, 1)
-    sizes, itemsize = _sizes(a["input"]), _tensor(a["input"]).dtype.itemsize
-    sizes[dim] = sizes[dim] * length // units
-    batch = sizes[0]
+    group: [B, C_in / groups * prod(k), prod(out)]."""
+    sizes, itemsize = part.sizes(a["input"]), _tensor(a["input"]).dtype.itemsize
     _, inputs, *kernel = _sizes(a["weight"])
-    is_large = batch > 1 or _product(sizes) > _SMALL_IMAGE or a["groups"] > 1 or min(kernel) > 3
+    is_large = sizes[0] > 1 or _product(sizes) > _SMALL_IMAGE or a["groups"] > 1 or min(kernel) > 3
     if _tensor(a["input"]).dtype is not torch.float64 and is_large:
         return Workspace(_product(sizes) * itemsize, _bytes(a["weight"]))
     if _product(kernel) == 1:
         return Workspace()
-    places = _numel(node) // _sizes(node)[1] * length // units  # of all images
+    places = _numel(node) // _sizes(node)[1] * part.length // part.units  # of all images
     return Workspace(places * inputs * _product(kernel) * itemsize)
 
 
@@ -78,20 +92,24 @@ def _upsample(a: dict[str, Any], node: Node, threads: int) -> Workspace:
     return Workspace(_bytes(a["input"]) + _bytes(node))
 
 
-def _attention(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+def _attention(a: dict[str, Any], node: Node, threads: int, part: Part = WHOLE) -> Workspace:
     """ATen's flash kernel: for each thread a tile of scores, its row maxima and sums, and a tile of the result; the row
-    log-sum-exp for all rows. Tiles are 256, 64 or 32 queries by 512 keys."""
-    *batch, length, width = _sizes(a["query"])
-    keys = _sizes(a["key"])[-2]
+    log-sum-exp for all rows. Tiles are 256, 64 or 32 queries by 512 keys; narrow types have their scores once more in float32.
+    Where the last dim is not dense, the plain form: scores twice, and which of them are -inf."""
+    *batch, length, width = part.sizes(a["query"])
+    keys, itemsize = _sizes(a["key"])[-2], _tensor(a["query"]).dtype.itemsize
+    if any(hint(_tensor(a[name]).stride(-1)) != 1 for name in ("query", "key", "value")):
+        return Workspace(_product(batch) * length * keys * (2 * itemsize + 1))
     tile = min(length, 256 if length >= 768 else 64 if length >= 192 else 32)
-    scores = tile * min(keys, 512) + 2 * tile + tile * width
-    return Workspace(_product(batch) * length * _FLOAT, threads * scores * _FLOAT)
+    wide, narrow = max(itemsize, _FLOAT), itemsize if itemsize < _FLOAT else 0
+    scores = tile * min(keys, 512)
+    return Workspace(_product(batch) * length * _FLOAT, threads * ((scores + 2 * tile + tile * width) * wide + scores * narrow))
 
 
-def _causal_attention(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+def _causal_attention(a: dict[str, Any], node: Node, threads: int, part: Part = WHOLE) -> Workspace:
     """As attention, with the mask that the body makes: booleans [L, S] and their float form."""
-    mask = _sizes(a["q"])[-2] * _sizes(a["k"])[-2]
-    moving, fixed = _attention({"query": a["q"], "key": a["k"]}, node, threads)
+    mask = part.sizes(a["q"])[-2] * _sizes(a["k"])[-2]
+    moving, fixed = _attention({"query": a["q"], "key": a["k"], "value": a["v"]}, node, threads, part)
     return Workspace(moving + mask * (1 + _FLOAT), fixed)
 
 
@@ -110,6 +128,15 @@ _RULES: dict[str, Callable[[dict[str, Any], Node, int], Workspace]] = {
     "aten::scaled_dot_product_attention": _attention,
     "gw::causal_attention": _causal_attention,
     "gw::norm_stats": _norm_stats,
+}
+
+# Rules by which the scratch of a slice is not its share of the whole's: another kernel or tile serves small sizes.
+_RULES_OF_SLICES: dict[str, Callable[[dict[str, Any], Node, int, Part], Workspace]] = {
+    "aten::conv1d": _conv,
+    "aten::conv2d": _conv,
+    "aten::conv3d": _conv,
+    "aten::scaled_dot_product_attention": _attention,
+    "gw::causal_attention": _causal_attention,
 }
 
 

@@ -14,6 +14,9 @@ from .flat import FlatGraph
 from .lowering import Backend, lower
 from .prediction import lowered_profile
 
+# A view would keep the tensor that it was made from, and so its storage in use by two.
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
 
 class Executor:
     """`executor(inputs, states)` gives the flat outputs and the new states of `function`.
@@ -50,7 +53,7 @@ class Executor:
         following = iter(inputs)
         values = [next(following) if source is None else held[source] for source in self._sources]
         del inputs, held, following
-        with torch.no_grad(), torch._C._DisableAutocast():
+        with torch.no_grad(), torch._C._DisableAutocast(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
             leaves = self._flat(values)
         split = len(leaves) - len(self._new_states)
         return leaves[:split], dict(zip(self._new_states, leaves[split:], strict=True))

@@ -12,8 +12,8 @@ from .memory import Measurement
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of activations at the peak, as predicted: as captured, as planned by the passes, the least that any plan can reach, and
-    with what compiled code allocates (`compiled`, known after `measure`)."""
+    """Bytes of activations at the peak, as predicted: as captured, as planned by the passes, what the plan holds in full at its worst
+    (`floor`: the peak if slices were infinitely thin), and with what compiled code allocates (`compiled`, known after `measure`)."""
 
     unsliced: int | None = None
     planned: int | None = None
@@ -22,7 +22,7 @@ class Memory:
 
 
 def predicted(captured: Program | None, program: Program, passes: Sequence[Any] = ()) -> Memory:
-    """The liveness analysis of both programs, symbols at their hints; the floor is the one that a memory pass proved last."""
+    """The liveness analysis of both programs, symbols at their hints; the floor is that of the last memory pass."""
     floors = [report.data["floor"] for report in passes if "floor" in getattr(report, "data", {})]
     unsliced = None if captured is None else profile(captured.main).peak_bytes
     return Memory(unsliced, profile(program.main).peak_bytes, floors[-1] if floors else None)

@@ -338,14 +338,17 @@ def test_the_budget_is_met_or_the_floor_has_reasons(name: str, budget: str) -> N
     if peak <= report.data["budget"]:
         assert " met, floor " in report.lines[0] and "not met" not in report.lines[0]
         return
-    assert "not met" in report.lines[0] and report.lines[1].startswith("the peak cannot go lower: live there in full: ")
+    assert "not met" in report.lines[0] and report.lines[1].startswith("no plan was found that goes lower: ")
+    assert "live at the peak in full: " in report.lines[1]
     assert report.left and all(":" in left.reason and len(left.reason.split("live in full at the peak: ")[1]) > 3 for left in report.left)
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "unet_motion"])
-def test_the_planned_peak_is_the_profile_of_the_program(name: str) -> None:
+def test_the_program_has_the_peak_that_the_planner_laid_out(name: str) -> None:
     program, report = planned(name)
-    assert profile(program.main).peak_bytes <= report.data["planned"] <= 1.1 * profile(program.main).peak_bytes
+    assert report.data["planned"] == profile(program.main).peak_bytes
+    # A body may copy where the whole program had a view.
+    assert report.data["laid out"] == pytest.approx(report.data["planned"], rel=0.02)
     assert report.data["unsliced"] == profile(captured(name).main).peak_bytes
     assert report.data["floor"] <= report.data["planned"] <= report.data["unsliced"]
 
@@ -553,7 +556,9 @@ def test_a_size_and_its_bytes_are_one_budget() -> None:
 
 
 def test_a_budget_that_is_insisted_on_and_missed_is_an_error() -> None:
-    with pytest.raises(BudgetError, match="the memory budget of .* cannot be met, the nearest reachable peak is .*: live there in full: "):
+    with pytest.raises(
+        BudgetError, match="the memory budget of .* cannot be met, the nearest reachable peak is .*: .*live at the peak in full: "
+    ):
         PassManager([SliceGroups(1, insist=True)]).run(captured("geglu"))
     assert regions(PassManager([SliceGroups("30%", insist=True)]).run(captured("geglu")).program)
 

@@ -8,6 +8,7 @@ Chan, Golub and LeVeque's pairwise update, which does not cancel where E[x^2] - 
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ..op import op
 
@@ -34,15 +35,22 @@ def norm_apply(x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | N
     is `group_norm(x, G, w, b, eps)`.
     """
     count, mean, m2 = merge_stats(stats)
-    scale = torch.rsqrt(m2 / count + eps)
-    wide = x.to(stats.dtype).reshape(x.size(0), groups, -1)
-    y = ((wide - mean.unsqueeze(-1)) * scale.unsqueeze(-1)).reshape(x.shape)
-    channels = [1, x.size(1)] + [1] * (x.dim() - 2)
+    per_channel = [x.size(0), x.size(1)] + [1] * (x.dim() - 2)
+    mean, scale = [
+        value.unsqueeze(-1).expand(-1, -1, x.size(1) // groups).reshape(per_channel) for value in (mean, torch.rsqrt(m2 / count + eps))
+    ]
+    y = (x.to(stats.dtype) - mean) * scale
+    channels = [1, *per_channel[1:]]
     if weight is not None:
         y = y * weight.to(stats.dtype).reshape(channels)
     if bias is not None:
         y = y + bias.to(stats.dtype).reshape(channels)
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous(memory_format=result_format(x))
+
+
+def result_format(x: Tensor) -> torch.memory_format:
+    """How ATen's group_norm lays out its result: channels last on CPU where x has them last, else contiguous."""
+    return suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
 
 
 def merge_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ...ir import Node
+from ...ir.calls import draws
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size, identity
@@ -77,7 +78,7 @@ def trace(scene: Scene, node: Node, tag: Tag, units: Size, window: int = WINDOW)
         if isinstance(wanted, Refusal):
             stops.append(Stop(current, wanted))
             continue
-        index = current.args[1] if _is_getitem(current) else 0
+        index = current.args[1] if is_getitem(current) else 0
         for slot, want in wanted.items():
             operand = slot.node
             if want is None or want.is_partial or operand in clashing:
@@ -90,7 +91,7 @@ def trace(scene: Scene, node: Node, tag: Tag, units: Size, window: int = WINDOW)
     return Axis(units, {value: tag for value, tag in tags.items() if value not in clashing}), stops
 
 
-def _is_getitem(node: Node) -> bool:
+def is_getitem(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
@@ -139,8 +140,8 @@ def sweep(
         joined = _join(scene, axis, state, node, kinds, stops)
         if joined:
             order.append(node)
-        elif position == target:
-            break  # the call to be covered cannot join
+        elif position == target or (node in state.tainted and draws(node)):
+            break  # the call to be covered cannot join; random numbers are drawn in program order, so such a call must not sink
         if position < target or state.allocating < 2 or not joined:
             continue
         cost = state.escaping + state.transient // 8
@@ -204,7 +205,7 @@ def _tags_for(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozen
 def _carried(state: _Sweep, node: Node, operand: Node) -> Tag | None:
     if operand in state.tags:
         tags = state.tags[operand]
-        return tags[node.args[1]] if _is_getitem(node) else tags[0]
+        return tags[node.args[1]] if is_getitem(node) else tags[0]
     return state.sources.get(operand)
 
 

@@ -31,6 +31,7 @@ def _split_where_needed(rewriter: Rewriter, prepared: Prepared, plan: Plan, size
             continue
         with rewriter.step("split-group-norm"):
             split = split_norm(rewriter, node)
+        assert split is not None, "it could be split in the copy"
         home[norm.stats], home[norm.apply] = split.stats, split.apply
     for node, causal in prepared.attentions.items():
         region = region_of.get(causal.attention)

@@ -15,8 +15,9 @@ from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size, identity, quotient
+from ...ir.liveness import mib
 from ...ir.symbols import hint
-from .candidate import Axis, Candidate, Stop, sweep, trace
+from .candidate import Axis, Candidate, Stop, is_getitem, sweep, trace
 from .layout import Layout, Layouts, PlannedRegion, escaping_members
 from .scene import Scene, value_bytes
 
@@ -37,7 +38,11 @@ class Held:
 
 @dataclass
 class Plan:
-    """Regions in order, with the predicted peaks in bytes. `floor` is the peak if every slice were infinitely thin."""
+    """Regions in order, with the predicted peaks in bytes.
+
+    `floor` is what these regions hold in full at their worst: the peak if every slice were infinitely thin. `limit` says of the
+    region at the peak, if one is there, why it has no more slices.
+    """
 
     regions: list[PlannedRegion]
     unsliced: int
@@ -46,6 +51,7 @@ class Plan:
     budget: int
     held: list[Held] = field(default_factory=list)
     order: list[Node] = field(default_factory=list)
+    limit: str = ""
 
     @property
     def met(self) -> bool:
@@ -348,7 +354,23 @@ class Planner:
         planned = int(layout.live.max(initial=0))
         floor = int(layout.full.max(initial=0))
         ordered = [item for item in layout.items if isinstance(item, PlannedRegion)]
-        return Plan(ordered, self.unsliced, planned, floor, self.budget, self._held(layout), layout.flat)
+        return Plan(ordered, self.unsliced, planned, floor, self.budget, self._held(layout), layout.flat, self._limit(layout, ordered))
+
+    def _limit(self, layout: Layout, regions: list[PlannedRegion]) -> str:
+        at = int(layout.live.argmax()) if len(layout.live) else 0
+        item = layout.items[at] if layout.items else None
+        if not isinstance(item, PlannedRegion):
+            return ""
+        units, inside = hint(item.units), int(layout.live[at] - layout.full[at])
+        if item.count == units:
+            why = "a slice is one unit, n = N"
+        elif item.count >= self.max_slices:
+            why = f"n is at max_slices={self.max_slices}"
+        elif not isinstance(item.units, int) and item.count >= units // 2:
+            why = "a slice is two units, the least where N is known at the call only"
+        else:
+            why = "more slices would gain less than 1 %"
+        return f"region {regions.index(item)} has {mib(inside)} of slices there: {why}"
 
     def _held(self, layout: Layout) -> list[Held]:
         """The tensors live in full at the peak, with the reason."""
@@ -367,22 +389,39 @@ class Planner:
         return sorted(held.values(), key=lambda h: -h.nbytes)
 
     def _reason(self, layout: Layout, node: Node, at: int) -> str:
-        users = [u for u in self.scene.users[node] if layout.at(u) >= at]
+        """Why `node` is live in full at item `at`: who needs it there, and what keeps that from reading it slice by slice."""
+        users = [u for u in self._readers(node) if layout.at(u) >= at]
         if any(u.op == "output" for u in users):
             return "it is an output"
-        last = max(users, key=lambda u: layout.at(u))
-        where = str(last.meta.get("where") or "")
-        stop = next((self.stops[u] for u in users if u in self.stops), None)
-        if stop is not None:
-            return f"{stop.reason}: {stop.detail}"
+        here = [u for u in users if layout.at(u) == at]
+        if not here:
+            last = max(users, key=lambda u: layout.at(u))
+            return f"kept for {last.target} at {last.meta.get('where') or '?'}, {layout.at(last) - at} calls later"
+        stop = next((self.stops[u] for u in (node, *here) if u in self.stops), None)
+        if isinstance(layout.items[at], PlannedRegion):
+            why = f"; {stop.reason}: {stop.detail}" if stop is not None else ""
+            return f"a region reads its slices, and it is made outside of it{why}"
+        stop = stop or self._refusal(node, here)
+        user = here[0]
+        why = f"; {stop.reason}: {stop.detail}" if stop is not None else ", which no region made cheaper"
+        return f"read by {user.target} at {user.meta.get('where') or '?'}{why}"
+
+    def _readers(self, node: Node) -> list[Node]:
+        """The users of a value, those of its parts for one that has several."""
+        return [u for g in self.scene.users[node] for u in (self.scene.users[g] if is_getitem(g) else (g,))] or [node]
+
+    def _refusal(self, node: Node, users: Sequence[Node]) -> Refusal | None:
+        """What the first of `users` says that lets no dim of `node` through."""
+        values = tensors_of(node.meta["val"])
         for user in users:
-            for dim in range(node.meta["val"].dim()):
-                size = node.meta["val"].size(dim)
-                if hint(size) > 1:
-                    tags = self.scene.forward(user, node, Tag(dim), size)
-                    if isinstance(tags, Refusal) and tags.reason in ("barrier", "reduced", "halo", "no-row", "sym-unproved"):
-                        return f"{tags.reason}: {tags.detail} ({where})"
-        return f"kept for {last.target} at {where}, {layout.at(last) - at} calls later"
+            if len(values) != 1 or is_getitem(user) or node not in self.scene.operands[user]:
+                continue
+            sizes = [(dim, size) for dim, size in enumerate(values[0].shape) if hint(size) > 1]
+            answers = [self.scene.forward(user, node, Tag(dim), size) for dim, size in sizes]
+            refusals = [answer for answer in answers if isinstance(answer, Refusal)]
+            if refusals and len(refusals) == len(answers):
+                return refusals[0]
+        return None
 
 
 def _divisor(units: Size, least: int, most: int) -> int:

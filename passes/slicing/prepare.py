@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ir import Node, Program, Rewriter
+from ...ir.infer import same_type
 from ...ir.pattern import named_arguments
 from ...ir.size_nodes import SizeNodes
 
@@ -56,7 +57,9 @@ def prepare(program: Program, function: str) -> Prepared:
     for node, twin in pairs:
         if is_group_norm(node):
             with rewriter.step("split-group-norm"):
-                prepared.norms[node] = split_norm(rewriter, twin)
+                split = split_norm(rewriter, twin)
+            if split is not None:
+                prepared.norms[node] = split
         elif is_causal_attention(node):
             with rewriter.step("attention-rows"):
                 prepared.attentions[node] = attention_rows(rewriter, sizes, twin)
@@ -76,12 +79,15 @@ def is_causal_attention(node: Node) -> bool:
     return bool(arguments["is_causal"]) and arguments["attn_mask"] is None and not arguments["dropout_p"]
 
 
-def split_norm(rewriter: Rewriter, node: Node) -> SplitNorm:
-    """group_norm(x, G, w, b, eps) -> norm_apply(x, norm_stats(x, G), w, b, G, eps)."""
+def split_norm(rewriter: Rewriter, node: Node) -> SplitNorm | None:
+    """group_norm(x, G, w, b, eps) -> norm_apply(x, norm_stats(x, G), w, b, G, eps); None where that would be laid out otherwise."""
     a = named_arguments(node)
     stats = rewriter.insert(gw.norm_stats.default, (a["input"], a["num_groups"]), before=node, origin=node)
     operands = (a["input"], stats, a["weight"], a["bias"], a["num_groups"], a["eps"])
     apply = rewriter.insert(gw.norm_apply.default, operands, before=node, origin=node)
+    if not same_type(apply.meta["val"], node.meta["val"]):
+        rewriter.erase(apply)
+        return None
     rewriter.replace(node, apply)
     return SplitNorm(stats, apply)
 

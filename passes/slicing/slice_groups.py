@@ -79,6 +79,7 @@ class SliceGroups(Pass):
         refused = partial(unwritable, prepared) if len(rewriter.symbols) else lambda region: None
         plan = Planner(scene, budget, self.max_slices, kinds, places, not self._is_share, refused).plan()
         emit(rewriter, prepared, plan)
+        laid_out = plan.planned
         # The plan is made on a copy that spells norms and masks out; what counts is the program that came of it.
         plan.planned = profile(rewriter.function).peak_bytes
         if self.insist and not plan.met:
@@ -91,6 +92,7 @@ class SliceGroups(Pass):
         data = {
             "unsliced": before.peak_bytes,
             "planned": plan.planned,
+            "laid out": laid_out,
             "floor": min(plan.floor, plan.planned),
             "budget": budget,
             "regions": len(plan.regions),
@@ -127,7 +129,7 @@ def _lines(plan: Plan, unsliced: int, symbols: SymbolTable) -> list[str]:
     figures = f"peak {mib(unsliced)} -> {mib(plan.planned)} ({share_left:.1f} %)"
     lines = [f"{figures}, budget {mib(plan.budget)} {verdict}, floor {mib(min(plan.floor, plan.planned))}"]
     if not plan.met:
-        lines.append(f"the peak cannot go lower: {_obstacles(plan, symbols)}")
+        lines.append(f"no plan was found that goes lower: {_obstacles(plan, symbols)}")
     for i, region in enumerate(plan.regions):
         first = next((str(m.meta["where"]) for m in region.members if str(m.meta.get("where") or "")), "")
         lines.append(f"region {i}: {_cut(region, symbols)}, {len(region.members)} calls from {first}")
@@ -150,4 +152,4 @@ def _obstacles(plan: Plan, symbols: SymbolTable) -> str:
     for held in plan.held[:4]:
         shape = [hint(n) for n in tensors_of(held.node.meta["val"])[0].shape]
         shown.append(f"{held.node.target} {shape} {mib(held.nbytes)} ({symbols.named(held.reason)})")
-    return "live there in full: " + "; ".join(shown)
+    return "; ".join([*([plan.limit] if plan.limit else []), "live at the peak in full: " + "; ".join(shown)])
