@@ -210,12 +210,18 @@ class _Runner:
         return pytree.tree_unflatten(leaves, self._out_spec)
 
     def _write_back(self, leaves: list[Any], new_states: Mapping[str, torch.Tensor], given: Sequence[Any]) -> list[Any]:
-        """Copies new states into the tensors that hold them; an output that shares memory with one is copied out first."""
+        """Copies new states into the tensors that hold them. What shares memory with one of these is copied out first: an output,
+        which would change with it, and a new state, which may be what another state was."""
         targets = {name: self.states[name] if index is None else given[index] for name, index in self._updates.items()}
         held = {target.untyped_storage().data_ptr() for target in targets.values()}
-        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() in held else leaf for leaf in leaves]
+
+        def apart(value: Any) -> Any:
+            return value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in held else value
+
+        leaves = [apart(leaf) for leaf in leaves]
+        values = {name: apart(value) for name, value in new_states.items()}
         with torch.no_grad():
-            for name, value in new_states.items():
+            for name, value in values.items():
                 targets[name].copy_(value)
         return leaves
 

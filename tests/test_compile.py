@@ -235,6 +235,37 @@ def test_an_output_does_not_change_when_a_later_call_moves_the_state_that_it_sho
     assert first.tolist() == [1, 1] and second.tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("order", [("current", "previous"), ("previous", "current")])
+def test_a_state_may_become_what_another_was(order):
+    class ShiftRegister(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in order:
+                self.register_buffer(name, torch.zeros(2))
+
+        def forward(self, x):
+            oldest = self.previous + 0
+            self.previous.copy_(self.current)
+            self.current.copy_(x)
+            return oldest
+
+    model = compiled(ShiftRegister(), torch.ones(2))
+    assert [model(torch.full((2,), float(n)))[0] for n in range(1, 6)] == [0, 0, 1, 2, 3]
+
+
+def test_inputs_that_the_model_swaps_are_swapped():
+    class Swap(nn.Module):
+        def forward(self, a, b):
+            before = a.clone()
+            a.copy_(b)
+            b.copy_(before)
+            return a + 0
+
+    a, b = torch.ones(2), torch.zeros(2)
+    compiled(Swap(), torch.ones(2), torch.zeros(2))(a, b)
+    assert a.tolist() == [0, 0] and b.tolist() == [1, 1]
+
+
 # --- as a module -----------------------------------------------------------------------------------------------------------
 
 
