@@ -53,7 +53,7 @@ def save(saved: Saved, path: str | Path) -> None:
     """
     path = Path(path)
     stored, tied = _untied(saved.program.weights)
-    program = Member.of(_PROGRAM, str(saved.program).encode())
+    program = Member.of(_PROGRAM, str(_hashed_afresh(saved.program)).encode())
     weights = tensor_member(_WEIGHTS, stored)
     text = _manifest(saved, tied, [program, weights])
     # Spaces after the manifest put the weights at a multiple of 64 bytes, so that they are used where they were read.
@@ -64,6 +64,13 @@ def save(saved: Saved, path: str | Path) -> None:
             zip_subset.write(file, [manifest, program, weights])
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written ({error.strerror or error}): what was there before is as it was") from error
+
+
+def _hashed_afresh(program: Program) -> Program:
+    """`program` without the digests that it remembers: weights are shared with the module, which may have changed them since."""
+    result = program.copy()
+    result.weights = {name: replace(weight, known_digest=None, _memo={}) for name, weight in program.weights.items()}
+    return result
 
 
 def _untied(weights: Mapping[str, Weight]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -101,6 +101,16 @@ def test_a_loaded_model_is_the_one_that_was_saved(content, tmp_path):
     assert loaded(X)["count"] == 4
 
 
+def test_weights_that_the_module_changed_since_are_saved_as_they_are(tmp_path):
+    net = nn.Linear(6, 6).eval()
+    model = gw.compile(net, example_inputs=(X,), backend="aten")
+    str(model.program)
+    for change in (lambda: nn.init.ones_(net.weight), lambda: net.bias.data.add_(1)):
+        change()
+        model.save(tmp_path / "net.gw")
+        assert torch.equal(gw.load(tmp_path / "net.gw", backend="aten")(X), net(X))
+
+
 def test_two_saves_are_equal_bytes(model, content, tmp_path):
     model.save(tmp_path / "again.gw")
     assert (tmp_path / "again.gw").read_bytes() == content
