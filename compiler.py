@@ -51,6 +51,7 @@ def compile(
     """
     backend = choose_backend(backend)
     pipeline = parse_pipeline([*(CLEANUPS if cleanups else ()), *parse_pipeline(passes)])
+    PassManager(pipeline, verify=verify)  # refuses them now, not on the first call
 
     def finish(captured: Saved, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Compilation:
         program, parameters = captured.program, captured.parameters

@@ -337,6 +337,18 @@ def test_what_is_no_model_is_refused(tmp_path):
         gw.compile(tmp_path / "bad.pt2", trusted=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"verify": "certain"}, "verify is 'certain', but must be one of"),
+        ({"passes": "slice-groups,fold-constants", "cleanups": False}, "pass fold-constants must stand before pass slice-groups"),
+    ],
+)
+def test_what_no_pipeline_can_be_is_refused_before_the_first_call(options, message):
+    with pytest.raises(gw.PassError, match=message):
+        gw.compile(nn.Linear(6, 6), backend="aten", **options)
+
+
 def test_passes_run_are_held_to_their_contract_and_leave_their_programs():
     seen = []
     model = compiled(passes="remove-dead-code,fold-constants", cleanups=False, verify="numeric", progress=lambda *args: seen.append(args))
