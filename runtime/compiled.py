@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -109,9 +109,10 @@ class CompiledModel(nn.Module):
     def measure(self, *args: Any, **kwargs: Any) -> Measurement:
         """Runs the model on these arguments (once to warm up, once for memory, once for time) and keeps the figures for the report.
 
-        States are as before afterwards.
+        States and arguments are as before afterwards.
         """
         runner = self._runner or self._compile_for(args, kwargs)
+        args, kwargs = runner.spared(args, kwargs)
         device = "cuda" if any(weight.device.type == "cuda" for weight in self.program.weights.values()) else "cpu"
         with self._lock, runner.states_kept():
             self._compiled_peak = runner.executor.predicted_peak()
@@ -236,22 +237,22 @@ class _Runner:
         program.weights.update(states)
         return Saved(program, compiled.parameters, compiled.contract, tuple(map(str, compiled.reports)))
 
-    def states_kept(self) -> "_StatesKept":
-        return _StatesKept(self.states)
+    @contextmanager
+    def states_kept(self) -> Iterator[None]:
+        """Puts the states back to what they were; calls from other threads come before or after."""
+        with self._turn:
+            before = {name: state.clone() for name, state in self.states.items()}
+            try:
+                yield
+            finally:
+                for name, value in before.items():
+                    self.states[name].copy_(value)
 
-
-class _StatesKept:
-    """Puts the states back to what they were."""
-
-    def __init__(self, states: Mapping[str, torch.Tensor]):
-        self._states = states
-
-    def __enter__(self) -> None:
-        self._saved = {name: state.clone() for name, state in self._states.items()}
-
-    def __exit__(self, *exception: object) -> None:
-        for name, value in self._saved.items():
-            self._states[name].copy_(value)
+    def spared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, with copies of those that it writes to."""
+        _, given = self.call.bind(args, kwargs)
+        written = {id(given[index]) for index in self._updates.values() if index is not None}
+        return pytree.tree_map(lambda leaf: leaf.detach().clone() if id(leaf) in written else leaf, (args, kwargs))
 
 
 def _own_copy(program: Program, name: str) -> torch.Tensor:

@@ -301,6 +301,17 @@ def test_measuring_keeps_states_and_fills_in_the_report():
     assert "contract: exact." in text and "predicted, planned" in text and "measured" in text and "backend: aten" in text
 
 
+def test_measuring_leaves_inputs_as_they_are():
+    class Append(nn.Module):
+        def forward(self, caches, x):
+            caches["a"][1].copy_(x)
+            return caches["a"].sum(0)
+
+    caches = {"a": torch.zeros(3, 6)}
+    compiled(Append(), {"a": torch.zeros(3, 6)}, torch.ones(6)).measure(caches, torch.ones(6))
+    assert torch.equal(caches["a"], torch.zeros(3, 6))
+
+
 # --- what may be compiled ----------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +438,12 @@ def test_no_call_loses_a_state_update():
     model = compiled()
     in_threads(8, lambda n: [model(X) for _ in range(25)])
     assert model.state_dict()["count"] == 200
+
+
+def test_measuring_loses_no_state_update_of_another_thread():
+    model = compiled()
+    in_threads(4, lambda n: [model(X) for _ in range(100)] if n else [model.measure(X) for _ in range(5)])
+    assert model.state_dict()["count"] == 300
 
 
 def test_threads_that_call_first_share_one_capture():
