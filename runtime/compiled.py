@@ -259,7 +259,8 @@ def _own_copy(program: Program, name: str) -> torch.Tensor:
     tensor = program.weights[name].tensor
     if tensor is None:
         raise InputError(f"state {name} has no values: this program was read from text, give parse() a weight table")
-    return tensor.detach().clone()
+    with torch.inference_mode(False):  # a tensor made in inference mode is not written to outside
+        return tensor.detach().clone()
 
 
 def _updates(signature: Any) -> dict[str, int | None]:

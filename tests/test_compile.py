@@ -235,6 +235,14 @@ def test_an_output_does_not_change_when_a_later_call_moves_the_state_that_it_sho
     assert first.tolist() == [1, 1] and second.tolist() == [2, 2]
 
 
+def test_a_model_made_in_inference_mode_moves_its_states_outside():
+    with torch.inference_mode():
+        model = compiled(Net(), torch.randn(5, 6))
+        model(torch.randn(5, 6))
+    model(X)
+    assert model.state_dict()["count"] == 2
+
+
 @pytest.mark.parametrize("order", [("current", "previous"), ("previous", "current")])
 def test_a_state_may_become_what_another_was(order):
     class ShiftRegister(nn.Module):
