@@ -36,12 +36,14 @@ _MAX_MANIFEST = 16 * 2**20
 
 @dataclass(frozen=True)
 class Saved:
-    """What an artifact holds: the program, the parameters of the call, the pipeline's contract, and the passes' reports as text."""
+    """What an artifact holds: the program, the parameters of the call, the pipeline's contract, the passes' reports as text, and
+    whether it was captured in train mode."""
 
     program: Program
     parameters: tuple[Parameter, ...] = ()
     contract: Contract = Contract.EXACT
     reports: tuple[str, ...] = ()
+    training: bool = False
 
 
 def save(saved: Saved, path: str | Path) -> None:
@@ -98,6 +100,7 @@ def _manifest(saved: Saved, tied: Mapping[str, str], members: list[Member]) -> b
         "parameters": [_parameter_data(parameter) for parameter in saved.parameters],
         "contract": str(saved.contract),
         "reports": list(saved.reports),
+        "training": saved.training,
         "tied": dict(tied),
     }
     return json.dumps(data, sort_keys=True, indent=1).encode()
@@ -131,7 +134,7 @@ def load(path: str | Path, *, sha256: str | None = None) -> Saved:
             raise ArtifactError("its weights are not those that its program names")
         verify(program)
         program.weights.update({name: _placed(weight) for name, weight in program.weights.items()})
-        return Saved(program, manifest["parameters"], manifest["contract"], manifest["reports"])
+        return Saved(program, manifest["parameters"], manifest["contract"], manifest["reports"], manifest["training"])
 
 
 @contextmanager
@@ -176,8 +179,11 @@ def _checked_manifest(content: torch.Tensor, members: Mapping[str, tuple[int, in
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         version = manifest.get("format") if isinstance(manifest, dict) else None
         raise ArtifactError(f"it has format {version!r}, and this graphwright reads format {FORMAT}")
-    if set(manifest) != {"format", "members", "parameters", "contract", "reports", "tied"}:
+    manifest = {"training": False} | manifest  # the first ones did not say
+    if set(manifest) != {"format", "members", "parameters", "contract", "reports", "training", "tied"}:
         raise ArtifactError("its manifest has other keys than format 1 has")
+    if not isinstance(manifest["training"], bool):
+        raise ArtifactError("its manifest says neither that the model was captured in train mode nor that it was not")
     expected = {
         name: {"size": end - begin, "sha256": _sha256(content[begin:end])} for name, (begin, end) in members.items() if name != _MANIFEST
     }

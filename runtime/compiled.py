@@ -26,7 +26,8 @@ Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 
 @dataclass(frozen=True)
 class Compilation:
-    """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract."""
+    """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract, and whether
+    the module was in train mode when it was captured."""
 
     program: Program
     backend: str
@@ -34,18 +35,20 @@ class Compilation:
     history: tuple[Program, ...] = ()
     reports: tuple[Any, ...] = ()
     contract: Contract = Contract.EXACT
+    training: bool = False
 
 
 class CompiledModel(nn.Module):
     """Runs a compiled program; calls take and return what the original module's did.
 
-    Made from a `Compilation`, or from `make(args, kwargs)`, which gives one for the arguments of the first call. Threads may call
-    at once; the calls of a model with states follow one another, and each sees the states that the one before left.
+    Made from a `Compilation`, or from `make(args, kwargs)`, which gives one for the arguments of the first call; `training` is
+    the mode until then. Threads may call at once; the calls of a model with states follow one another, and each sees the states that
+    the one before left.
     """
 
     def __init__(self, compilation: Compilation | None = None, *, make: Make | None = None, training: bool = False):
         super().__init__()
-        self.training = training
+        self.training = training if compilation is None else compilation.training
         self._make = make
         self._lock = threading.RLock()
         self._runner = None if compilation is None else _Runner(compilation)
@@ -65,8 +68,9 @@ class CompiledModel(nn.Module):
         with self._lock:
             if self._runner is None:
                 assert self._make is not None, "a model without a compilation knows how to make one"
-                self._runner = _Runner(self._make(args, kwargs))
-                self._make = None
+                runner = _Runner(self._make(args, kwargs))
+                self.training = runner.compilation.training
+                self._runner, self._make = runner, None
             return self._runner
 
     # --- looking inside ---
@@ -235,7 +239,7 @@ class _Runner:
             }
         program = compiled.program.copy()
         program.weights.update(states)
-        return Saved(program, compiled.parameters, compiled.contract, tuple(map(str, compiled.reports)))
+        return Saved(program, compiled.parameters, compiled.contract, tuple(map(str, compiled.reports)), compiled.training)
 
     @contextmanager
     def states_kept(self) -> Iterator[None]:

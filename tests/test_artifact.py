@@ -248,6 +248,7 @@ def with_manifest(content, **changes):
         ({"parameters": [{"name": 3, "keyword_only": False}]}, "describes a parameter that is none"),
         ({"parameters": [{"name": "x", "keyword_only": False, "default": [1]}]}, "no plain value"),
         ({"reports": "text"}, "a list of str"),
+        ({"training": 1}, "says neither that the model was captured in train mode"),
         ({"tied": {"first.bias": "nothing"}}, "ties weights to none that are stored"),
         ({"tied": {"new": "first.bias"}}, "not those that its program names"),
     ],
@@ -255,6 +256,13 @@ def with_manifest(content, **changes):
 def test_a_manifest_that_says_something_else_is_refused(changes, message, content, tmp_path):
     with pytest.raises(gw.ArtifactError, match=message):
         load_bytes(with_manifest(content, **changes), tmp_path)
+
+
+def test_a_model_whose_manifest_does_not_say_its_mode_is_in_eval_mode(content, tmp_path):
+    members = members_of(content)
+    manifest = json.loads(members["manifest.json"])
+    del manifest["training"]
+    assert not load_bytes(packed(members | {"manifest.json": json.dumps(manifest).encode()}), tmp_path).training
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,18 @@ def test_what_a_compiled_model_cannot_do_says_what_to_do():
     assert model.float().to("cpu").eval() is model
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_stays_in_the_mode_it_was_captured_in(training, tmp_path):
+    net = Net().train(training)
+    model = compiled(net)
+    model.save(tmp_path / "net.gw")
+    lazy = gw.compile(net.train(not training), backend="aten")
+    net.train(training)
+    lazy(X)
+    for each in (model, lazy, compiled(model), gw.load(tmp_path / "net.gw", backend="aten"), compiled(tmp_path / "net.gw")):
+        assert each.training == training and each.train(training) is each
+
+
 def test_measuring_keeps_states_and_fills_in_the_report():
     model = compiled()
     assert "not measured" in str(model.report())
