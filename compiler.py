@@ -51,13 +51,15 @@ def compile(
     """
     backend = choose_backend(backend)
     pipeline = parse_pipeline([*(CLEANUPS if cleanups else ()), *parse_pipeline(passes)])
+    PassManager(pipeline, verify=verify)  # refuses them now, not on the first call
 
     def finish(captured: Saved, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Compilation:
         program, parameters = captured.program, captured.parameters
         inputs = None if example is None else Call(program, program.main, parameters).bind(*example)[0]
         result = PassManager(pipeline, verify=verify, inputs=inputs, progress=progress).run(program)
         contract = Contract.weakest([captured.contract, result.contract])
-        return Compilation(result.program, backend, parameters, result.history, (*captured.reports, *result.reports), contract)
+        reports = (*captured.reports, *result.reports)
+        return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training)
 
     if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
         return CompiledModel(finish(_saved(model, trusted), _example(example_inputs, example_kwargs)))
@@ -66,11 +68,11 @@ def compile(
         # torch.export takes two arguments that are one tensor for one argument; each is a tensor of its own here.
         apart_args, apart_kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         program = capture(model, apart_args, apart_kwargs, dynamic_shapes=dynamic_shapes)
-        return finish(Saved(program, parameters_of(model.forward)), (args, kwargs))
+        return finish(Saved(program, parameters_of(model.forward), training=model.training), (args, kwargs))
 
     if example_inputs is None and example_kwargs is None:
         return CompiledModel(make=make, training=model.training)
-    return CompiledModel(make(example_inputs or (), example_kwargs or {}), training=model.training)
+    return CompiledModel(make(example_inputs or (), example_kwargs or {}))
 
 
 def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None) -> CompiledModel:
@@ -81,7 +83,8 @@ def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None) 
         TargetError: the backend cannot run here.
     """
     saved = artifact.load(path, sha256=sha256)
-    return CompiledModel(Compilation(saved.program, choose_backend(backend), saved.parameters, (), saved.reports, saved.contract))
+    backend = choose_backend(backend)
+    return CompiledModel(Compilation(saved.program, backend, saved.parameters, (), saved.reports, saved.contract, saved.training))
 
 
 def _saved(model: Any, trusted: bool) -> Saved:

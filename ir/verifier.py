@@ -65,6 +65,8 @@ def _verify_graph(graph: fx.Graph, symbols: SymbolTable, weights: dict[str, Weig
             seen_output = True
         elif node.op != "placeholder":
             raise _Broken(f"a node of kind {node.op} has no place in the IR", node)
+        elif node.meta.get("role") == "state":
+            _verify_state(node, weights, region)
         defined.add(node)
     if not seen_output:
         raise VerifyError("a function has no output")
@@ -184,6 +186,13 @@ def _verify_weight(node: Node, weights: dict[str, Weight], region: bool) -> None
         raise _Broken(f"weight {node.target} is {weight.dtype}{list(weight.shape)} in the table but not in the graph", node)
     if weight.tensor is not None and (weight.tensor.dtype != weight.dtype or tuple(weight.tensor.shape) != weight.shape):
         raise _Broken(f"weight {node.target} has a tensor that its entry does not describe", node)
+
+
+def _verify_state(node: Node, weights: dict[str, Weight], region: bool) -> None:
+    _verify_weight(node, weights, region)
+    kind = weights[str(node.target)].kind
+    if kind != "state":
+        raise _Broken(f"state {node.target} is a {kind} in the table", node)
 
 
 def _verify_signature(function: Function) -> None:

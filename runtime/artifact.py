@@ -36,12 +36,14 @@ _MAX_MANIFEST = 16 * 2**20
 
 @dataclass(frozen=True)
 class Saved:
-    """What an artifact holds: the program, the parameters of the call, the pipeline's contract, and the passes' reports as text."""
+    """What an artifact holds: the program, the parameters of the call, the pipeline's contract, the passes' reports as text, and
+    whether it was captured in train mode."""
 
     program: Program
     parameters: tuple[Parameter, ...] = ()
     contract: Contract = Contract.EXACT
     reports: tuple[str, ...] = ()
+    training: bool = False
 
 
 def save(saved: Saved, path: str | Path) -> None:
@@ -53,7 +55,7 @@ def save(saved: Saved, path: str | Path) -> None:
     """
     path = Path(path)
     stored, tied = _untied(saved.program.weights)
-    program = Member.of(_PROGRAM, str(saved.program).encode())
+    program = Member.of(_PROGRAM, str(_hashed_afresh(saved.program)).encode())
     weights = tensor_member(_WEIGHTS, stored)
     text = _manifest(saved, tied, [program, weights])
     # Spaces after the manifest put the weights at a multiple of 64 bytes, so that they are used where they were read.
@@ -64,6 +66,13 @@ def save(saved: Saved, path: str | Path) -> None:
             zip_subset.write(file, [manifest, program, weights])
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written ({error.strerror or error}): what was there before is as it was") from error
+
+
+def _hashed_afresh(program: Program) -> Program:
+    """`program` without the digests that it remembers: weights are shared with the module, which may have changed them since."""
+    result = program.copy()
+    result.weights = {name: replace(weight, known_digest=None, _memo={}) for name, weight in program.weights.items()}
+    return result
 
 
 def _untied(weights: Mapping[str, Weight]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -91,6 +100,7 @@ def _manifest(saved: Saved, tied: Mapping[str, str], members: list[Member]) -> b
         "parameters": [_parameter_data(parameter) for parameter in saved.parameters],
         "contract": str(saved.contract),
         "reports": list(saved.reports),
+        "training": saved.training,
         "tied": dict(tied),
     }
     return json.dumps(data, sort_keys=True, indent=1).encode()
@@ -124,7 +134,7 @@ def load(path: str | Path, *, sha256: str | None = None) -> Saved:
             raise ArtifactError("its weights are not those that its program names")
         verify(program)
         program.weights.update({name: _placed(weight) for name, weight in program.weights.items()})
-        return Saved(program, manifest["parameters"], manifest["contract"], manifest["reports"])
+        return Saved(program, manifest["parameters"], manifest["contract"], manifest["reports"], manifest["training"])
 
 
 @contextmanager
@@ -169,8 +179,11 @@ def _checked_manifest(content: torch.Tensor, members: Mapping[str, tuple[int, in
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         version = manifest.get("format") if isinstance(manifest, dict) else None
         raise ArtifactError(f"it has format {version!r}, and this graphwright reads format {FORMAT}")
-    if set(manifest) != {"format", "members", "parameters", "contract", "reports", "tied"}:
+    manifest = {"training": False} | manifest  # the first ones did not say
+    if set(manifest) != {"format", "members", "parameters", "contract", "reports", "training", "tied"}:
         raise ArtifactError("its manifest has other keys than format 1 has")
+    if not isinstance(manifest["training"], bool):
+        raise ArtifactError("its manifest says neither that the model was captured in train mode nor that it was not")
     expected = {
         name: {"size": end - begin, "sha256": _sha256(content[begin:end])} for name, (begin, end) in members.items() if name != _MANIFEST
     }

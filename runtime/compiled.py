@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +26,8 @@ Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 
 @dataclass(frozen=True)
 class Compilation:
-    """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract."""
+    """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract, and whether
+    the module was in train mode when it was captured."""
 
     program: Program
     backend: str
@@ -34,18 +35,20 @@ class Compilation:
     history: tuple[Program, ...] = ()
     reports: tuple[Any, ...] = ()
     contract: Contract = Contract.EXACT
+    training: bool = False
 
 
 class CompiledModel(nn.Module):
     """Runs a compiled program; calls take and return what the original module's did.
 
-    Made from a `Compilation`, or from `make(args, kwargs)`, which gives one for the arguments of the first call. Threads may call
-    at once; the calls of a model with states follow one another, and each sees the states that the one before left.
+    Made from a `Compilation`, or from `make(args, kwargs)`, which gives one for the arguments of the first call; `training` is
+    the mode until then. Threads may call at once; the calls of a model with states follow one another, and each sees the states that
+    the one before left.
     """
 
     def __init__(self, compilation: Compilation | None = None, *, make: Make | None = None, training: bool = False):
         super().__init__()
-        self.training = training
+        self.training = training if compilation is None else compilation.training
         self._make = make
         self._lock = threading.RLock()
         self._runner = None if compilation is None else _Runner(compilation)
@@ -65,8 +68,9 @@ class CompiledModel(nn.Module):
         with self._lock:
             if self._runner is None:
                 assert self._make is not None, "a model without a compilation knows how to make one"
-                self._runner = _Runner(self._make(args, kwargs))
-                self._make = None
+                runner = _Runner(self._make(args, kwargs))
+                self.training = runner.compilation.training
+                self._runner, self._make = runner, None
             return self._runner
 
     # --- looking inside ---
@@ -109,9 +113,10 @@ class CompiledModel(nn.Module):
     def measure(self, *args: Any, **kwargs: Any) -> Measurement:
         """Runs the model on these arguments (once to warm up, once for memory, once for time) and keeps the figures for the report.
 
-        States are as before afterwards.
+        States and arguments are as before afterwards.
         """
         runner = self._runner or self._compile_for(args, kwargs)
+        args, kwargs = runner.spared(args, kwargs)
         device = "cuda" if any(weight.device.type == "cuda" for weight in self.program.weights.values()) else "cpu"
         with self._lock, runner.states_kept():
             self._compiled_peak = runner.executor.predicted_peak()
@@ -210,12 +215,18 @@ class _Runner:
         return pytree.tree_unflatten(leaves, self._out_spec)
 
     def _write_back(self, leaves: list[Any], new_states: Mapping[str, torch.Tensor], given: Sequence[Any]) -> list[Any]:
-        """Copies new states into the tensors that hold them; an output that shares memory with one is copied out first."""
+        """Copies new states into the tensors that hold them. What shares memory with one of these is copied out first: an output,
+        which would change with it, and a new state, which may be what another state was."""
         targets = {name: self.states[name] if index is None else given[index] for name, index in self._updates.items()}
         held = {target.untyped_storage().data_ptr() for target in targets.values()}
-        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() in held else leaf for leaf in leaves]
+
+        def apart(value: Any) -> Any:
+            return value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in held else value
+
+        leaves = [apart(leaf) for leaf in leaves]
+        values = {name: apart(value) for name, value in new_states.items()}
         with torch.no_grad():
-            for name, value in new_states.items():
+            for name, value in values.items():
                 targets[name].copy_(value)
         return leaves
 
@@ -228,31 +239,32 @@ class _Runner:
             }
         program = compiled.program.copy()
         program.weights.update(states)
-        return Saved(program, compiled.parameters, compiled.contract, tuple(map(str, compiled.reports)))
+        return Saved(program, compiled.parameters, compiled.contract, tuple(map(str, compiled.reports)), compiled.training)
 
-    def states_kept(self) -> "_StatesKept":
-        return _StatesKept(self.states)
+    @contextmanager
+    def states_kept(self) -> Iterator[None]:
+        """Puts the states back to what they were; calls from other threads come before or after."""
+        with self._turn:
+            before = {name: state.clone() for name, state in self.states.items()}
+            try:
+                yield
+            finally:
+                for name, value in before.items():
+                    self.states[name].copy_(value)
 
-
-class _StatesKept:
-    """Puts the states back to what they were."""
-
-    def __init__(self, states: Mapping[str, torch.Tensor]):
-        self._states = states
-
-    def __enter__(self) -> None:
-        self._saved = {name: state.clone() for name, state in self._states.items()}
-
-    def __exit__(self, *exception: object) -> None:
-        for name, value in self._saved.items():
-            self._states[name].copy_(value)
+    def spared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call, with copies of those that it writes to."""
+        _, given = self.call.bind(args, kwargs)
+        written = {id(given[index]) for index in self._updates.values() if index is not None}
+        return pytree.tree_map(lambda leaf: leaf.detach().clone() if id(leaf) in written else leaf, (args, kwargs))
 
 
 def _own_copy(program: Program, name: str) -> torch.Tensor:
     tensor = program.weights[name].tensor
     if tensor is None:
         raise InputError(f"state {name} has no values: this program was read from text, give parse() a weight table")
-    return tensor.detach().clone()
+    with torch.inference_mode(False):  # a tensor made in inference mode is not written to outside
+        return tensor.detach().clone()
 
 
 def _updates(signature: Any) -> dict[str, int | None]:

@@ -40,8 +40,10 @@ class Executor:
         self._flat = FlatGraph(self._lowered, lambda node: _tensor(program, node))
 
     def predicted_peak(self) -> int | None:
-        """The peak of what a compiler made of the program, in bytes; None where library kernels run it as it stands."""
-        return None if self.backend == "aten" else lowered_profile(self._lowered).peak_bytes
+        """The peak of what a compiler made of the program, in bytes; None where library kernels run it as it stands, and while a
+        profiler is running."""
+        memory = None if self.backend == "aten" else lowered_profile(self._lowered)
+        return None if memory is None else memory.peak_bytes
 
     def __call__(
         self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None

@@ -34,7 +34,9 @@ class Instruction:
 
 
 class Boxed:
-    """An operation that takes its arguments as one list, which it empties as soon as it can."""
+    """An operation that takes its arguments as one list, which it empties as soon as it can; `graph` is what it computes."""
+
+    graph: fx.Graph
 
     def __call__(self, arguments: list[Any]) -> Any:
         raise NotImplementedError

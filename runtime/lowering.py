@@ -36,6 +36,8 @@ def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend) -> fx.Graph:
     # Whoever slices a program pays for memory: code that takes more of it than planned gives way to library kernels.
     limit = profile_graph(graph).peak_bytes
     memory = lowered_profile(lowered)
+    if memory is None:
+        return lowered
     lowering.left = {pieces[node] for node, live in zip(memory.nodes, memory.live, strict=True) if live > limit and node in pieces}
     return _lowered(graph, lowering, {}) if lowering.left else lowered
 
@@ -96,7 +98,8 @@ class _Aten:
 class _Segment(Boxed):
     """Compiled code as an operation."""
 
-    def __init__(self, run: Callable[[list[Any]], list[Any]]):
+    def __init__(self, graph: fx.Graph, run: Callable[[list[Any]], list[Any]]):
+        self.graph = graph
         self.run = run
 
     def __call__(self, arguments: list[Any]) -> list[Any]:
@@ -123,7 +126,8 @@ class _Inductor(_Aten):
             return super().segment(nodes, lowered, copies)
         if nodes[0] not in self._segments:
             types = [node.meta["val"] for node in inputs]
-            self._segments[nodes[0]] = _Segment(self._compiled(_cut_out(nodes, inputs, outputs), types))
+            alone = _cut_out(nodes, inputs, outputs)
+            self._segments[nodes[0]] = _Segment(alone, self._compiled(alone, types))
         call = lowered.create_node("call_function", self._segments[nodes[0]], tuple(map(copies.__getitem__, inputs)), name="segment")
         call.meta = {"val": tuple(output.meta["val"] for output in outputs)}
         for index, output in enumerate(outputs):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..ir.errors import InputError
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -24,9 +26,18 @@ class Measurement:
 
 
 def measure_peak(fn: Callable[[], Any], *, device: str = "cpu", timed: bool = False) -> Measurement:
-    """Runs `fn()` once under the meter, and once more by the clock if `timed`. Inputs and weights made before are not counted."""
+    """Runs `fn()` once under the meter, and once more by the clock if `timed`. Inputs and weights made before are not counted.
+
+    Raises:
+        InputError: on CPU, while a profiler is running: torch has one a process, and a second would end the first.
+    """
     peak, kept = _cuda_peak(fn) if device == "cuda" else _cpu_peak(fn)
     return Measurement(peak, kept, _seconds(fn, device) if timed else None)
+
+
+def profiler_is_running() -> bool:
+    """Whether this thread or another has torch's profiler."""
+    return torch.autograd.profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled()
 
 
 def _cuda_peak(fn: Callable[[], Any]) -> tuple[int, int]:
@@ -41,6 +52,8 @@ def _cuda_peak(fn: Callable[[], Any]) -> tuple[int, int]:
 
 
 def _cpu_peak(fn: Callable[[], Any]) -> tuple[int, int]:
+    if profiler_is_running():
+        raise InputError("memory is measured with torch's profiler, which is running already: measure outside of it")
     with torch.autograd.profiler.profile(profile_memory=True) as trace:
         result = fn()
     live: dict[int, int] = {}

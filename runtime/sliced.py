@@ -150,9 +150,9 @@ class SlicedRun:
         return profile_graph(self.call.body.graph).peak_bytes
 
     @property
-    def compiled(self) -> list[tuple[Body, list[Any]]]:
-        """The compiled bodies with the types of their operands."""
-        return [(body, types()) for body, types in self._compiled.values()]
+    def compiled(self) -> list[tuple[Body, Types]]:
+        """The compiled bodies with what gives the types of their operands."""
+        return list(self._compiled.values())
 
     def _donated(self, output: _Output, operands: Sequence[torch.Tensor]) -> torch.Tensor:
         """The donor itself; a tensor like it should another turn out to share its storage."""

@@ -101,6 +101,16 @@ def test_a_loaded_model_is_the_one_that_was_saved(content, tmp_path):
     assert loaded(X)["count"] == 4
 
 
+def test_weights_that_the_module_changed_since_are_saved_as_they_are(tmp_path):
+    net = nn.Linear(6, 6).eval()
+    model = gw.compile(net, example_inputs=(X,), backend="aten")
+    str(model.program)
+    for change in (lambda: nn.init.ones_(net.weight), lambda: net.bias.data.add_(1)):
+        change()
+        model.save(tmp_path / "net.gw")
+        assert torch.equal(gw.load(tmp_path / "net.gw", backend="aten")(X), net(X))
+
+
 def test_two_saves_are_equal_bytes(model, content, tmp_path):
     model.save(tmp_path / "again.gw")
     assert (tmp_path / "again.gw").read_bytes() == content
@@ -238,6 +248,7 @@ def with_manifest(content, **changes):
         ({"parameters": [{"name": 3, "keyword_only": False}]}, "describes a parameter that is none"),
         ({"parameters": [{"name": "x", "keyword_only": False, "default": [1]}]}, "no plain value"),
         ({"reports": "text"}, "a list of str"),
+        ({"training": 1}, "says neither that the model was captured in train mode"),
         ({"tied": {"first.bias": "nothing"}}, "ties weights to none that are stored"),
         ({"tied": {"new": "first.bias"}}, "not those that its program names"),
     ],
@@ -245,6 +256,13 @@ def with_manifest(content, **changes):
 def test_a_manifest_that_says_something_else_is_refused(changes, message, content, tmp_path):
     with pytest.raises(gw.ArtifactError, match=message):
         load_bytes(with_manifest(content, **changes), tmp_path)
+
+
+def test_a_model_whose_manifest_does_not_say_its_mode_is_in_eval_mode(content, tmp_path):
+    members = members_of(content)
+    manifest = json.loads(members["manifest.json"])
+    del manifest["training"]
+    assert not load_bytes(packed(members | {"manifest.json": json.dumps(manifest).encode()}), tmp_path).training
 
 
 @pytest.mark.parametrize(

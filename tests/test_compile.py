@@ -235,6 +235,45 @@ def test_an_output_does_not_change_when_a_later_call_moves_the_state_that_it_sho
     assert first.tolist() == [1, 1] and second.tolist() == [2, 2]
 
 
+def test_a_model_made_in_inference_mode_moves_its_states_outside():
+    with torch.inference_mode():
+        model = compiled(Net(), torch.randn(5, 6))
+        model(torch.randn(5, 6))
+    model(X)
+    assert model.state_dict()["count"] == 2
+
+
+@pytest.mark.parametrize("order", [("current", "previous"), ("previous", "current")])
+def test_a_state_may_become_what_another_was(order):
+    class ShiftRegister(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in order:
+                self.register_buffer(name, torch.zeros(2))
+
+        def forward(self, x):
+            oldest = self.previous + 0
+            self.previous.copy_(self.current)
+            self.current.copy_(x)
+            return oldest
+
+    model = compiled(ShiftRegister(), torch.ones(2))
+    assert [model(torch.full((2,), float(n)))[0] for n in range(1, 6)] == [0, 0, 1, 2, 3]
+
+
+def test_inputs_that_the_model_swaps_are_swapped():
+    class Swap(nn.Module):
+        def forward(self, a, b):
+            before = a.clone()
+            a.copy_(b)
+            b.copy_(before)
+            return a + 0
+
+    a, b = torch.ones(2), torch.zeros(2)
+    compiled(Swap(), torch.ones(2), torch.zeros(2))(a, b)
+    assert a.tolist() == [0, 0] and b.tolist() == [1, 1]
+
+
 # --- as a module -----------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +300,18 @@ def test_what_a_compiled_model_cannot_do_says_what_to_do():
     assert model.float().to("cpu").eval() is model
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_stays_in_the_mode_it_was_captured_in(training, tmp_path):
+    net = Net().train(training)
+    model = compiled(net)
+    model.save(tmp_path / "net.gw")
+    lazy = gw.compile(net.train(not training), backend="aten")
+    net.train(training)
+    lazy(X)
+    for each in (model, lazy, compiled(model), gw.load(tmp_path / "net.gw", backend="aten"), compiled(tmp_path / "net.gw")):
+        assert each.training == training and each.train(training) is each
+
+
 def test_measuring_keeps_states_and_fills_in_the_report():
     model = compiled()
     assert "not measured" in str(model.report())
@@ -268,6 +319,17 @@ def test_measuring_keeps_states_and_fills_in_the_report():
     assert model.state_dict()["count"] == 0 and measured.seconds > 0
     text = str(model.report())
     assert "contract: exact." in text and "predicted, planned" in text and "measured" in text and "backend: aten" in text
+
+
+def test_measuring_leaves_inputs_as_they_are():
+    class Append(nn.Module):
+        def forward(self, caches, x):
+            caches["a"][1].copy_(x)
+            return caches["a"].sum(0)
+
+    caches = {"a": torch.zeros(3, 6)}
+    compiled(Append(), {"a": torch.zeros(3, 6)}, torch.ones(6)).measure(caches, torch.ones(6))
+    assert torch.equal(caches["a"], torch.zeros(3, 6))
 
 
 # --- what may be compiled ----------------------------------------------------------------------------------------------------
@@ -304,6 +366,18 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "bad.pt2").write_bytes(b"nothing")
     with pytest.raises(gw.ArtifactError, match="bad.pt2 is not read by torch.export"):
         gw.compile(tmp_path / "bad.pt2", trusted=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"verify": "certain"}, "verify is 'certain', but must be one of"),
+        ({"passes": "slice-groups,fold-constants", "cleanups": False}, "pass fold-constants must stand before pass slice-groups"),
+    ],
+)
+def test_what_no_pipeline_can_be_is_refused_before_the_first_call(options, message):
+    with pytest.raises(gw.PassError, match=message):
+        gw.compile(nn.Linear(6, 6), backend="aten", **options)
 
 
 def test_passes_run_are_held_to_their_contract_and_leave_their_programs():
@@ -384,6 +458,12 @@ def test_no_call_loses_a_state_update():
     model = compiled()
     in_threads(8, lambda n: [model(X) for _ in range(25)])
     assert model.state_dict()["count"] == 200
+
+
+def test_measuring_loses_no_state_update_of_another_thread():
+    model = compiled()
+    in_threads(4, lambda n: [model(X) for _ in range(100)] if n else [model.measure(X) for _ in range(5)])
+    assert model.state_dict()["count"] == 300
 
 
 def test_threads_that_call_first_share_one_capture():

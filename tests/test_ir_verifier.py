@@ -225,6 +225,20 @@ def test_a_weights_tensor_must_be_what_its_entry_says() -> None:
     broken(program, "weight proj.bias has a tensor that its entry does not describe")
 
 
+def test_a_state_must_be_in_the_table_as_what_the_graph_takes_it_for() -> None:
+    program = model()
+    steps = program.weights["steps"]
+    for changed, message in (
+        ({"kind": "buffer"}, "state steps is a buffer in the table"),
+        ({"shape": (5,)}, "weight steps is .* in the table but not in the graph"),
+        ({"tensor": torch.zeros(5)}, "weight steps has a tensor that its entry does not describe"),
+    ):
+        program.weights["steps"] = replace(steps, **({"tensor": None} | changed))
+        broken(program, message)
+    del program.weights["steps"]
+    broken(program, "weight steps is not in the table")
+
+
 # --- the signature ---
 
 

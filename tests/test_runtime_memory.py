@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import graphwright as gw
+from graphwright.runtime import prediction
 from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.memory import measure_peak
 from graphwright.runtime.report import format_bytes
@@ -118,6 +119,52 @@ def test_the_peak_of_compiled_code_is_foreseen(passes):
     assert foreseen is not None
     assert abs(foreseen - measured) <= 0.05 * measured
     assert f"predicted, compiled {format_bytes(foreseen)}" in str(model.report())
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
+def test_each_compiled_piece_is_metered_once(monkeypatch):
+    metered = []
+    monkeypatch.setattr(prediction, "measure_peak", lambda run: (metered.append(run), measure_peak(run))[1])
+    x = torch.randn(512, 16)
+    model = gw.compile(Wide(), [gw.SliceGroups(memory_budget="30%")], example_inputs=(x,), backend="inductor")
+    count = len(metered)
+    model.measure(x)
+    assert len(metered) == count > 0
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
+def test_a_profiler_that_is_running_is_left_alone():
+    x = torch.randn(512, 16)
+    with torch.profiler.profile() as trace:
+        x.sin()
+        model = gw.compile(Wide(), [gw.SliceGroups(memory_budget="30%")], example_inputs=(x,), backend="inductor")
+        with pytest.raises(gw.InputError, match="profiler, which is running already"):
+            model.measure(x)
+        assert model.report().memory.compiled is None
+        x.cos()
+    assert {"aten::sin", "aten::cos"} <= {event.key for event in trace.key_averages()}
+
+
+class LookUp(torch.nn.Module):
+    """A row that an index of one does not find, and two products that no compiler fuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(1, 16))
+        self.up, self.down = torch.nn.Linear(16, 256), torch.nn.Linear(256, 16)
+
+    def forward(self, index):
+        return self.down(self.up(self.table[index]))
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
+def test_the_peak_of_code_that_does_not_run_on_ones_is_that_of_its_operations():
+    index = torch.zeros(512, dtype=torch.int64)
+    model = gw.compile(LookUp(), example_inputs=(index,), backend="inductor")
+    measured = model.measure(index).peak_bytes
+    foreseen = model.report().memory.compiled
+    assert foreseen is not None
+    assert measured <= foreseen <= 1.1 * measured
 
 
 class Convolutional(torch.nn.Module):
