@@ -71,6 +71,9 @@ def name_of(target: Callable[..., Any]) -> str:
         KeyError: `target` is outside the vocabulary.
     """
     if isinstance(target, torch._ops.OpOverload):
+        namespace, _, packet = target._schema.name.partition("::")
+        if namespace not in _NAMESPACES or packet in _FORBIDDEN:
+            raise KeyError(str(target))
         return str(target)
     if isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "sliced":
         return "gw.sliced"

@@ -135,6 +135,7 @@ class _Importer:
         self.weights: dict[str, Weight] = {}
         self.graph = fx.Graph()
         self.copies: dict[Node, Any] = {}
+        self.blocked: set[Node] = set()  # calls without a copy: they, or what they need, have no place in the IR
         self.names: dict[int, list[Node]] = defaultdict(list)  # storage -> what stood for it in the exported graph
 
     def program(self) -> Program:
@@ -214,9 +215,13 @@ class _Importer:
     def _import_call(self, node: Node) -> list[tuple[Where, str]]:
         """Adds the call; returns the reasons why it cannot be."""
         where = where_of(node)
+        if not self.blocked.isdisjoint(node.all_input_nodes):  # the reason is listed already
+            self.blocked.add(node)
+            return []
         try:
             name_of(node.target)
         except KeyError:
+            self.blocked.add(node)
             return [(where, f"{node.target} has no place in the IR: replace it by ATen operations")]
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.copies.get)
         if _is_tautology(node):
@@ -225,6 +230,7 @@ class _Importer:
         try:
             value = self._write(node, args, kwargs, add) if is_mutating(node.target) else self._rebuild(node.target, args, kwargs, add)
         except InferenceError as error:
+            self.blocked.add(node)
             return [(where, f"{name_of(node.target)} does not type-check: {error}")]
         except NotFunctional as error:  # no use to look further, torch may have to make it functional
             raise NotFunctional(_list_blockers([(where, str(error))])) from error

@@ -448,6 +448,30 @@ def test_all_blockers_are_listed_at_once_each_with_its_line() -> None:
         assert f"test_ir_capture.py:{line}: control flow depends on tensor values: use torch.where or torch.cond" in message
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return torch.ops.capture_test.double(x) + 1
+
+
+def test_an_operation_outside_the_vocabulary_is_a_blocker_with_its_line() -> None:
+    line = inspect.getsourcelines(Doubled.forward)[1] + 1
+    with torch.library._scoped_library("capture_test", "DEF") as library:
+        library.define("double(Tensor x) -> Tensor")
+        library.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
+        with pytest.raises(CaptureError, match=f"at test_ir_capture.py:{line}: capture_test.double.default has no place in the IR: replace"):
+            ir.capture(Doubled(), (torch.ones(3),))
+
+
+def test_what_needs_a_blocked_result_is_no_reason_of_its_own() -> None:
+    class Cond(nn.Module):
+        def forward(self, x):
+            y = torch.cond(x.sum() > 0, lambda x: (x + 1, x * 2), lambda x: (x - 1, x * 3), (x,))
+            return (y[0] + y[1]).relu()
+
+    with pytest.raises(CaptureError, match="the model cannot be captured, at .*: cond has no place in the IR"):
+        ir.capture(Cond(), (torch.ones(3),))
+
+
 def test_one_blocker_is_one_sentence() -> None:
     class Branch(nn.Module):
         def forward(self, x):
