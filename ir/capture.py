@@ -27,10 +27,11 @@ from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of
 from .errors import CaptureError, InputError
 from .functionalize import NotFunctional, functional_variant, is_ambiguous, take_apart
-from .infer import InferenceError, fake_like, same_type, storage_key, tensors_of
+from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
 from .program import Function, Node, Program, Weight, Where
-from .symbols import UNBOUNDED, Symbol, SymbolTable
+from .symbols import UNBOUNDED, Symbol, SymbolTable, hint
 from .tree import Tree
+from .types import DTYPE_NAMES
 
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _FLOORS = {"ir", "passes", "codegen", "runtime", "models", "testing", "compiler.py", "cli.py"}
@@ -55,6 +56,8 @@ def capture(
     if not isinstance(args, tuple):
         raise InputError(f"example inputs are a tuple of positional arguments, not a {type(args).__name__}: write (x,)")
     args, kwargs = _told_apart(args, kwargs or {})
+    if dynamic_shapes:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _without_gaps, (args, kwargs))
     try:
         with _undisturbed():
             exported = torch.export.export(model, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
@@ -66,12 +69,18 @@ def capture(
 def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int], str] | None = None) -> Program:
     """The program of an ExportedProgram; `dim_names` maps (input leaf, dim) to a symbol's name."""
     with _undisturbed():
+        refused = None
         if _is_plain(exported):
             try:
                 return _Importer(exported, dim_names or {}).program()
-            except CaptureError:
-                pass  # torch may still make it functional; what it cannot is an error below
-        functional = exported.run_decompositions({})
+            except CaptureError as error:
+                refused = error  # torch may still make it functional; what it cannot is an error below
+        try:
+            functional = exported.run_decompositions({})
+        except Exception as error:
+            raise refused or CaptureError(
+                f"torch cannot make the model functional: {type(error).__name__}: {_first_line(error)}"
+            ) from error
     return _Importer(functional, dim_names or {}).program()
 
 
@@ -101,6 +110,13 @@ def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
         return leaf.detach()
 
     return pytree.tree_map(apart, (args, kwargs))
+
+
+def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense copy of every other column and the like: how far apart they lie is no function of the dynamic sizes."""
+    if tensor.layout != torch.strided or not has_gaps(tensor.shape, tensor.stride()):
+        return tensor
+    return tensor.detach().clone()
 
 
 @contextmanager
@@ -151,6 +167,7 @@ class _Importer:
             if spec.kind != InputKind.USER_INPUT:
                 self._import_weight(node, spec, mutated)
         blockers = [problem for node in self.exported.graph.nodes if node.op == "call_function" for problem in self._import_call(node)]
+        blockers += _nameless_types(self.graph)
         if blockers:
             raise CaptureError(_list_blockers(blockers))
         self._import_outputs()
@@ -174,8 +191,8 @@ class _Importer:
                     name = given if given and given not in self.symbols else self._next_name()
                     bounds = ranges.get(symbol)
                     low, high = (0, UNBOUNDED) if bounds is None else (_bound(bounds.lower, 0), _bound(bounds.upper, UNBOUNDED))
-                    hint = _hint_of(symbol, size.node.shape_env)
-                    self.sizes[symbol] = self.symbols.declare(Symbol(name, low, high, hint)).node.expr
+                    at_capture = _hint_of(symbol, size.node.shape_env)
+                    self.sizes[symbol] = self.symbols.declare(Symbol(name, low, high, at_capture)).node.expr
 
     def _next_name(self) -> str:
         return next(name for k in range(len(self.symbols) + 1) if (name := f"s{k}") not in self.symbols)
@@ -183,6 +200,13 @@ class _Importer:
     def _rebase(self, node: Node, spec: InputSpec) -> Any:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
+            is_dynamic = any(isinstance(size, torch.SymInt) for size in value.shape)
+            if is_dynamic and has_gaps(map(hint, value.shape), map(hint, value.stride())):
+                name = _input_name(node)
+                raise CaptureError(
+                    f"input {name} has dynamic sizes, and its example has gaps between its elements or elements that overlap: "
+                    f"export with {name}.contiguous()"
+                )
             return fake_like(self.symbols, value.dtype, map(self._size, value.shape), map(self._size, value.stride()), value.device)
         if isinstance(value, torch.SymInt):
             return self._size(value)
@@ -201,6 +225,8 @@ class _Importer:
         tensor = self.exported.state_dict.get(name)
         if tensor is None:
             tensor = self.exported.constants[name]
+        if tensor.is_conj() or tensor.is_neg():
+            raise CaptureError(f"weight {name} is a lazy conjugate: hold its .resolve_conj().resolve_neg() in the model instead")
         if name in mutated:
             self.weights[name] = Weight.of(name, tensor, "state")
             fake = fake_like(self.symbols, tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
@@ -301,6 +327,17 @@ class _Importer:
                     f"the exported program has an output of kind {spec.kind.name}, which only training needs: export for inference"
                 )
         set_outputs(self.graph, [*user, *states], tuple(names))
+
+
+def _nameless_types(graph: fx.Graph) -> list[tuple[Where, str]]:
+    """For each dtype that text has no name for, its first tensor."""
+    found: dict[torch.dtype, tuple[Where, str]] = {}
+    for node in graph.nodes:
+        for dtype in (tensor.dtype for tensor in tensors_of(node.meta.get("val"))):
+            if dtype not in DTYPE_NAMES:
+                reason = f"{node.target} is {dtype}, which has no place in the IR: convert it to another dtype"
+                found.setdefault(dtype, (node.meta.get("where") or Where(), reason))
+    return list(found.values())
 
 
 def _hint_of(symbol: sympy.Symbol, env: Any) -> int:

@@ -2,6 +2,7 @@
 
 import inspect
 import random
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import Dim
 
-from graphwright import ir
+from graphwright import compile, ir
 from graphwright.ir.errors import CaptureError, GraphwrightError, InputError
 from graphwright.ir.run import run
 from graphwright.ir.tree import unflatten
@@ -80,6 +81,29 @@ def test_a_padded_dynamic_dim_stays_dynamic() -> None:
 
     program = capture(Pad(), torch.ones(5, 4), dynamic_shapes={"x": {0: Dim("rows", max=32)}})
     assert ": f32[rows + 2, 4]" in str(program)
+
+
+@pytest.mark.parametrize(
+    "example", [torch.ones(10, 12)[:, ::2], torch.ones(12, 10).t()[:, ::2], torch.ones(10, 1).expand(10, 6)], ids=range(3)
+)
+def test_an_example_with_gaps_between_its_elements_may_have_dynamic_dims(example: torch.Tensor) -> None:
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x.reshape(-1) * 2
+
+    rows = {"x": {1: Dim("n", min=2, max=64)}}
+    model = compile(Flat(), backend="aten", example_inputs=(example,), dynamic_shapes=rows)
+    for x in (example, torch.randn(10, 24)[:, ::2], torch.randn(10, 9), torch.randn(9, 10).t(), torch.randn(10, 40)[:, :30]):
+        assert torch.equal(model(x), Flat()(x))
+    exported = torch.export.export(Flat(), (example,), dynamic_shapes=rows)
+    with pytest.raises(CaptureError, match=r"input x has dynamic sizes, and its example has gaps .* export with x.contiguous\(\)"):
+        ir.from_exported(exported)
+
+
+def test_a_question_about_a_size_does_not_fix_it() -> None:
+    symbols = ir.SymbolTable()
+    n = symbols.declare(ir.Symbol("n", 0, 64, 6))
+    assert n == 6 and symbols.text(n) == "n" and not n == 7
 
 
 def test_dims_inside_a_list_get_their_names() -> None:
@@ -458,8 +482,60 @@ def test_an_operation_outside_the_vocabulary_is_a_blocker_with_its_line() -> Non
     with torch.library._scoped_library("capture_test", "DEF") as library:
         library.define("double(Tensor x) -> Tensor")
         library.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
-        with pytest.raises(CaptureError, match=f"at test_ir_capture.py:{line}: capture_test.double.default has no place in the IR: replace"):
+        with pytest.raises(
+            CaptureError, match=f"at test_ir_capture.py:{line}: capture_test.double.default has no place in the IR: replace"
+        ):
             ir.capture(Doubled(), (torch.ones(3),))
+
+
+class Returns(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def is_written_or_refused(model: nn.Module, *args: torch.Tensor) -> bool:
+    """Whether the program's text reads back; a CaptureError is the only other end."""
+    try:
+        program = ir.capture(model, args)
+    except CaptureError:
+        return False
+    assert ir.parse(str(program)) == program
+    return True
+
+
+DTYPES = {x for x in vars(torch).values() if isinstance(x, torch.dtype)}
+WRITTEN = {x for x in DTYPES if x.is_floating_point and x != torch.float4_e2m1fn_x2 or x.is_complex} | {
+    torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
+def test_every_dtype_has_a_text_or_is_refused(dtype: torch.dtype) -> None:
+    try:
+        given = torch.empty(4, dtype=dtype)
+    except (RuntimeError, NotImplementedError):
+        given = None  # torch itself makes no such tensor
+    if given is not None:
+        assert is_written_or_refused(Returns(lambda x: (x, x.detach())), given) == (dtype in WRITTEN)
+    assert is_written_or_refused(Returns(lambda x: x.view(dtype)), torch.zeros(64, dtype=torch.uint8)) <= (dtype in WRITTEN)
+
+
+@pytest.mark.parametrize("key", ["a", 'a "b"', 7, -7, True, 2.5, None, ("a", 1), torch.float32], ids=str)
+def test_every_key_has_a_text_or_is_refused(key: object) -> None:
+    is_plain = isinstance(key, str | int) and key is not True
+    assert is_written_or_refused(Returns(lambda x: {key: x + 1}), torch.ones(2)) == is_plain
+    assert is_written_or_refused(Returns(lambda x: OrderedDict({key: x + 1})), torch.ones(2)) >= is_plain
+
+
+def test_a_lazy_conjugate_is_no_weight() -> None:
+    model = Scale()
+    model.weight = nn.Parameter(torch.ones(4, dtype=torch.complex64).conj())
+    with pytest.raises(CaptureError, match=r"weight weight is a lazy conjugate: hold its .resolve_conj\(\)"):
+        ir.capture(model, (torch.ones(4),))
 
 
 def test_what_needs_a_blocked_result_is_no_reason_of_its_own() -> None:
