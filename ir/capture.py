@@ -78,9 +78,8 @@ def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int],
         try:
             functional = exported.run_decompositions({})
         except Exception as error:
-            raise refused or CaptureError(
-                f"torch cannot make the model functional: {type(error).__name__}: {_first_line(error)}"
-            ) from error
+            reason = f"torch cannot make the model functional ({type(error).__name__}: {_first_line(error)})"
+            raise refused or CaptureError(reason) from error
     return _Importer(functional, dim_names or {}).program()
 
 
@@ -479,11 +478,11 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-    found = []
-    for failure in draft._report.failures:
+    report, found = getattr(draft, "_report", None), []
+    for failure in getattr(report, "failures", ()):
         stack = failure.data.get("user_stack") or failure.data.get("stack") or []
         frames = [(frame.get("filename"), frame.get("line")) for frame in stack if isinstance(frame, dict)]
-        file, line = _innermost_user_frame(frames, draft._report.str_to_filename)
+        file, line = _innermost_user_frame(frames, getattr(report, "str_to_filename", {}))
         expression = failure.data.get("expr") or failure.data.get("op") or ""
         found.append((Where(file, line), f"{advice.get(failure.failure_type.name, failure.failure_type.name)} ({expression})"))
     return found
@@ -491,9 +490,8 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _innermost_user_frame(frames: list[tuple[Any, Any]], names: Mapping[Any, str]) -> tuple[str, int]:
     """The last frame outside torch. Files are numbered once a process, so names met earlier are in torch's own table."""
-    from torch._logging.structured import INTERN_TABLE
-
-    names = {**{index: name for name, index in INTERN_TABLE.items()}, **names}
+    table = getattr(torch._logging.structured, "INTERN_TABLE", {})
+    names = {**{index: name for name, index in table.items()}, **names}
     for file, line in reversed(frames):
         name = str(names.get(file, ""))
         if name and not os.path.abspath(name).startswith(_TORCH_ROOT):

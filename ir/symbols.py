@@ -89,11 +89,9 @@ class SymbolTable:
 
     def stride_text(self, step: "int | torch.SymInt") -> str:
         """The stride as an expression, Max(1, n) written n."""
-        return (
-            _expression_text(_without_clamps(self.env.simplify(step.node.expr)), self._names)
-            if isinstance(step, torch.SymInt)
-            else str(step)
-        )
+        if not isinstance(step, torch.SymInt):
+            return str(step)
+        return _expression_text(_without_clamps(self.env.simplify(step.node.expr)), self._names)
 
     def named(self, text: str) -> str:
         """`text` in which sizes stand as torch writes them, with the names that users gave."""

@@ -548,6 +548,15 @@ def test_what_needs_a_blocked_result_is_no_reason_of_its_own() -> None:
         ir.capture(Cond(), (torch.ones(3),))
 
 
+def test_a_torch_without_the_private_report_still_gives_a_capture_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._logging.structured, "INTERN_TABLE")
+    with pytest.raises(CaptureError, match="cannot be captured"):
+        ir.capture(TwoBranches(), (torch.ones(3),))
+    monkeypatch.setattr(torch.export, "draft_export", lambda *args, **options: None)
+    with pytest.raises(CaptureError, match="cannot be captured"):
+        ir.capture(TwoBranches(), (torch.ones(3),))
+
+
 def test_one_blocker_is_one_sentence() -> None:
     class Branch(nn.Module):
         def forward(self, x):
