@@ -32,10 +32,7 @@ from .program import Function, Node, Program, Weight, Where
 from .symbols import UNBOUNDED, Symbol, SymbolTable, hint
 from .tree import Tree
 from .types import DTYPE_NAMES
-
-_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_FLOORS = {"ir", "passes", "codegen", "runtime", "models", "testing", "compiler.py", "cli.py"}
-_TORCH_ROOT = os.path.dirname(os.path.abspath(torch.__file__))
+from .where import PACKAGE_ROOT, TORCH_ROOT, relative_file, where_of
 
 
 def capture(
@@ -357,43 +354,6 @@ def _bound(value: Any, unbounded: int) -> int:
     return int(value) if isinstance(value, sympy.Integer | int) and abs(int(value)) < UNBOUNDED else unbounded
 
 
-# --- the user's line -------------------------------------------------------------------------------------------------------
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-
-
-def where_of(node: Node) -> Where:
-    """The innermost frame of the user's own code, and the path of the module that ran it."""
-    stack = node.meta.get("nn_module_stack") or {}
-    module = next((path for path, _ in reversed(list(stack.values()))), "")
-    file, line = _user_frame(node.meta.get("stack_trace") or "")
-    module = re.sub(r"^L\['self'\]\.?|@\d+$", "", str(module))
-    # Nodes that torch itself inserts (size queries) carry the name of the hook that made them.
-    return Where(file, line, "" if module.startswith("_empty_nn_module_stack") else module)
-
-
-@functools.lru_cache(maxsize=4096)
-def _user_frame(trace: str) -> tuple[str, int]:
-    for file, line in reversed(_FRAME.findall(trace)):
-        if not os.path.abspath(file).startswith(_TORCH_ROOT) and os.path.basename(file) != "runtime_assert.py":
-            return relative_file(file), int(line)
-    return "", 0
-
-
-@functools.lru_cache(maxsize=4096)
-def relative_file(file: str) -> str:
-    """`file` from the root of the package that holds it, so that dumps do not depend on where it is installed."""
-    path = os.path.abspath(file)
-    inside = os.path.relpath(path, _PACKAGE_ROOT).replace(os.sep, "/")
-    # The checkout is the package, but its tests and the environment that may lie in it are not of the package.
-    if inside.partition("/")[0] in _FLOORS:
-        return f"graphwright/{inside}"
-    root = os.path.dirname(path)
-    while os.path.exists(os.path.join(root, "__init__.py")):
-        root = os.path.dirname(root)
-    return os.path.relpath(path, root).replace(os.sep, "/")
-
-
 # --- names of dims ---------------------------------------------------------------------------------------------------------
 
 
@@ -494,7 +454,7 @@ def _innermost_user_frame(frames: list[tuple[Any, Any]], names: Mapping[Any, str
     names = {**{index: name for name, index in table.items()}, **names}
     for file, line in reversed(frames):
         name = str(names.get(file, ""))
-        if name and not os.path.abspath(name).startswith(_TORCH_ROOT):
+        if name and not os.path.abspath(name).startswith(TORCH_ROOT):
             return relative_file(name), int(line)
     return "", 0
 
@@ -503,7 +463,7 @@ def _traceback_frame(error: BaseException) -> tuple[str, int]:
     place, traceback = ("", 0), error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        if os.path.exists(file) and not os.path.abspath(file).startswith((_TORCH_ROOT, _PACKAGE_ROOT + os.sep + "ir")):
+        if os.path.exists(file) and not os.path.abspath(file).startswith((TORCH_ROOT, PACKAGE_ROOT + os.sep + "ir")):
             place = (relative_file(file), traceback.tb_lineno)
         traceback = traceback.tb_next
     return place
