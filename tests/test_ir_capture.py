@@ -513,6 +513,7 @@ WRITTEN = {x for x in DTYPES if x.is_floating_point and x != torch.float4_e2m1fn
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
 def test_every_dtype_has_a_text_or_is_refused(dtype: torch.dtype) -> None:
     try:
