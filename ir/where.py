@@ -28,7 +28,8 @@ def where_of(node: Node) -> Where:
 @functools.lru_cache(maxsize=4096)
 def _user_frame(trace: str) -> tuple[str, int]:
     for file, line in reversed(_FRAME.findall(trace)):
-        if not os.path.abspath(file).startswith(TORCH_ROOT) and os.path.basename(file) != "runtime_assert.py":
+        is_generated = file.startswith("<")  # torch runs graphs as code that lies in no file
+        if not is_generated and not os.path.abspath(file).startswith(TORCH_ROOT) and os.path.basename(file) != "runtime_assert.py":
             return relative_file(file), int(line)
     return "", 0
 
