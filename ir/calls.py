@@ -71,6 +71,9 @@ def name_of(target: Callable[..., Any]) -> str:
         KeyError: `target` is outside the vocabulary.
     """
     if isinstance(target, torch._ops.OpOverload):
+        namespace, _, packet = target._schema.name.partition("::")
+        if namespace not in _NAMESPACES or packet in _FORBIDDEN:
+            raise KeyError(str(target))
         return str(target)
     if isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "sliced":
         return "gw.sliced"
@@ -103,13 +106,15 @@ def is_random(target: Callable[..., Any]) -> bool:
 
 
 def draws(node: Any) -> bool:
-    """Whether a call draws random numbers: attention with dropout_p 0 and dropout out of training are tagged random, but do not."""
+    """Whether a call draws random numbers: attention and recurrent layers without dropout, and what is not in training, do not."""
     if not is_random(node.target):
         return False
     named = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
     name = node.target._schema.name
     if name == "aten::scaled_dot_product_attention":
         return named.get("dropout_p", 0.0) != 0.0
+    if name in ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"):
+        return named.get("train") is not False and named.get("dropout") != 0.0
     if name in ("aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "aten::feature_alpha_dropout", "aten::native_dropout"):
         return named.get("train") is not False and named.get("p", 0.5) != 0.0
     return True

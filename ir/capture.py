@@ -27,14 +27,12 @@ from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of
 from .errors import CaptureError, InputError
 from .functionalize import NotFunctional, functional_variant, is_ambiguous, take_apart
-from .infer import InferenceError, fake_like, same_type, storage_key, tensors_of
+from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
 from .program import Function, Node, Program, Weight, Where
-from .symbols import UNBOUNDED, Symbol, SymbolTable
+from .symbols import UNBOUNDED, Symbol, SymbolTable, hint
 from .tree import Tree
-
-_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_FLOORS = {"ir", "passes", "codegen", "runtime", "models", "testing", "compiler.py", "cli.py"}
-_TORCH_ROOT = os.path.dirname(os.path.abspath(torch.__file__))
+from .types import DTYPE_NAMES
+from .where import PACKAGE_ROOT, TORCH_ROOT, relative_file, where_of
 
 
 def capture(
@@ -55,6 +53,8 @@ def capture(
     if not isinstance(args, tuple):
         raise InputError(f"example inputs are a tuple of positional arguments, not a {type(args).__name__}: write (x,)")
     args, kwargs = _told_apart(args, kwargs or {})
+    if dynamic_shapes:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _without_gaps, (args, kwargs))
     try:
         with _undisturbed():
             exported = torch.export.export(model, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
@@ -66,12 +66,17 @@ def capture(
 def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int], str] | None = None) -> Program:
     """The program of an ExportedProgram; `dim_names` maps (input leaf, dim) to a symbol's name."""
     with _undisturbed():
+        refused = None
         if _is_plain(exported):
             try:
                 return _Importer(exported, dim_names or {}).program()
-            except CaptureError:
-                pass  # torch may still make it functional; what it cannot is an error below
-        functional = exported.run_decompositions({})
+            except CaptureError as error:
+                refused = error  # torch may still make it functional; what it cannot is an error below
+        try:
+            functional = exported.run_decompositions({})
+        except Exception as error:
+            reason = f"torch cannot make the model functional ({type(error).__name__}: {_first_line(error)})"
+            raise refused or CaptureError(reason) from error
     return _Importer(functional, dim_names or {}).program()
 
 
@@ -101,6 +106,13 @@ def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
         return leaf.detach()
 
     return pytree.tree_map(apart, (args, kwargs))
+
+
+def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense copy of every other column and the like: how far apart they lie is no function of the dynamic sizes."""
+    if tensor.layout != torch.strided or not has_gaps(tensor.shape, tensor.stride()):
+        return tensor
+    return tensor.detach().clone()
 
 
 @contextmanager
@@ -135,6 +147,7 @@ class _Importer:
         self.weights: dict[str, Weight] = {}
         self.graph = fx.Graph()
         self.copies: dict[Node, Any] = {}
+        self.blocked: set[Node] = set()  # calls without a copy: they, or what they need, have no place in the IR
         self.names: dict[int, list[Node]] = defaultdict(list)  # storage -> what stood for it in the exported graph
 
     def program(self) -> Program:
@@ -150,6 +163,7 @@ class _Importer:
             if spec.kind != InputKind.USER_INPUT:
                 self._import_weight(node, spec, mutated)
         blockers = [problem for node in self.exported.graph.nodes if node.op == "call_function" for problem in self._import_call(node)]
+        blockers += _nameless_types(self.graph)
         if blockers:
             raise CaptureError(_list_blockers(blockers))
         self._import_outputs()
@@ -173,8 +187,8 @@ class _Importer:
                     name = given if given and given not in self.symbols else self._next_name()
                     bounds = ranges.get(symbol)
                     low, high = (0, UNBOUNDED) if bounds is None else (_bound(bounds.lower, 0), _bound(bounds.upper, UNBOUNDED))
-                    hint = _hint_of(symbol, size.node.shape_env)
-                    self.sizes[symbol] = self.symbols.declare(Symbol(name, low, high, hint)).node.expr
+                    at_capture = _hint_of(symbol, size.node.shape_env)
+                    self.sizes[symbol] = self.symbols.declare(Symbol(name, low, high, at_capture)).node.expr
 
     def _next_name(self) -> str:
         return next(name for k in range(len(self.symbols) + 1) if (name := f"s{k}") not in self.symbols)
@@ -182,6 +196,13 @@ class _Importer:
     def _rebase(self, node: Node, spec: InputSpec) -> Any:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
+            is_dynamic = any(isinstance(size, torch.SymInt) for size in value.shape)
+            if is_dynamic and has_gaps(map(hint, value.shape), map(hint, value.stride())):
+                name = _input_name(node)
+                raise CaptureError(
+                    f"input {name} has dynamic sizes, and its example has gaps between its elements or elements that overlap: "
+                    f"export with {name}.contiguous()"
+                )
             return fake_like(self.symbols, value.dtype, map(self._size, value.shape), map(self._size, value.stride()), value.device)
         if isinstance(value, torch.SymInt):
             return self._size(value)
@@ -200,6 +221,8 @@ class _Importer:
         tensor = self.exported.state_dict.get(name)
         if tensor is None:
             tensor = self.exported.constants[name]
+        if tensor.is_conj() or tensor.is_neg():
+            raise CaptureError(f"weight {name} is a lazy conjugate: hold its .resolve_conj().resolve_neg() in the model instead")
         if name in mutated:
             self.weights[name] = Weight.of(name, tensor, "state")
             fake = fake_like(self.symbols, tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
@@ -214,9 +237,13 @@ class _Importer:
     def _import_call(self, node: Node) -> list[tuple[Where, str]]:
         """Adds the call; returns the reasons why it cannot be."""
         where = where_of(node)
+        if not self.blocked.isdisjoint(node.all_input_nodes):  # the reason is listed already
+            self.blocked.add(node)
+            return []
         try:
             name_of(node.target)
         except KeyError:
+            self.blocked.add(node)
             return [(where, f"{node.target} has no place in the IR: replace it by ATen operations")]
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.copies.get)
         if _is_tautology(node):
@@ -225,6 +252,7 @@ class _Importer:
         try:
             value = self._write(node, args, kwargs, add) if is_mutating(node.target) else self._rebuild(node.target, args, kwargs, add)
         except InferenceError as error:
+            self.blocked.add(node)
             return [(where, f"{name_of(node.target)} does not type-check: {error}")]
         except NotFunctional as error:  # no use to look further, torch may have to make it functional
             raise NotFunctional(_list_blockers([(where, str(error))])) from error
@@ -297,6 +325,17 @@ class _Importer:
         set_outputs(self.graph, [*user, *states], tuple(names))
 
 
+def _nameless_types(graph: fx.Graph) -> list[tuple[Where, str]]:
+    """For each dtype that text has no name for, its first tensor."""
+    found: dict[torch.dtype, tuple[Where, str]] = {}
+    for node in graph.nodes:
+        for dtype in (tensor.dtype for tensor in tensors_of(node.meta.get("val"))):
+            if dtype not in DTYPE_NAMES:
+                reason = f"{node.target} is {dtype}, which has no place in the IR: convert it to another dtype"
+                found.setdefault(dtype, (node.meta.get("where") or Where(), reason))
+    return list(found.values())
+
+
 def _hint_of(symbol: sympy.Symbol, env: Any) -> int:
     hints = getattr(env, "backed_var_to_val", None)  # torch 2.11 calls it var_to_val
     return int((env.var_to_val if hints is None else hints)[symbol])
@@ -313,43 +352,6 @@ def _is_tautology(node: Node) -> bool:
 
 def _bound(value: Any, unbounded: int) -> int:
     return int(value) if isinstance(value, sympy.Integer | int) and abs(int(value)) < UNBOUNDED else unbounded
-
-
-# --- the user's line -------------------------------------------------------------------------------------------------------
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-
-
-def where_of(node: Node) -> Where:
-    """The innermost frame of the user's own code, and the path of the module that ran it."""
-    stack = node.meta.get("nn_module_stack") or {}
-    module = next((path for path, _ in reversed(list(stack.values()))), "")
-    file, line = _user_frame(node.meta.get("stack_trace") or "")
-    module = re.sub(r"^L\['self'\]\.?|@\d+$", "", str(module))
-    # Nodes that torch itself inserts (size queries) carry the name of the hook that made them.
-    return Where(file, line, "" if module.startswith("_empty_nn_module_stack") else module)
-
-
-@functools.lru_cache(maxsize=4096)
-def _user_frame(trace: str) -> tuple[str, int]:
-    for file, line in reversed(_FRAME.findall(trace)):
-        if not os.path.abspath(file).startswith(_TORCH_ROOT) and os.path.basename(file) != "runtime_assert.py":
-            return relative_file(file), int(line)
-    return "", 0
-
-
-@functools.lru_cache(maxsize=4096)
-def relative_file(file: str) -> str:
-    """`file` from the root of the package that holds it, so that dumps do not depend on where it is installed."""
-    path = os.path.abspath(file)
-    inside = os.path.relpath(path, _PACKAGE_ROOT).replace(os.sep, "/")
-    # The checkout is the package, but its tests and the environment that may lie in it are not of the package.
-    if inside.partition("/")[0] in _FLOORS:
-        return f"graphwright/{inside}"
-    root = os.path.dirname(path)
-    while os.path.exists(os.path.join(root, "__init__.py")):
-        root = os.path.dirname(root)
-    return os.path.relpath(path, root).replace(os.sep, "/")
 
 
 # --- names of dims ---------------------------------------------------------------------------------------------------------
@@ -436,11 +438,11 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-    found = []
-    for failure in draft._report.failures:
+    report, found = getattr(draft, "_report", None), []
+    for failure in getattr(report, "failures", ()):
         stack = failure.data.get("user_stack") or failure.data.get("stack") or []
         frames = [(frame.get("filename"), frame.get("line")) for frame in stack if isinstance(frame, dict)]
-        file, line = _innermost_user_frame(frames, draft._report.str_to_filename)
+        file, line = _innermost_user_frame(frames, getattr(report, "str_to_filename", {}))
         expression = failure.data.get("expr") or failure.data.get("op") or ""
         found.append((Where(file, line), f"{advice.get(failure.failure_type.name, failure.failure_type.name)} ({expression})"))
     return found
@@ -448,12 +450,11 @@ def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _innermost_user_frame(frames: list[tuple[Any, Any]], names: Mapping[Any, str]) -> tuple[str, int]:
     """The last frame outside torch. Files are numbered once a process, so names met earlier are in torch's own table."""
-    from torch._logging.structured import INTERN_TABLE
-
-    names = {**{index: name for name, index in INTERN_TABLE.items()}, **names}
+    table = getattr(torch._logging.structured, "INTERN_TABLE", {})
+    names = {**{index: name for name, index in table.items()}, **names}
     for file, line in reversed(frames):
         name = str(names.get(file, ""))
-        if name and not os.path.abspath(name).startswith(_TORCH_ROOT):
+        if name and not os.path.abspath(name).startswith(TORCH_ROOT):
             return relative_file(name), int(line)
     return "", 0
 
@@ -462,7 +463,7 @@ def _traceback_frame(error: BaseException) -> tuple[str, int]:
     place, traceback = ("", 0), error.__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
-        if os.path.exists(file) and not os.path.abspath(file).startswith((_TORCH_ROOT, _PACKAGE_ROOT + os.sep + "ir")):
+        if os.path.exists(file) and not os.path.abspath(file).startswith((TORCH_ROOT, PACKAGE_ROOT + os.sep + "ir")):
             place = (relative_file(file), traceback.tb_lineno)
         traceback = traceback.tb_next
     return place

@@ -4,7 +4,7 @@ Views share a fake storage with their source, so `val` also says what aliases wh
 created and never edited; a stale shape is the commonest defect of compilers that edit graphs freely.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -49,6 +49,15 @@ def contiguous_stride(shape: Any) -> tuple[Any, ...]:
     return tuple(reversed(strides))
 
 
+def has_gaps(shape: Iterable[int], stride: Iterable[int]) -> bool:
+    """Whether a tensor's elements, taken in order of their addresses, do not follow one another without a gap or an overlap."""
+    expected, gaps = 1, False
+    for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True) if size != 1):
+        gaps |= step != expected
+        expected *= size
+    return gaps and expected != 0
+
+
 def same_type(a: Any, b: Any) -> bool:
     """Whether two metadata values are one type: dtype, device, shape and the strides of dims larger than 1."""
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
@@ -56,7 +65,7 @@ def same_type(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return same_tensor_type(a, b) and same_strides(a, b)
     if isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt):
-        return same_size(a, b)
+        return same_size(a, b, exact=True)
     if isinstance(a, torch.SymFloat | torch.SymBool) and isinstance(b, torch.SymFloat | torch.SymBool):
         return type(a) is type(b)
     return type(a) is type(b) and (a == b or a != a)
@@ -68,7 +77,7 @@ def same_tensor_type(a: torch.Tensor, b: torch.Tensor) -> bool:
         a.dtype == b.dtype
         and a.device == b.device
         and a.dim() == b.dim()
-        and all(same_size(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+        and all(same_size(x, y, exact=True) for x, y in zip(a.shape, b.shape, strict=True))
     )
 
 

@@ -26,7 +26,7 @@ from .symbols import hint
 from .workspace import NOMINAL_THREADS, workspace
 
 
-@dataclass
+@dataclass(eq=False)
 class Storage:
     """One allocation: made at position `born` by `maker`, last used at position `dies` (positions count the calls)."""
 
@@ -35,9 +35,6 @@ class Storage:
     born: int
     dies: int
     values: list[Node]
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 @dataclass

@@ -15,12 +15,12 @@ from torch import fx
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import GETITEM, draws, is_pure, name_of
-from .capture import relative_file
 from .errors import VerifyError
 from .infer import InferenceError, infer, same_strides, same_tensor_type, same_type, storage_key, tensors_of
 from .program import Function, Node, Program, Weight, Where, region_of
 from .region import Region, memory_order, sliced
 from .symbols import SymbolTable
+from .where import relative_file
 
 
 class OutOfFuel(Exception):

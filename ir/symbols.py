@@ -31,12 +31,20 @@ class Symbol:
     hint: int
 
 
+class _Sizes(ShapeEnv):
+    """Answers questions about sizes by their hints wherever they are asked, and narrows no symbol to the answer."""
+
+    def evaluate_expr(self, *args: Any, **kwargs: Any) -> Any:
+        with self.suppress_guards():
+            return super().evaluate_expr(*args, **kwargs)
+
+
 class SymbolTable:
     """The symbols of one program and the mode in which all its metadata lives."""
 
     def __init__(self) -> None:
         # duck_shape would merge two symbols with one hint; specialize_zero_one would turn a hint of 1 into a constant.
-        self.env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+        self.env = _Sizes(duck_shape=False, specialize_zero_one=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=False)
         self._symbols: dict[str, Symbol] = {}
         self._sizes: dict[str, torch.SymInt] = {}
@@ -56,7 +64,10 @@ class SymbolTable:
         from torch._dynamo.source import ConstantSource  # loads all of dynamo, a second, which programs without symbols never need
 
         source = ConstantSource(f"graphwright_{symbol.name}")
-        expr = self.env.create_symbol(symbol.hint, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+        positive = True if symbol.low > 0 else None
+        expr = self.env.create_symbol(
+            symbol.hint, source, dynamic_dim=DimDynamic.DYNAMIC, positive=positive, do_not_specialize_zero_one=True
+        )
         self.env.var_to_range[expr] = ValueRanges(max(symbol.low, 0), symbol.high if symbol.high < UNBOUNDED else sympy.oo)
         size: Any = self.env.create_symintnode(expr, hint=symbol.hint)
         self._symbols[symbol.name], self._sizes[symbol.name], self._names[expr] = symbol, size, symbol.name
@@ -74,7 +85,13 @@ class SymbolTable:
         """The size as an expression over symbol names with `+ - * // %`."""
         if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
             return str(size)
-        return _expression_text(_without_clamps(self.env.simplify(size.node.expr)), self._names)
+        return _expression_text(self.env.simplify(size.node.expr), self._names)
+
+    def stride_text(self, step: "int | torch.SymInt") -> str:
+        """The stride as an expression, Max(1, n) written n."""
+        if not isinstance(step, torch.SymInt):
+            return str(step)
+        return _expression_text(_without_clamps(self.env.simplify(step.node.expr)), self._names)
 
     def named(self, text: str) -> str:
         """`text` in which sizes stand as torch writes them, with the names that users gave."""
@@ -100,14 +117,19 @@ def ceil_div(a: Any, n: Any) -> Any:
     return (a + n - 1) // n
 
 
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are provably one. Data-dependent sizes have no stable name and compare equal to each other."""
+def same_size(a: Any, b: Any, *, exact: bool = False) -> bool:
+    """Whether two sizes are provably one; unless `exact`, as strides, where Max(1, n) is n.
+
+    Data-dependent sizes have no stable name and compare equal to each other.
+    """
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
         if free_unbacked_symbols(a) or free_unbacked_symbols(b):
             return bool(free_unbacked_symbols(a)) == bool(free_unbacked_symbols(b))
-        left, right = _without_clamps(a.node.expr), _without_clamps(b.node.expr)
+        left, right = a.node.expr, b.node.expr
+        if not exact:
+            left, right = _without_clamps(left), _without_clamps(right)
         return left == right or sympy.expand(left - right) == 0
     return False
 

@@ -31,12 +31,15 @@ class Tree:
 
     @staticmethod
     def from_spec(spec: pytree.TreeSpec) -> "Tree":
-        """Raises CaptureError for a container class without a registered name."""
+        """Raises CaptureError for a container class without a registered name, and for keys that text has no form for."""
         if spec.is_leaf():
             return LEAF
         children = tuple(Tree.from_spec(child) for child in _children(spec))
         kind = _BUILTIN.get(spec.type)  # type: ignore[arg-type]
         if kind == "dict":
+            for key in spec.context:
+                if not isinstance(key, str | int) or isinstance(key, bool):
+                    raise CaptureError(f"a dict in the model's inputs or outputs has the key {key!r}: use strings or integers as keys")
             return Tree("dict", children, keys=tuple(spec.context))
         if kind is not None:
             return Tree(kind, children)
@@ -48,7 +51,13 @@ class Tree:
                 "torch.utils._pytree.register_pytree_node(..., serialized_type_name=...) or return a dict"
             )
         dump = registered.to_dumpable_context  # type: ignore[union-attr]
-        return Tree("object", children, type_name=name, context=json.dumps(dump(spec.context) if dump else spec.context))
+        try:
+            context = json.dumps(dump(spec.context) if dump else spec.context)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise CaptureError(
+                f"the {name} in the model's inputs or outputs cannot be written ({error}): use a dict whose keys are strings or integers"
+            ) from error
+        return Tree("object", children, type_name=name, context=context)
 
     def to_spec(self) -> pytree.TreeSpec:
         """Raises ArtifactError when an object's class is not imported in this process."""

@@ -21,6 +21,7 @@ DTYPES: dict[str, torch.dtype] = {
     "u32": torch.uint32,
     "u64": torch.uint64,
     "bool": torch.bool,
+    "c32": torch.complex32,
     "c64": torch.complex64,
     "c128": torch.complex128,
     "f8e4m3fn": torch.float8_e4m3fn,
@@ -52,7 +53,7 @@ def type_text(value: Any, symbols: SymbolTable) -> str:
 def tensor_type_text(dtype: torch.dtype, shape: Any, stride: Any, device: torch.device, symbols: SymbolTable) -> str:
     text = f"{DTYPE_NAMES[dtype]}[{', '.join(symbols.text(size) for size in shape)}]"
     if not _row_major(shape, stride):
-        text += f" strides [{', '.join(symbols.text(step) for step in stride)}]"
+        text += f" strides [{', '.join(map(symbols.stride_text, stride))}]"
     if device.type != "cpu":
         text += f" on {device}"
     return text

@@ -4,7 +4,8 @@ Runs both programs, in float64 and in their working dtype, and hands the values 
 perturbing it at rounding level, stands where others set floors by hand, and tells programs too ill-conditioned to judge.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from ..ir import Node, Program
+from ..ir.calls import draws
 from ..ir.errors import GraphwrightError, InputError
 from ..ir.float64 import NoFloat64, Widening, widened
 from ..ir.run import run
@@ -33,11 +35,10 @@ def check_exact(before: Program, after: Program, inputs: Sequence[Any], *, state
 
 @dataclass(frozen=True)
 class _Values:
-    """The outputs and new states of one run by label, which of them share storage with what, and whether it drew random numbers."""
+    """The outputs and new states of one run by label, and which of them share storage with what."""
 
     tensors: dict[str, Any]
     aliases: dict[str, frozenset[str]]
-    random: bool
 
 
 class Reference:
@@ -77,7 +78,7 @@ class Reference:
                     working=working.tensors[label],
                     noise64=noise64[label],
                     noise=noise[label],
-                ).judge(random=self.own.random)
+                ).judge(random=self._is_random)
                 for label, r in expected.tensors.items()
             ]
         )
@@ -101,6 +102,10 @@ class Reference:
             if difference:
                 return Verdict("wrong", f"{label} {difference}" + (f" (from {places[label]})" if places[label] else ""))
         return Verdict("right")
+
+    @cached_property
+    def _is_random(self) -> bool:
+        return any(node.op == "call_function" and draws(node) for node in self.program.nodes())
 
     # --- runs, each made once ---
 
@@ -165,17 +170,24 @@ class Reference:
     ) -> _Values:
         inputs = self.inputs if inputs is None else inputs
         states = self.states if states is None else states
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            start = torch.get_rng_state()
+        with _seeded([*inputs, *states.values(), *(weight.tensor for weight in program.weights.values())]):
             outputs, new_states = run(program, inputs, states=states, observe=observe)
-            random = not torch.equal(start, torch.get_rng_state())
         labelled = {f"output {index}": value for index, value in enumerate(outputs)}
         labelled |= {f"state {name}": value for name, value in new_states.items()}
-        return _Values(labelled, _aliases(program, labelled, inputs, states), random)
+        return _Values(labelled, _aliases(program, labelled, inputs, states))
 
     def _wide_arguments(self) -> tuple[list[Any], dict[str, torch.Tensor]]:
         return [_wide(value) for value in self.inputs], {name: _wide(value) for name, value in self.states.items()}
+
+
+@contextmanager
+def _seeded(values: Sequence[Any]) -> Iterator[None]:
+    """Seeds the generators of the CPU and of the GPUs that hold `values`; all are put back, and no other is touched."""
+    gpus = sorted({value.get_device() for value in values if isinstance(value, torch.Tensor) and value.is_cuda})
+    with torch.random.fork_rng(devices=gpus):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[gpu] for gpu in gpus)):
+            generator.manual_seed(0)
+        yield
 
 
 class _Perturbation:

@@ -32,9 +32,10 @@ def _operator(name: str) -> torch._ops.OpOverload:
 
 
 BINDINGS: dict[Callable[..., Any], Callable[..., Any]] = {
-    _operator(name): getattr(home, name.partition(".")[0])
+    _operator(name): function
     for home, names in ((torch._C._VariableFunctions, _FUNCTIONS), (torch._C._nn, _NN_FUNCTIONS), (torch._C.TensorBase, _METHODS))
     for name in names
+    if (function := getattr(home, name.partition(".")[0], None)) is not None  # torch's own names may change
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from graphwright.ir import Program, Weight, capture, parse
+from graphwright.ir.calls import draws
 from graphwright.ir.errors import InputError
 from graphwright.ir.float64 import NoFloat64, RoundedWeight, to_float64
 from graphwright.ir.run import run
@@ -30,6 +31,22 @@ def _type(tensor: torch.Tensor) -> str:
 def verdict(before: str, after: str, inputs: str = "%x : f32[4, 6]", gives: str = "*", values: list[Any] | None = None) -> Verdict:
     original = program(before, inputs, gives)
     return check_exact(original, program(after, inputs, gives), random_inputs(original) if values is None else values)
+
+
+def test_the_check_draws_the_same_numbers_for_both_and_leaves_all_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)
+    state = torch.get_rng_state()
+    drop = "%a = aten.dropout.default(%x, 0.5, true)\n"
+    assert verdict(drop + "return %a", drop + "return %a").kind == "right"
+    assert verdict(drop + "return %a", drop + "%b = aten.add.Scalar(%a, 1.0)\nreturn %b").kind == "wrong"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("dropout", "train", "is_random"), [(0.0, True, False), (0.5, False, False), (0.5, True, True)])
+def test_a_recurrent_layer_draws_only_with_dropout_in_training(dropout: float, train: bool, is_random: bool) -> None:
+    model = torch.nn.LSTM(3, 3, num_layers=2, dropout=dropout).train(train)
+    calls = capture(model, (torch.ones(2, 1, 3),)).main.calls
+    assert any(map(draws, calls)) == is_random
 
 
 # --- the float64 program ---

@@ -2,6 +2,7 @@
 
 import inspect
 import random
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import Dim
 
-from graphwright import ir
+from graphwright import compile, ir
 from graphwright.ir.errors import CaptureError, GraphwrightError, InputError
 from graphwright.ir.run import run
 from graphwright.ir.tree import unflatten
@@ -80,6 +81,29 @@ def test_a_padded_dynamic_dim_stays_dynamic() -> None:
 
     program = capture(Pad(), torch.ones(5, 4), dynamic_shapes={"x": {0: Dim("rows", max=32)}})
     assert ": f32[rows + 2, 4]" in str(program)
+
+
+@pytest.mark.parametrize(
+    "example", [torch.ones(10, 12)[:, ::2], torch.ones(12, 10).t()[:, ::2], torch.ones(10, 1).expand(10, 6)], ids=range(3)
+)
+def test_an_example_with_gaps_between_its_elements_may_have_dynamic_dims(example: torch.Tensor) -> None:
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x.reshape(-1) * 2
+
+    rows = {"x": {1: Dim("n", min=2, max=64)}}
+    model = compile(Flat(), backend="aten", example_inputs=(example,), dynamic_shapes=rows)
+    for x in (example, torch.randn(10, 24)[:, ::2], torch.randn(10, 9), torch.randn(9, 10).t(), torch.randn(10, 40)[:, :30]):
+        assert torch.equal(model(x), Flat()(x))
+    exported = torch.export.export(Flat(), (example,), dynamic_shapes=rows)
+    with pytest.raises(CaptureError, match=r"input x has dynamic sizes, and its example has gaps .* export with x.contiguous\(\)"):
+        ir.from_exported(exported)
+
+
+def test_a_question_about_a_size_does_not_fix_it() -> None:
+    symbols = ir.SymbolTable()
+    n = symbols.declare(ir.Symbol("n", 0, 64, 6))
+    assert n == 6 and symbols.text(n) == "n" and not n == 7
 
 
 def test_dims_inside_a_list_get_their_names() -> None:
@@ -446,6 +470,93 @@ def test_all_blockers_are_listed_at_once_each_with_its_line() -> None:
     assert "cannot be captured for 2 reasons" in message
     for line in (first + 1, first + 4):
         assert f"test_ir_capture.py:{line}: control flow depends on tensor values: use torch.where or torch.cond" in message
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return torch.ops.capture_test.double(x) + 1
+
+
+def test_an_operation_outside_the_vocabulary_is_a_blocker_with_its_line() -> None:
+    line = inspect.getsourcelines(Doubled.forward)[1] + 1
+    with torch.library._scoped_library("capture_test", "DEF") as library:
+        library.define("double(Tensor x) -> Tensor")
+        library.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
+        with pytest.raises(
+            CaptureError, match=f"at test_ir_capture.py:{line}: capture_test.double.default has no place in the IR: replace"
+        ):
+            ir.capture(Doubled(), (torch.ones(3),))
+
+
+class Returns(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def is_written_or_refused(model: nn.Module, *args: torch.Tensor) -> bool:
+    """Whether the program's text reads back; a CaptureError is the only other end."""
+    try:
+        program = ir.capture(model, args)
+    except CaptureError:
+        return False
+    assert ir.parse(str(program)) == program
+    return True
+
+
+DTYPES = {x for x in vars(torch).values() if isinstance(x, torch.dtype)}
+WRITTEN = {x for x in DTYPES if x.is_floating_point and x != torch.float4_e2m1fn_x2 or x.is_complex} | {
+    torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
+def test_every_dtype_has_a_text_or_is_refused(dtype: torch.dtype) -> None:
+    try:
+        given = torch.empty(4, dtype=dtype)
+    except (RuntimeError, NotImplementedError):
+        given = None  # torch itself makes no such tensor
+    if given is not None:
+        assert is_written_or_refused(Returns(lambda x: (x, x.detach())), given) == (dtype in WRITTEN)
+    assert is_written_or_refused(Returns(lambda x: x.view(dtype)), torch.zeros(64, dtype=torch.uint8)) <= (dtype in WRITTEN)
+
+
+@pytest.mark.parametrize("key", ["a", 'a "b"', 7, -7, True, 2.5, None, ("a", 1), torch.float32], ids=str)
+def test_every_key_has_a_text_or_is_refused(key: object) -> None:
+    is_plain = isinstance(key, str | int) and key is not True
+    assert is_written_or_refused(Returns(lambda x: {key: x + 1}), torch.ones(2)) == is_plain
+    assert is_written_or_refused(Returns(lambda x: OrderedDict({key: x + 1})), torch.ones(2)) >= is_plain
+
+
+def test_a_lazy_conjugate_is_no_weight() -> None:
+    model = Scale()
+    model.weight = nn.Parameter(torch.ones(4, dtype=torch.complex64).conj())
+    with pytest.raises(CaptureError, match=r"weight weight is a lazy conjugate: hold its .resolve_conj\(\)"):
+        ir.capture(model, (torch.ones(4),))
+
+
+def test_what_needs_a_blocked_result_is_no_reason_of_its_own() -> None:
+    class Cond(nn.Module):
+        def forward(self, x):
+            y = torch.cond(x.sum() > 0, lambda x: (x + 1, x * 2), lambda x: (x - 1, x * 3), (x,))
+            return (y[0] + y[1]).relu()
+
+    line = inspect.getsourcelines(Cond.forward)[1] + 1
+    with pytest.raises(CaptureError, match=f"the model cannot be captured, at test_ir_capture.py:{line}: cond has no place in the IR"):
+        ir.capture(Cond(), (torch.ones(3),))
+
+
+def test_a_torch_without_the_private_report_still_gives_a_capture_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._logging.structured, "INTERN_TABLE")
+    with pytest.raises(CaptureError, match="cannot be captured"):
+        ir.capture(TwoBranches(), (torch.ones(3),))
+    monkeypatch.setattr(torch.export, "draft_export", lambda *args, **options: None)
+    with pytest.raises(CaptureError, match="cannot be captured"):
+        ir.capture(TwoBranches(), (torch.ones(3),))
 
 
 def test_one_blocker_is_one_sentence() -> None:

@@ -197,6 +197,18 @@ def test_states_are_inputs_that_get_a_new_value() -> None:
     assert ir.parse(text).main.signature().new_states == ("cache.k", "input:x")
 
 
+def test_a_size_that_is_at_least_one_is_written_so_and_a_stride_is_not() -> None:
+    text = function(
+        "  input %x : f32[Max(1, n), n, 2]\n  %0 = aten.mul.Tensor(%x, %x)\n  %1 = aten.transpose.int(%0, 0, 1)",
+        returns="%1", before="symbol n in [0, 64] hint 5\n",
+    )  # fmt: skip
+    printed = roundtrip(text)
+    assert "input %x : f32[Max(1, n), n, 2]\n" in printed and ": f32[n, Max(1, n), 2] strides [2, 2*n, 1]\n" in printed
+    symbols = ir.SymbolTable()
+    n = symbols.declare(ir.Symbol("n", 0, 64, 5))
+    assert symbols.text(torch.sym_max(1, n)) == "Max(1, n)"
+
+
 @pytest.mark.parametrize("value", ["none", "true", "3", "-2.5", "inf", '"cubic"', "f16", '[1, none, ["a"]]'])
 def test_a_constant_input_is_written_with_its_value(value: str) -> None:
     text = function(f"  input %x : f32[2]\n  input %mode = {value}\n  %0 = aten.relu.default(%x)", takes="((*, *), {})")

@@ -1,6 +1,7 @@
 """The executor computes what the reference run does, holds values no longer than needed, and lets no context of the caller in."""
 
 import gc
+import runpy
 import weakref
 
 import pytest
@@ -21,6 +22,14 @@ def captured(forward, *args, **options):
     module = nn.Module()
     module.forward = forward
     return ir.capture(module, args, **options)
+
+
+@pytest.mark.filterwarnings("ignore:'graphwright.runtime.bindings' found in sys.modules")
+def test_a_function_that_torch_lacks_is_called_by_its_overload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_VariableFunctions", object())
+    bindings = runpy.run_module("graphwright.runtime.bindings")
+    assert ATEN.relu.default not in bindings["BINDINGS"] and ATEN.relu.default in BINDINGS
+    assert bindings["binding"](ATEN.relu.default)(-torch.ones(1)) == 0
 
 
 def test_nested_operands_and_keywords_reach_the_operation():

@@ -7,6 +7,7 @@ import functools
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import graphwright as gw
 from graphwright import ir
 from graphwright.ir.errors import BudgetError, PassError
 from graphwright.ir.links import Tag
-from graphwright.ir.liveness import profile
+from graphwright.ir.liveness import Storage, profile
 from graphwright.ir.ops.norm import merge_stats, norm_apply, norm_stats
 from graphwright.ir.region import slice_bounds, sliced_reference
 from graphwright.ir.rewriter import RegionBuilder
@@ -27,6 +28,7 @@ from graphwright.ir.run import run
 from graphwright.passes import PassManager, SliceGroups
 from graphwright.passes.check import check_exact
 from graphwright.passes.inputs import random_inputs
+from graphwright.passes.slicing.candidate import Axis
 from graphwright.passes.slicing.layout import Layouts, PlannedRegion
 from graphwright.passes.slicing.scene import Scene
 from graphwright.runtime.executor import Executor
@@ -272,6 +274,11 @@ def test_regions_whose_spans_overlap_are_ordered_together() -> None:
 
 def test_a_region_that_needs_its_own_results_has_no_layout() -> None:
     assert laid(Interleaved(), (0, 5)) is None
+
+
+def test_storages_and_axes_are_told_apart_by_identity() -> None:
+    for each in (Storage(torch.fx.Graph().placeholder("x"), 8, 0, 1, []), Axis(4, {})):
+        assert each != replace(each) and len({each, replace(each)}) == 2
 
 
 @pytest.mark.parametrize("name", [*SMALL, "video_unet", "video_unet_svd", "dit", "decoder"])

@@ -21,15 +21,12 @@ from .scene import END, Scene, value_bytes
 WINDOW = 400
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Axis:
     """An axis of `units` units and the tag of each value known to carry it."""
 
     units: Size
     tags: Mapping[Node, Tag]
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 @dataclass(frozen=True)
