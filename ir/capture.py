@@ -28,6 +28,7 @@ from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of
 from .errors import CaptureError, InputError
 from .functionalize import NotFunctional, functional_variant, is_ambiguous, take_apart
 from .infer import InferenceError, fake_like, same_type, storage_key, tensors_of
+from .parser import RESERVED_NAMES, SYMBOL_NAME
 from .program import Function, Node, Program, Weight, Where
 from .symbols import UNBOUNDED, Symbol, SymbolTable
 from .tree import Tree
@@ -71,7 +72,13 @@ def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int],
                 return _Importer(exported, dim_names or {}).program()
             except CaptureError:
                 pass  # torch may still make it functional; what it cannot is an error below
-        functional = exported.run_decompositions({})
+        try:
+            functional = exported.run_decompositions({})
+        except Exception as error:
+            raise CaptureError(
+                f"torch cannot make the exported program functional ({type(error).__name__}: {_first_line(error)}): "
+                "check that no input that is written to shares memory with another"
+            ) from error
     return _Importer(functional, dim_names or {}).program()
 
 
@@ -169,10 +176,11 @@ class _Importer:
                 for symbol in sorted(size.node.expr.free_symbols, key=str):
                     if symbol in self.sizes:
                         continue
-                    given = self.dim_names.get((leaf, dim)) if size.node.expr == symbol else None
+                    given = self.dim_names.get((leaf, dim)) if len(size.node.expr.free_symbols) == 1 else None
                     name = given if given and given not in self.symbols else self._next_name()
                     bounds = ranges.get(symbol)
                     low, high = (0, UNBOUNDED) if bounds is None else (_bound(bounds.lower, 0), _bound(bounds.upper, UNBOUNDED))
+                    low = min(low, _low_of(symbol, size.node.expr, ranges, low))
                     hint = _hint_of(symbol, size.node.shape_env)
                     self.sizes[symbol] = self.symbols.declare(Symbol(name, low, high, hint)).node.expr
 
@@ -297,6 +305,15 @@ class _Importer:
         set_outputs(self.graph, [*user, *states], tuple(names))
 
 
+def _low_of(symbol: sympy.Symbol, size: sympy.Expr, ranges: Mapping[Any, Any], low: int) -> int:
+    """The least `symbol` by the range of `size`, k*symbol + c: where 4*batch is declared, torch says from 2 of batch itself."""
+    factor = size.coeff(symbol)
+    offset = size - factor * symbol
+    if size == symbol or size not in ranges or not (factor.is_Integer and offset.is_Integer and factor > 0):
+        return low
+    return max(-((int(offset) - _bound(ranges[size].lower, 0)) // int(factor)), 0)
+
+
 def _hint_of(symbol: sympy.Symbol, env: Any) -> int:
     hints = getattr(env, "backed_var_to_val", None)  # torch 2.11 calls it var_to_val
     return int((env.var_to_val if hints is None else hints)[symbol])
@@ -384,8 +401,8 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             if isinstance(value, torch.Tensor):
                 dims = dict(enumerate(spec)) if isinstance(spec, tuple | list) else spec or {}
                 for dim, given in dims.items():
-                    label = getattr(given, "__name__", None)
-                    if isinstance(label, str) and re.fullmatch(r"[a-z][a-z0-9_]*", label):
+                    label = getattr(getattr(given, "root", given), "__name__", None)  # 2*batch is named by its batch
+                    if isinstance(label, str) and re.fullmatch(SYMBOL_NAME, label) and label not in RESERVED_NAMES:
                         names[leaf, dim] = label
             leaf += 1
 

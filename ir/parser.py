@@ -59,6 +59,8 @@ _PROVENANCE = re.compile(r"#\s?(?:\[(\d+(?:,\d+)*)\](?: |$))?(?:(.*?):(\d+)(?: |
 _KINDS = ("parameter", "buffer", "constant", "state")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
 _CHOICES: dict[str, Callable[[Any, Any], Any]] = {"Min": torch.sym_min, "Max": torch.sym_max}
+SYMBOL_NAME = r"[A-Za-z][A-Za-z0-9_]*"
+RESERVED_NAMES = frozenset({*_KEYWORDS, *_CHOICES})
 _LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
 _FORMATS = {
     str(x).removeprefix("torch."): x for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
@@ -206,8 +208,8 @@ class _Parser:
 
     def _symbol(self) -> None:
         token = self.take("name", "a symbol")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", token.text) or token.text in self.symbols:
-            self.fail(f"{token.text} cannot be declared: symbols are [a-z][a-z0-9_]*, each once", token)
+        if not re.fullmatch(SYMBOL_NAME, token.text) or token.text in self.symbols or token.text in RESERVED_NAMES:
+            self.fail(f"{token.text} cannot be declared: symbols are {SYMBOL_NAME}, each once, and no keyword", token)
         self.expect("in")
         self.expect("[")
         low = self.integer()

@@ -147,7 +147,7 @@ class PassManager:
             for name in list(program.functions):
                 rewriter = Rewriter(program, pass_name=each.name, function=name, fuel=fuel, checked=self.checked)
                 try:
-                    outcomes.append(each.run(rewriter))
+                    outcomes.append(_checked_outcome(each.run(rewriter)))
                 except OutOfFuel:
                     out_of_fuel = True
                 records += rewriter.records
@@ -247,6 +247,12 @@ def check_facts(passes: Sequence[Pass], program: Program) -> None:
             advice = f"put {' or '.join(ensuring)} before it" if ensuring else "no known pass ensures that"
             raise PassError(f"pass {each.name} requires {fact}: {advice}")
         facts |= each.ensures
+
+
+def _checked_outcome(outcome: Any) -> Outcome:
+    if not isinstance(outcome, Outcome):
+        raise TypeError(f"run must return an Outcome, such as Outcome(), not {outcome!r}")
+    return outcome
 
 
 def _drop_unused_weights(program: Program) -> None:

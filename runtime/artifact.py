@@ -51,7 +51,7 @@ def save(saved: Saved, path: str | Path) -> None:
         ArtifactError: a weight has no values or a dtype that is not stored, or the file cannot be written; a file that was there
             before is as it was.
     """
-    path = Path(path)
+    path = _path(path)
     stored, tied = _untied(saved.program.weights)
     program = Member.of(_PROGRAM, str(saved.program).encode())
     weights = tensor_member(_WEIGHTS, stored)
@@ -64,6 +64,12 @@ def save(saved: Saved, path: str | Path) -> None:
             zip_subset.write(file, [manifest, program, weights])
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written ({error.strerror or error}): what was there before is as it was") from error
+
+
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ArtifactError(f"an artifact is named by a path, such as 'model.gw', not by a {type(path).__name__}")
+    return Path(path)
 
 
 def _untied(weights: Mapping[str, Weight]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -110,7 +116,9 @@ def load(path: str | Path, *, sha256: str | None = None) -> Saved:
         ArtifactError: the file is missing, truncated, edited, of another version, or not ours.
         TargetError: its weights are for a device that is not here.
     """
-    path = Path(path)
+    path = _path(path)
+    if sha256 is not None and not isinstance(sha256, str):
+        raise ArtifactError(f"sha256 is the digest as text of 64 hexadecimal digits, not a {type(sha256).__name__}")
     with _blaming(path):
         content = _content(path)
         if sha256 is not None and _sha256(content) != sha256.lower():

@@ -465,3 +465,47 @@ def test_importing_the_package_imports_none_of_torch_and_public_names_resolve():
         assert getattr(gw, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'missing'"):
         _ = gw.missing
+
+
+# --- sizes that are expressions, and memory that is shared -----------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, a):
+        return a * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (13, r"argument a dim 0 is 13, but the model takes 4\*batch there, for an integer batch"),
+        (36, "argument a dim 0 is 36, which makes batch 9, but batch ranges from 0 to 8"),
+    ],
+)
+def test_a_symbol_that_stands_in_no_dim_alone_keeps_its_range(rows, message):
+    shapes = {"a": {0: 4 * torch.export.Dim("batch", max=8)}}
+    model = compiled(Doubled(), torch.randn(16, 4), dynamic_shapes=shapes)
+    assert [model(torch.randn(n, 4)).shape[0] for n in (0, 4, 32)] == [0, 4, 32]
+    with pytest.raises(gw.InputError, match=f"^{message}$"):
+        model(torch.randn(rows, 4))
+
+
+def test_a_dim_keeps_the_capitals_of_its_name_in_a_text_that_parses():
+    model = compiled(Doubled(), torch.randn(16, 4), dynamic_shapes={"a": {0: torch.export.Dim("Batch")}})
+    text = str(model.program)
+    assert "symbol Batch in" in text and str(gw.parse(text)) == text
+
+
+def test_an_input_that_is_written_to_may_not_share_memory_with_another():
+    class Writes(nn.Module):
+        def forward(self, a, b):
+            a.add_(1)
+            return b * 2
+
+    model = compiled(Writes(), torch.zeros(4, 4), torch.zeros(4, 4))
+    halves = torch.zeros(8, 4)
+    assert torch.equal(model(halves[:4], halves[4:]), halves[4:])
+    with pytest.raises(gw.InputError, match="^argument a is written to and shares memory with b: pass a copy of one$"):
+        model(halves[:4], halves[2:6])
+    with pytest.raises(gw.CaptureError, match="shares memory with another$"):
+        compiled(Writes(), halves, halves)
