@@ -81,6 +81,10 @@ def parse(text: str, weights: "Mapping[str, torch.Tensor | Weight] | None" = Non
         ParseError: with line and column: bad syntax, an unknown operation, a type that does not hold, or a weight table
             that does not have what the text names.
     """
+    if not isinstance(text, str):
+        raise ParseError(f"a program is read from text, not from a {type(text).__name__}", 1, 1)
+    if weights is not None and not isinstance(weights, Mapping):
+        raise ParseError(f"a weight table maps names to tensors, and a {type(weights).__name__} does not", 1, 1)
     if len(text) > MAX_TEXT:
         raise ParseError(f"the text has {len(text)} characters, more than the limit of {MAX_TEXT}", 1, 1)
     return _Parser(text, weights).program()
@@ -244,6 +248,8 @@ class _Parser:
         tensor = given.tensor if isinstance(given, Weight) else given
         if tensor is None:
             self.fail(f"the weight table has no {weight.name}", token)
+        if not isinstance(tensor, torch.Tensor):
+            self.fail(f"{weight.name} is a {type(tensor).__name__} in the weight table, not a tensor", token)
         if (tensor.dtype, tuple(tensor.shape)) != (weight.dtype, weight.shape):
             self.fail(f"{weight.name} is {tensor.dtype}{list(tensor.shape)} in the weight table, not what the text says", token)
         if tensor.stride() != weight.stride:

@@ -18,7 +18,7 @@ from ..ir.errors import InputError
 from ..ir.infer import contiguous_stride
 from ..ir.region import memory_order
 from ..ir.symbols import UNBOUNDED, Symbol, hint
-from ..ir.tree import Tree
+from ..ir.tree import Tree, named_tuple_class
 
 REQUIRED = inspect.Parameter.empty
 
@@ -164,6 +164,9 @@ def _items(tree: Tree, value: Any, path: str) -> tuple[list[Any], list[str]]:
 
 
 def _object_items(tree: Tree, value: Any, path: str) -> tuple[list[Any], list[str]]:
+    named = named_tuple_class(tree)
+    if named is not None and type(value) is named:
+        return list(value), [f"{path}[{index}]" for index in range(len(value))]
     cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(tree.type_name)
     if cls is None or type(value) is not cls:
         raise InputError(f"argument {path} is a {type(value).__name__}, but the model was captured with a {tree.type_name} there")

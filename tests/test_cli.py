@@ -146,6 +146,11 @@ def test_verify_holds_each_pass_to_its_contract(run):
     assert "contract right" in out and out.splitlines()[-1] == "verified"
 
 
+def test_verify_says_when_nothing_was_judged_numerically(run):
+    code, out, _ = run("verify", "after.txt", "--numeric", "--no-cleanups")
+    assert code == 0 and "nothing was judged numerically" in out.splitlines()[-1]
+
+
 def test_verify_without_passes_checks_the_program_alone(run):
     code, out, _ = run("verify", "before.txt", "--json")
     assert code == 0 and json.loads(out) == {"verdict": "right", "numeric": False, "passes": []}
@@ -216,6 +221,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, mistake):
 def test_a_mistake_as_json_is_one_object_too(run):
     code, out, err = run("dump", "absent.gw", "--json")
     assert code == 2 and "absent.gw" in json.loads(out)["error"]["message"] and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "documented"),
+    [(["dump", "absent.gw"], "GraphwrightError"), (["compile", "net.gw", "--passes", "slice-groups{"], "PassError")],
+)
+def test_a_mistake_as_json_has_a_documented_class(run, arguments, documented):
+    assert json.loads(run(*arguments, "--json")[1])["error"]["type"] == documented
 
 
 def test_help_documents_the_exit_codes(capsys):

@@ -509,3 +509,53 @@ def test_an_input_that_is_written_to_may_not_share_memory_with_another():
         model(halves[:4], halves[2:6])
     with pytest.raises(gw.CaptureError, match="shares memory with another$"):
         compiled(Writes(), halves, halves)
+
+
+# --- wrong kinds of arguments ----------------------------------------------------------------------------------------------
+
+
+WRONG_KINDS = {
+    "a bare tensor": (lambda: gw.compile(Doubled(), example_inputs=X), gw.InputError, r"example_inputs is a tuple .*: write \(x,\)"),
+    "a list of kwargs": (lambda: gw.compile(Doubled(), example_kwargs=[1]), gw.InputError, "example_kwargs is a dict .*, not a list"),
+    "no passes": (lambda: gw.compile(Doubled(), None), gw.PassError, "a pipeline is text, .*, not a NoneType"),
+    "a number of passes": (lambda: gw.compile(Doubled(), 5), gw.PassError, "a pipeline is text, .*, not a int"),
+    "a class": (lambda: gw.compile(Doubled(), gw.SliceGroups), gw.PassError, r"a pipeline is .*: write SliceGroups\(\)"),
+    "no text": (lambda: gw.parse(None), gw.ParseError, "line 1, column 1: a program is read from text, not from a NoneType"),
+    "bytes": (lambda: gw.parse(b"graphwright 1"), gw.ParseError, "line 1, column 1: a program is read from text, not from a bytes"),
+    "a number for a weight": (
+        lambda: gw.parse(str(gw.capture(nn.Linear(6, 6), (X,))), weights={"weight": 3, "bias": 3}),
+        gw.ParseError,
+        ".* is a int in the weight table, not a tensor",
+    ),
+    "a diff of text": (lambda: gw.diff("a", 3), gw.InputError, "diff compares two programs, .*, not a str"),
+    "no path": (lambda: gw.load(None), gw.ArtifactError, "an artifact is named by a path, .*, not by a NoneType"),
+    "no path to save": (lambda: compiled().save(None), gw.ArtifactError, "an artifact is named by a path, .*, not by a NoneType"),
+    "a number for a digest": (lambda: gw.load("k.gw", sha256=3), gw.ArtifactError, "sha256 is the digest as text .*, not a int"),
+    "no file": (lambda: gw.compile("none.pt2", trusted=True), gw.ArtifactError, "none.pt2 does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_a_wrong_kind_of_argument_is_one_typed_sentence(name):
+    wrong, error, message = WRONG_KINDS[name]
+    with pytest.raises(error, match=f"^{message}") as failure:
+        wrong()
+    assert type(failure.value) is error
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "message"),
+    [
+        (nn.Linear(6, 6), X.double(), "linear .* input input of torch.float64 and weight weight of torch.float32"),
+        (nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), X.double(), "linear at 1 is given a value of torch.float64, as is input input, and"),
+        (nn.LayerNorm(6), X.double(), "layer_norm .* input input of torch.float64 and weight weight of torch.float32"),
+    ],
+)
+def test_an_example_of_another_dtype_than_the_weights_is_refused_at_compile(module, example, message):
+    with pytest.raises(gw.InputError, match=f"^{message}"):
+        compiled(module, example)
+
+
+def test_norms_of_half_precision_take_parameters_of_single():
+    x = X.bfloat16()
+    assert compiled(nn.LayerNorm(6), x)(x).dtype == torch.bfloat16
