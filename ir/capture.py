@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of
+from .dynamic_shapes import misfit
 from .errors import CaptureError, InputError
 from .functionalize import NotFunctional, functional_variant, is_ambiguous, take_apart
 from .infer import InferenceError, fake_like, same_type, storage_key, tensors_of
@@ -324,9 +325,9 @@ def _check_dtypes(target: Any, args: tuple[Any, ...], where: Where, graph: fx.Gr
     first, other = next(((a, b) for a in operands[:1] for b in operands[1:] if _clash(family, a, b)), (None, None))
     if first is None or other is None:
         return
+    place, given = str(where) or "unknown line", f"{_operand(first, graph)} and {_operand(other, graph)}"
     raise InputError(
-        f"{family} at {str(where) or 'unknown line'} is given {_operand(first, graph)} and {_operand(other, graph)}, which it cannot combine: "
-        "give example inputs of the weights' dtype, or convert the module"
+        f"{family} at {place} is given {given}, which it cannot combine: give example inputs of the weights' dtype, or convert the module"
     )
 
 
@@ -458,7 +459,10 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exception:
-    """What stopped torch.export: the example inputs if the module itself refuses them, else every blocker."""
+    """What stopped torch.export: `dynamic_shapes` or the example inputs if they do not fit, else every blocker."""
+    wrong = misfit(model, args, kwargs, dynamic_shapes)
+    if wrong is not None:
+        return InputError(wrong)
     try:
         with _undisturbed(), _buffers_restored(model):
             model(*args, **kwargs)

@@ -96,10 +96,14 @@ def named_tuple(spec: pytree.TreeSpec) -> type | None:
 def named_tuple_class(tree: Tree) -> type | None:
     """The class of that name in a module that is imported already, with the same fields; a program imports nothing."""
     module, _, name = tree.type_name.partition(":")
-    found = vars(sys.modules[module]).get(name) if name and module in sys.modules else None
+    found = _names_in(module).get(name)
     if not isinstance(found, type) or not issubclass(found, tuple) or not (_is_plain(found) or module == "torch.return_types"):
         return None
     return found if json.dumps(_field_names(found)) == tree.context else None
+
+
+def _names_in(module: str) -> dict[str, Any]:
+    return getattr(sys.modules.get(module), "__dict__", {})
 
 
 def _is_plain(cls: type) -> bool:
@@ -112,7 +116,7 @@ def _field_names(cls: Any) -> list[str]:
 
 def _place_of(cls: type) -> str:
     """`module:Class`. Raises CaptureError for a class that is not found there."""
-    if vars(sys.modules.get(cls.__module__, object)).get(cls.__qualname__) is not cls:
+    if _names_in(cls.__module__).get(cls.__qualname__) is not cls:
         raise CaptureError(
             f"the named tuple {cls.__qualname__} in the model's inputs or outputs is not found in module {cls.__module__}: "
             "define it at the top level of a module, or return a tuple or dict"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -559,3 +560,62 @@ def test_an_example_of_another_dtype_than_the_weights_is_refused_at_compile(modu
 def test_norms_of_half_precision_take_parameters_of_single():
     x = X.bfloat16()
     assert compiled(nn.LayerNorm(6), x)(x).dtype == torch.bfloat16
+
+
+# --- named tuples ----------------------------------------------------------------------------------------------------------
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+class Named(nn.Module):
+    def forward(self, pair):
+        return Pair(pair.left + 1, pair.right), pair.left.topk(2), torch.var_mean(pair.right)
+
+
+def test_named_tuples_come_back_as_what_they_were(tmp_path):
+    model = compiled(Named(), Pair(X, X))
+    model.save(tmp_path / "named.gw")
+    for each in (model, gw.load(tmp_path / "named.gw", backend="aten")):
+        pair, top, _ = each(Pair(X, X))
+        assert type(pair) is Pair and type(top) is torch.return_types.topk and torch.equal(top.indices, X.topk(2).indices)
+    with pytest.raises(gw.InputError, match="^argument pair is a tuple, but the model was captured with a .*:Pair there$"):
+        model((X, X))
+    with pytest.raises(gw.ArtifactError, match="elsewhere:Pair, which is not known in this process"):
+        gw.compile(gw.parse(str(model.program).replace(f"{__name__}:Pair", "elsewhere:Pair")), backend="aten")
+
+
+def test_a_named_tuple_that_cannot_be_found_again_is_refused():
+    hidden = namedtuple("Hidden", "x")
+
+    class Returns(nn.Module):
+        def forward(self, x):
+            return hidden(x + 1)
+
+    with pytest.raises(gw.CaptureError, match="^the named tuple Hidden .* top level of a module, or return a tuple or dict$"):
+        compiled(Returns())
+
+
+# --- wrong dynamic_shapes --------------------------------------------------------------------------------------------------
+
+
+Dim = torch.export.Dim
+MISSHAPEN = {
+    "a number": (3, "dynamic_shapes is a dict by argument name, .*, not a int"),
+    "an unknown argument": ({"y": {0: Dim("b")}}, "dynamic_shapes names argument y, but the example has a"),
+    "an unknown dim": ({"a": {5: Dim("b")}}, "dynamic_shapes names dim 5 of a, which has 2 dims, numbered from 0"),
+    "a dim by name": ({"a": {"0": Dim("b")}}, "dynamic_shapes names dim '0' of a, which has 2 dims, numbered from 0"),
+    "too many arguments": (({0: Dim("b")}, None), "dynamic_shapes has 2 entries for the arguments, but the example has 1"),
+    "too few dims": ({"a": (Dim("b"),)}, "dynamic_shapes gives 1 entries for a, which has 2 dims: write a dict by dim"),
+    "no dim": ({"a": {0: "b"}}, "dynamic_shapes of a dim 0: the example has 5, but 'b' is given there, which must be an int"),
+    "above the range": (({0: Dim("b", min=2, max=4)},), "dynamic_shapes of a dim 0: the example has 5, but b ranges from 2 to 4"),
+    "below the range": ({"a": {0: Dim("b", min=9)}}, "dynamic_shapes of a dim 0: the example has 5, but b is at least 9"),
+    "another size": ({"a": {0: 6}}, "dynamic_shapes of a dim 0: the example has 5, but the size given is 6"),
+}
+
+
+@pytest.mark.parametrize("name", MISSHAPEN)
+def test_dynamic_shapes_that_do_not_fit_name_the_argument_and_the_dim(name):
+    shapes, message = MISSHAPEN[name]
+    with pytest.raises(gw.InputError, match=f"^{message}"):
+        compiled(Doubled(), X, dynamic_shapes=shapes)
