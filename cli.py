@@ -235,9 +235,10 @@ def _load_factory(module_name: str, attribute: str) -> Model:
             raise _Mistake(f"{spec}: no module is called {error.name} (the zoo's names and the current folder were searched)") from error
         except (Exception, SystemExit) as error:
             raise _Mistake(f"{spec}: {type(error).__name__}: {error}") from error
-    if not (isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module) and isinstance(made[1], tuple)):
-        raise _Mistake(f"{spec} must return (module, args) or (module, args, kwargs), with args a tuple")
-    return Model(made[0], (made[1], made[2] if len(made) == 3 else {}))
+    module, args, kwargs = (*made, {})[:3] if isinstance(made, tuple) and len(made) in (2, 3) else (None, None, None)
+    if not (isinstance(module, nn.Module) and isinstance(args, tuple) and isinstance(kwargs, dict)):
+        raise _Mistake(f"{spec} must return (module, args) or (module, args, kwargs), with args a tuple and kwargs a dict")
+    return Model(module, (args, kwargs))
 
 
 @contextlib.contextmanager

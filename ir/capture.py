@@ -7,12 +7,14 @@ dynamic sizes, control flow) goes through torch's `run_decompositions({})` first
 """
 
 import functools
+import io
+import logging
 import os
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import sympy
@@ -114,9 +116,30 @@ def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Tracing may draw random numbers and warn; the caller's generator, filters and grad mode stay as they were."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), _quiet_torch():
         warnings.simplefilter("ignore")
         yield
+
+
+_NOISY_LOGGERS = ("torch", "torch.export", "torch.export._draft_export", "torch.fx.experimental.symbolic_shapes")
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """torch logs failures that our errors say, and prints the graph beside some; with TORCH_LOGS set it is left to."""
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -475,31 +498,19 @@ def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kw
     return CaptureError(_list_blockers(blockers))
 
 
-_NOISY_LOGGERS = ("torch.export", "torch.export._draft_export", "torch.fx.experimental.symbolic_shapes")
-
-
 def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[tuple[Where, str]]:
     """Everything that torch's draft export had to guess, which is what the strict one refuses."""
-    import logging
-
     advice = {
         "DATA_DEPENDENT_ERROR": "control flow depends on tensor values: use torch.where or torch.cond, or make the value an input",
         "GUARD_ADDED": "the code fixes a size that was declared dynamic: give that size, or widen the code",
         "MISSING_FAKE_KERNEL": "a custom operator has no fake kernel: add one with torch.library.register_fake",
         "MISMATCHED_FAKE_KERNEL": "a custom operator's fake kernel disagrees with the real one: mend it",
     }
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
         with _undisturbed(), _buffers_restored(model):
             draft: Any = torch.export.draft_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception:
         return []
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
     found = []
     for failure in draft._report.failures:
         stack = failure.data.get("user_stack") or failure.data.get("stack") or []

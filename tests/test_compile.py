@@ -619,3 +619,15 @@ def test_dynamic_shapes_that_do_not_fit_name_the_argument_and_the_dim(name):
     shapes, message = MISSHAPEN[name]
     with pytest.raises(gw.InputError, match=f"^{message}"):
         compiled(Doubled(), X, dynamic_shapes=shapes)
+
+
+def test_a_failure_to_capture_is_all_that_is_said(capfd):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(gw.CaptureError, match="control flow depends on tensor values"):
+        compiled(Branches())
+    with pytest.raises(gw.InputError, match="the model itself fails on the example inputs"):
+        compiled(nn.Linear(4, 4))
+    assert capfd.readouterr().err == ""
