@@ -70,7 +70,12 @@ def _dim_misfit(size: int, given: Any) -> str | None:
     name, low, high = (getattr(given, attribute, None) for attribute in ("__name__", "min", "max"))
     if name is None or low is None or high is None:
         return f"{given!r} is given there, which must be {_LEGAL}"
-    if hasattr(given, "root"):
-        return None  # an expression such as 2*batch, which torch itself solves
+    if hasattr(given, "root"):  # an expression such as 2*batch + 1
+        factor, offset = given.fn(1) - given.fn(0), given.fn(0)
+        whole, rest = divmod(size - offset, factor)
+        if rest:
+            return f"{name} is never {size}"
+        reason = _dim_misfit(whole, given.root)
+        return reason and f"that makes {given.root.__name__} {whole}, and {reason}"
     unbounded = not isinstance(high, int) or high >= 2**62
     return None if low <= size <= high else f"{name} {f'is at least {low}' if unbounded else f'ranges from {low} to {high}'}"

@@ -40,6 +40,12 @@ class Branches(Net):
     def forward(self, x):
         return x if x.sum() > 0 else -x
 
+def of_another_dtype():
+    return Net().eval(), (torch.ones(2, 4).double(),)
+
+def with_a_number_for_kwargs():
+    return Net().eval(), (torch.ones(2, 4),), 3
+
 def uncapturable():
     return Branches(), (torch.ones(2, 4),)
 """
@@ -198,6 +204,8 @@ MISTAKES = {
     "text that is no program": (["dump", "broken.txt"], "line 1"),
     "a file that is no text": (["dump", "latin.txt"], "UTF-8"),
     "a text file to compile": (["compile", "before.txt"], "no weights"),
+    "an example of another dtype": (["dump", "cli_test_models:of_another_dtype"], "input x of torch.float64"),
+    "kwargs that are none": (["dump", "cli_test_models:with_a_number_for_kwargs"], "kwargs a dict"),
     "an unknown pass": (["compile", "net.gw", "--passes", "slice-group"], "did you mean slice-groups"),
     "a bad option": (["dump", "before.txt", "--passes", "slice-groups{max_slices=0}"], "max_slices"),
     "a wrong order": (["verify", "before.txt", "--no-cleanups", "--passes", "slice-groups,fold-constants"], "must stand before"),

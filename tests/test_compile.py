@@ -610,6 +610,7 @@ MISSHAPEN = {
     "no dim": ({"a": {0: "b"}}, "dynamic_shapes of a dim 0: the example has 5, but 'b' is given there, which must be an int"),
     "above the range": (({0: Dim("b", min=2, max=4)},), "dynamic_shapes of a dim 0: the example has 5, but b ranges from 2 to 4"),
     "below the range": ({"a": {0: Dim("b", min=9)}}, "dynamic_shapes of a dim 0: the example has 5, but b is at least 9"),
+    "no multiple": ({"a": {0: 3 * Dim("b")}}, r"dynamic_shapes of a dim 0: the example has 5, but 3\*b is never 5"),
     "another size": ({"a": {0: 6}}, "dynamic_shapes of a dim 0: the example has 5, but the size given is 6"),
 }
 
