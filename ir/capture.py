@@ -11,10 +11,11 @@ import io
 import logging
 import os
 import re
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any
 
 import sympy
@@ -116,7 +117,7 @@ def _told_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Tracing may draw random numbers and warn; the caller's generator, filters and grad mode stay as they were."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), _quiet_torch():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), _QUIET:
         warnings.simplefilter("ignore")
         yield
 
@@ -124,22 +125,33 @@ def _undisturbed() -> Iterator[None]:
 _NOISY_LOGGERS = ("torch", "torch.export", "torch.export._draft_export", "torch.fx.experimental.symbolic_shapes")
 
 
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """torch logs failures that our errors say, and prints the graph beside some; with TORCH_LOGS set it is left to."""
-    if os.environ.get("TORCH_LOGS"):
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+class _Quiet:
+    """torch logs failures that our errors say, and prints the graph beside some; with TORCH_LOGS set it is left to.
+
+    Threads may capture at once: the first to enter silences, the last to leave restores.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._restore = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1 or os.environ.get("TORCH_LOGS"):
+                return
+            self._restore.enter_context(redirect_stderr(io.StringIO()))
+            for logger in map(logging.getLogger, _NOISY_LOGGERS):
+                self._restore.callback(logger.setLevel, logger.level)
+                logger.setLevel(logging.CRITICAL)
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._restore.close()
+
+
+_QUIET = _Quiet()
 
 
 @contextmanager
