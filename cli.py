@@ -112,9 +112,14 @@ def _complain(mistake: _Mistake, as_json: bool) -> int:
         return MISTAKE
     cause = mistake.__cause__
     notes = list(getattr(cause, "__notes__", ()))
-    return _print(
-        json.dumps({"error": {"type": type(cause or mistake).__name__.lstrip("_"), "message": str(mistake), "notes": notes}}), MISTAKE
-    )
+    return _print(json.dumps({"error": {"type": _documented(cause), "message": str(mistake), "notes": notes}}), MISTAKE)
+
+
+def _documented(error: BaseException | None) -> str:
+    """The class of `ir.errors` that `error` is of; their base for a mistake in the command line."""
+    from .ir import errors
+
+    return next((kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__), "GraphwrightError")
 
 
 def _print(text: str, code: int) -> int:
@@ -230,9 +235,10 @@ def _load_factory(module_name: str, attribute: str) -> Model:
             raise _Mistake(f"{spec}: no module is called {error.name} (the zoo's names and the current folder were searched)") from error
         except (Exception, SystemExit) as error:
             raise _Mistake(f"{spec}: {type(error).__name__}: {error}") from error
-    if not (isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module) and isinstance(made[1], tuple)):
-        raise _Mistake(f"{spec} must return (module, args) or (module, args, kwargs), with args a tuple")
-    return Model(made[0], (made[1], made[2] if len(made) == 3 else {}))
+    module, args, kwargs = (*made, {})[:3] if isinstance(made, tuple) and len(made) in (2, 3) else (None, None, None)
+    if not (isinstance(module, nn.Module) and isinstance(args, tuple) and isinstance(kwargs, dict)):
+        raise _Mistake(f"{spec} must return (module, args) or (module, args, kwargs), with args a tuple and kwargs a dict")
+    return Model(module, (args, kwargs))
 
 
 @contextlib.contextmanager
@@ -381,6 +387,7 @@ def _verify(options: argparse.Namespace) -> Result:
     from .ir import verify
     from .ir.errors import ContractError, GraphwrightError, VerifyError
     from .passes import PassManager
+    from .passes.manager import UNCHANGED
     from .runtime.calling import Call, parameters_of
 
     pipeline = _pipeline(options) if options.passes is not None or options.numeric else ()
@@ -402,10 +409,12 @@ def _verify(options: argparse.Namespace) -> Result:
         return Result("\n".join([f"failed: {error}", *notes]), {"verdict": "failed", "reason": str(error), "notes": notes}, FOUND)
     unjudged = [each.spelling for each in result.reports if each.verdict is not None and each.verdict.kind != "right"]
     lines = ["program: structure right", *map(_verdict_line, result.reports)]
-    lines.append(f"not verified: inconclusive after {', '.join(unjudged)}" if unjudged else "verified")
+    judged = any(each.verdict is not None and each.verdict.reason != UNCHANGED for each in result.reports)
+    verified = "verified" if judged or not options.numeric else "verified; nothing was judged numerically, as no pass changed the program"
+    lines.append(f"not verified: inconclusive after {', '.join(unjudged)}" if unjudged else verified)
     data = {
         "verdict": "inconclusive" if unjudged else "right",
-        "numeric": options.numeric,
+        "numeric": judged,
         "passes": [_report_data(each) for each in result.reports],
     }
     return Result("\n".join(lines), data, FOUND if unjudged else OK)

@@ -49,6 +49,7 @@ def compile(
         PassError, ContractError: a pass is unknown, out of order, failed, or broke its promise.
         TargetError: the backend cannot run here.
     """
+    _check_examples(example_inputs, example_kwargs)
     backend = choose_backend(backend)
     pipeline = parse_pipeline([*(CLEANUPS if cleanups else ()), *parse_pipeline(passes)])
     PassManager(pipeline, verify=verify)  # refuses them now, not on the first call
@@ -110,12 +111,25 @@ def _read(path: Path, trusted: bool) -> Saved:
             f"{path} can run code when it is read: pass trusted=True if you made it, or turn it into a .gw where it was made, "
             "with graphwright.compile(exported).save('model.gw')"
         )
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist")
     try:
         return Saved(from_exported(torch.export.load(path)))
     except GraphwrightError:
         raise
     except Exception as error:
         raise ArtifactError(f"{path} is not read by torch.export ({type(error).__name__}): export it again with this torch") from error
+
+
+def _check_examples(args: Any, kwargs: Any) -> None:
+    if args is not None and not isinstance(args, tuple):
+        raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(args).__name__}: write (x,)")
+    if kwargs is not None and not (isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs)):
+        raise InputError(f"example_kwargs is a dict of arguments by name, not {_shown(kwargs)}: write {{'x': x}}")
+
+
+def _shown(kwargs: Any) -> str:
+    return "a dict with other keys" if isinstance(kwargs, dict) else f"a {type(kwargs).__name__}"
 
 
 def _example(args: tuple[Any, ...] | None, kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -7,12 +7,15 @@ dynamic sizes, control flow) goes through torch's `run_decompositions({})` first
 """
 
 import functools
+import io
+import logging
 import os
 import re
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any
 
 import sympy
@@ -25,9 +28,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of
+from .dynamic_shapes import misfit
 from .errors import CaptureError, InputError
 from .functionalize import NotFunctional, functional_variant, is_ambiguous, take_apart
 from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
+from .parser import RESERVED_NAMES, SYMBOL_NAME
 from .program import Function, Node, Program, Weight, Where
 from .symbols import UNBOUNDED, Symbol, SymbolTable, hint
 from .tree import Tree
@@ -75,8 +80,9 @@ def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int],
         try:
             functional = exported.run_decompositions({})
         except Exception as error:
-            reason = f"torch cannot make the model functional ({type(error).__name__}: {_first_line(error)})"
-            raise refused or CaptureError(reason) from error
+            reason = f"torch cannot make the exported program functional ({type(error).__name__}: {_first_line(error)})"
+            advice = "check that no input that is written to shares memory with another"
+            raise refused or CaptureError(f"{reason}: {advice}") from error
     return _Importer(functional, dim_names or {}).program()
 
 
@@ -118,9 +124,41 @@ def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Tracing may draw random numbers and warn; the caller's generator, filters and grad mode stay as they were."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), _QUIET:
         warnings.simplefilter("ignore")
         yield
+
+
+_NOISY_LOGGERS = ("torch", "torch.export", "torch.export._draft_export", "torch.fx.experimental.symbolic_shapes")
+
+
+class _Quiet:
+    """torch logs failures that our errors say, and prints the graph beside some; with TORCH_LOGS set it is left to.
+
+    Threads may capture at once: the first to enter silences, the last to leave restores.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._restore = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1 or os.environ.get("TORCH_LOGS"):
+                return
+            self._restore.enter_context(redirect_stderr(io.StringIO()))
+            for logger in map(logging.getLogger, _NOISY_LOGGERS):
+                self._restore.callback(logger.setLevel, logger.level)
+                logger.setLevel(logging.CRITICAL)
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._restore.close()
+
+
+_QUIET = _Quiet()
 
 
 @contextmanager
@@ -183,10 +221,11 @@ class _Importer:
                 for symbol in sorted(size.node.expr.free_symbols, key=str):
                     if symbol in self.sizes:
                         continue
-                    given = self.dim_names.get((leaf, dim)) if size.node.expr == symbol else None
+                    given = self.dim_names.get((leaf, dim)) if len(size.node.expr.free_symbols) == 1 else None
                     name = given if given and given not in self.symbols else self._next_name()
                     bounds = ranges.get(symbol)
                     low, high = (0, UNBOUNDED) if bounds is None else (_bound(bounds.lower, 0), _bound(bounds.upper, UNBOUNDED))
+                    low = min(low, _low_of(symbol, size.node.expr, ranges, low))
                     at_capture = _hint_of(symbol, size.node.shape_env)
                     self.sizes[symbol] = self.symbols.declare(Symbol(name, low, high, at_capture)).node.expr
 
@@ -248,6 +287,7 @@ class _Importer:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.copies.get)
         if _is_tautology(node):
             return []
+        _check_dtypes(node.target, args, where, self.graph)
         add = functools.partial(add_call, self.graph, self.symbols, where=where)
         try:
             value = self._write(node, args, kwargs, add) if is_mutating(node.target) else self._rebuild(node.target, args, kwargs, add)
@@ -336,6 +376,57 @@ def _nameless_types(graph: fx.Graph) -> list[tuple[Where, str]]:
     return list(found.values())
 
 
+_ONE_DTYPE = frozenset(
+    ["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"]
+    + ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"]
+)
+_NORMS = frozenset(["layer_norm", "group_norm", "batch_norm", "native_layer_norm", "native_group_norm"])
+
+
+def _check_dtypes(target: Any, args: tuple[Any, ...], where: Where, graph: fx.Graph) -> None:
+    """Metadata passes over operands of two floating dtypes that the kernels of these operations refuse."""
+    family = str(getattr(target, "_schema", None) and target._schema.name).removeprefix("aten::")
+    if family not in _ONE_DTYPE and family not in _NORMS:
+        return
+    operands = [a for a in args if isinstance(a, Node) and isinstance(a.meta["val"], torch.Tensor)]
+    if family == "scaled_dot_product_attention":
+        operands = operands[:3]  # a mask may be of another dtype
+    first, other = next(((a, b) for a in operands[:1] for b in operands[1:] if _clash(family, a, b)), (None, None))
+    if first is None or other is None:
+        return
+    place, given = str(where) or "unknown line", f"{_operand(first, graph)} and {_operand(other, graph)}"
+    raise InputError(
+        f"{family} at {place} is given {given}, which it cannot combine: give example inputs of the weights' dtype, or convert the module"
+    )
+
+
+def _operand(node: Node, graph: fx.Graph) -> str:
+    """The operand by name and dtype; of a computed one also the inputs of that dtype, which it is likely to come from."""
+    dtype = node.meta["val"].dtype
+    kind = {"placeholder": "input", "get_attr": "weight"}.get(node.op)
+    if kind is not None:
+        return f"{kind} {node.target} of {dtype}"
+    inputs = [str(n.target) for n in graph.nodes if n.op == "placeholder" and getattr(n.meta["val"], "dtype", None) == dtype]
+    return f"a value of {dtype}" + (f", as is input {', '.join(inputs)}," if inputs else "")
+
+
+def _clash(family: str, first: Node, other: Node) -> bool:
+    """Norms of half precision take float32 parameters."""
+    a, b = first.meta["val"].dtype, other.meta["val"].dtype
+    if a == b or not (a.is_floating_point and b.is_floating_point):
+        return False
+    return family in _ONE_DTYPE or not (a in (torch.float16, torch.bfloat16) and b == torch.float32)
+
+
+def _low_of(symbol: sympy.Symbol, size: sympy.Expr, ranges: Mapping[Any, Any], low: int) -> int:
+    """The least `symbol` by the range of `size`, k*symbol + c: where 4*batch is declared, torch says from 2 of batch itself."""
+    factor = size.coeff(symbol)
+    offset = size - factor * symbol
+    if size == symbol or size not in ranges or not (factor.is_Integer and offset.is_Integer and factor > 0):
+        return low
+    return max(-((int(offset) - _bound(ranges[size].lower, 0)) // int(factor)), 0)
+
+
 def _hint_of(symbol: sympy.Symbol, env: Any) -> int:
     hints = getattr(env, "backed_var_to_val", None)  # torch 2.11 calls it var_to_val
     return int((env.var_to_val if hints is None else hints)[symbol])
@@ -386,8 +477,8 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             if isinstance(value, torch.Tensor):
                 dims = dict(enumerate(spec)) if isinstance(spec, tuple | list) else spec or {}
                 for dim, given in dims.items():
-                    label = getattr(given, "__name__", None)
-                    if isinstance(label, str) and re.fullmatch(r"[a-z][a-z0-9_]*", label):
+                    label = getattr(getattr(given, "root", given), "__name__", None)  # 2*batch is named by its batch
+                    if isinstance(label, str) and re.fullmatch(SYMBOL_NAME, label) and label not in RESERVED_NAMES:
                         names[leaf, dim] = label
             leaf += 1
 
@@ -400,7 +491,10 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exception:
-    """What stopped torch.export: the example inputs if the module itself refuses them, else every blocker."""
+    """What stopped torch.export: `dynamic_shapes` or the example inputs if they do not fit, else every blocker."""
+    wrong = misfit(model, args, kwargs, dynamic_shapes)
+    if wrong is not None:
+        return InputError(wrong)
     try:
         with _undisturbed(), _buffers_restored(model):
             model(*args, **kwargs)
@@ -413,31 +507,19 @@ def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kw
     return CaptureError(_list_blockers(blockers))
 
 
-_NOISY_LOGGERS = ("torch.export", "torch.export._draft_export", "torch.fx.experimental.symbolic_shapes")
-
-
 def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[tuple[Where, str]]:
     """Everything that torch's draft export had to guess, which is what the strict one refuses."""
-    import logging
-
     advice = {
         "DATA_DEPENDENT_ERROR": "control flow depends on tensor values: use torch.where or torch.cond, or make the value an input",
         "GUARD_ADDED": "the code fixes a size that was declared dynamic: give that size, or widen the code",
         "MISSING_FAKE_KERNEL": "a custom operator has no fake kernel: add one with torch.library.register_fake",
         "MISMATCHED_FAKE_KERNEL": "a custom operator's fake kernel disagrees with the real one: mend it",
     }
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
         with _undisturbed(), _buffers_restored(model):
             draft: Any = torch.export.draft_export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception:
         return []
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
     report, found = getattr(draft, "_report", None), []
     for failure in getattr(report, "failures", ()):
         stack = failure.data.get("user_stack") or failure.data.get("stack") or []

@@ -3,6 +3,7 @@
 import difflib
 import re
 
+from .errors import InputError
 from .printer import print_program
 from .program import Program
 
@@ -16,7 +17,13 @@ def diff(a: Program, b: Program, *, color: bool = False, context: int = 2) -> st
 
     Values are compared by the captured operations that they descend from, not by number: an inserted line does not mark every
     line below it as changed. Lines are shown as each program prints them.
+
+    Raises:
+        InputError: one of them is no Program.
     """
+    for given in (a, b):
+        if not isinstance(given, Program):
+            raise InputError(f"diff compares two programs, such as compiled.program, not a {type(given).__name__}")
     before, after = print_program(a).splitlines(), print_program(b).splitlines()
     groups = difflib.SequenceMatcher(None, _keys(before), _keys(after), autojunk=False).get_grouped_opcodes(context)
     lines: list[str] = []

@@ -167,4 +167,6 @@ def describe(storage: Storage) -> str:
 
 def mib(nbytes: int) -> str:
     """Bytes in a unit that a person reads."""
+    if nbytes < 2**10:
+        return f"{nbytes} B"
     return f"{nbytes / 2**20:.2f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"

@@ -59,6 +59,8 @@ _PROVENANCE = re.compile(r"#\s?(?:\[(\d+(?:,\d+)*)\](?: |$))?(?:(.*?):(\d+)(?: |
 _KINDS = ("parameter", "buffer", "constant", "state")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
 _CHOICES: dict[str, Callable[[Any, Any], Any]] = {"Min": torch.sym_min, "Max": torch.sym_max}
+SYMBOL_NAME = r"[A-Za-z][A-Za-z0-9_]*"
+RESERVED_NAMES = frozenset({*_KEYWORDS, *_CHOICES})
 _LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
 _FORMATS = {
     str(x).removeprefix("torch."): x for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
@@ -79,6 +81,10 @@ def parse(text: str, weights: "Mapping[str, torch.Tensor | Weight] | None" = Non
         ParseError: with line and column: bad syntax, an unknown operation, a type that does not hold, or a weight table
             that does not have what the text names.
     """
+    if not isinstance(text, str):
+        raise ParseError(f"a program is read from text, not from a {type(text).__name__}", 1, 1)
+    if weights is not None and not isinstance(weights, Mapping):
+        raise ParseError(f"a weight table maps names to tensors, and a {type(weights).__name__} does not", 1, 1)
     if len(text) > MAX_TEXT:
         raise ParseError(f"the text has {len(text)} characters, more than the limit of {MAX_TEXT}", 1, 1)
     return _Parser(text, weights).program()
@@ -206,8 +212,8 @@ class _Parser:
 
     def _symbol(self) -> None:
         token = self.take("name", "a symbol")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", token.text) or token.text in self.symbols:
-            self.fail(f"{token.text} cannot be declared: symbols are [a-z][a-z0-9_]*, each once", token)
+        if not re.fullmatch(SYMBOL_NAME, token.text) or token.text in self.symbols or token.text in RESERVED_NAMES:
+            self.fail(f"{token.text} cannot be declared: symbols are {SYMBOL_NAME}, each once, and no keyword", token)
         self.expect("in")
         self.expect("[")
         low = self.integer()
@@ -242,6 +248,8 @@ class _Parser:
         tensor = given.tensor if isinstance(given, Weight) else given
         if tensor is None:
             self.fail(f"the weight table has no {weight.name}", token)
+        if not isinstance(tensor, torch.Tensor):
+            self.fail(f"{weight.name} is a {type(tensor).__name__} in the weight table, not a tensor", token)
         if (tensor.dtype, tuple(tensor.shape)) != (weight.dtype, weight.shape):
             self.fail(f"{weight.name} is {tensor.dtype}{list(tensor.shape)} in the weight table, not what the text says", token)
         if tensor.stride() != weight.stride:

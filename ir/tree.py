@@ -1,10 +1,12 @@
 """The nesting of a function's inputs and outputs, as plain data that needs no user class to print or compare.
 
 Classes that torch's pytree knows (dataclass outputs of transformers and diffusers among them) are kept by their registered
-name; the class is looked up only when a call has to build one.
+name; the class is looked up only when a call has to build one. So are named tuples and `torch.return_types`, by module and name.
 """
 
 import json
+import sys
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,9 @@ class Tree:
             return Tree("dict", children, keys=tuple(spec.context))
         if kind is not None:
             return Tree(kind, children)
+        named = named_tuple(spec)
+        if named is not None:
+            return Tree("object", children, type_name=_place_of(named), context=json.dumps(_field_names(named)))
         registered = pytree.SUPPORTED_SERIALIZED_TYPES.get(spec.type)  # type: ignore[arg-type]
         name = getattr(registered, "serialized_type_name", None)
         if not isinstance(name, str) or name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
@@ -67,6 +72,9 @@ class Tree:
         builtin = {name: cls for cls, name in _BUILTIN.items()}.get(self.kind)
         if builtin is not None:
             return pytree.TreeSpec(builtin, list(self.keys) if self.kind == "dict" else None, children)
+        named = named_tuple_class(self)
+        if named is not None:
+            return pytree.TreeSpec(namedtuple, named, children) if _is_plain(named) else pytree.TreeSpec(named, None, children)
         cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(self.type_name)
         if cls is None:
             raise ArtifactError(
@@ -82,6 +90,47 @@ LEAF = Tree("leaf")
 
 def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
     return spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+
+
+# --- named tuples ----------------------------------------------------------------------------------------------------------
+
+
+def named_tuple(spec: pytree.TreeSpec) -> type | None:
+    """The named tuple, or the torch.return_types, that `spec` is one of."""
+    if spec.type is namedtuple:
+        return spec.context
+    return spec.type if getattr(spec.type, "__module__", "") == "torch.return_types" else None
+
+
+def named_tuple_class(tree: Tree) -> type | None:
+    """The class of that name in a module that is imported already, with the same fields; a program imports nothing."""
+    module, _, name = tree.type_name.partition(":")
+    found = _names_in(module).get(name)
+    if not isinstance(found, type) or not issubclass(found, tuple) or not (_is_plain(found) or module == "torch.return_types"):
+        return None
+    return found if json.dumps(_field_names(found)) == tree.context else None
+
+
+def _names_in(module: str) -> dict[str, Any]:
+    return getattr(sys.modules.get(module), "__dict__", {})
+
+
+def _is_plain(cls: type) -> bool:
+    return pytree.is_namedtuple_class(cls)
+
+
+def _field_names(cls: Any) -> list[str]:
+    return list(getattr(cls, "_fields", None) or getattr(cls, "__match_args__", ()))
+
+
+def _place_of(cls: type) -> str:
+    """`module:Class`. Raises CaptureError for a class that is not found there."""
+    if _names_in(cls.__module__).get(cls.__qualname__) is not cls:
+        raise CaptureError(
+            f"the named tuple {cls.__qualname__} in the model's inputs or outputs is not found in module {cls.__module__}: "
+            "define it at the top level of a module, or return a tuple or dict"
+        )
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def flat(values: int) -> Tree:

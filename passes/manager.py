@@ -23,7 +23,7 @@ Progress = Callable[[int, int, str], None]
 
 _MODES = ("structure", "numeric")
 _RETRIES = 3
-_UNCHANGED = "nothing changed"
+UNCHANGED = "nothing changed"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class PassManager:
             for name in list(program.functions):
                 rewriter = Rewriter(program, pass_name=each.name, function=name, fuel=fuel, checked=self.checked)
                 try:
-                    outcomes.append(each.run(rewriter))
+                    outcomes.append(_checked_outcome(each, each.run(rewriter)))
                 except OutOfFuel:
                     out_of_fuel = True
                 records += rewriter.records
@@ -191,7 +191,7 @@ class PassManager:
     def _hold_to_contract(self, index: int, reference: Reference, before: Program, after: Program, report: PassReport) -> Verdict:
         each = self.passes[index]
         if not report.records and _content(before) == _content(after):
-            return Verdict("right", _UNCHANGED)
+            return Verdict("right", UNCHANGED)
         verdict, reference = self._judge(each, reference, after)
         if not verdict.fails:
             return verdict
@@ -249,6 +249,12 @@ def check_facts(passes: Sequence[Pass], program: Program) -> None:
         facts |= each.ensures
 
 
+def _checked_outcome(each: Pass, outcome: Any) -> Outcome:
+    if not isinstance(outcome, Outcome):
+        raise PassError(f"pass {each.name} returned {outcome!r} from run: return an Outcome, such as Outcome()")
+    return outcome
+
+
 def _drop_unused_weights(program: Program) -> None:
     used = {str(node.target) for node in program.nodes() if node.op == "get_attr"}
     for name in [name for name, weight in program.weights.items() if name not in used and weight.kind != "state"]:
@@ -261,7 +267,7 @@ def _content(program: Program) -> str:
 
 
 def _verdict_line(verdict: Verdict) -> str:
-    if verdict.reason == _UNCHANGED:
+    if verdict.reason == UNCHANGED:
         return str(verdict)
     working = f"working dtype {verdict.error:.1e} ({verdict.error_ratio:.2f} x the original's own)"
     return f"{verdict}; float64 error {verdict.rewrite_error:.1e}, {working}"

@@ -40,13 +40,18 @@ def parse_pipeline(pipeline: Pipeline) -> tuple[Pass, ...]:
         return _Parser(pipeline).pipeline()
     if isinstance(pipeline, Pass):
         return (pipeline,)
+    if isinstance(pipeline, type) or not isinstance(pipeline, Iterable):
+        raise PassError(f"a pipeline is text, a pass or a list of these, not {_given(pipeline)}")
     passes: list[Pass] = []
     for entry in pipeline:
         if not isinstance(entry, str | Pass):
-            given = f"the class {entry.__name__}: write {entry.__name__}()" if isinstance(entry, type) else f"a {type(entry).__name__}"
-            raise PassError(f"a pipeline holds passes and their names, not {given}")
+            raise PassError(f"a pipeline holds passes and their names, not {_given(entry)}")
         passes += parse_pipeline(entry)
     return tuple(passes)
+
+
+def _given(value: Any) -> str:
+    return f"the class {value.__name__}: write {value.__name__}()" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def spell(passes: Iterable[Pass]) -> str:
@@ -88,6 +93,7 @@ class _Parser:
     def __init__(self, text: str):
         self.text = text
         self.at = 0
+        self.failed = False  # an error of syntax says its column already
 
     def pipeline(self) -> tuple[Pass, ...]:
         self._skip(_SPACE)
@@ -103,9 +109,9 @@ class _Parser:
         name = self._take(_NAME, "the name of a pass")
         try:
             return pass_named(name)(**(self._options() if self._accept("{") else {}))
-        except _SyntaxError:
-            raise
         except PassError as error:
+            if self.failed:
+                raise
             raise PassError(f"{error} (column {column + 1} of the pipeline)") from None
 
     def _options(self) -> dict[str, Any]:
@@ -172,11 +178,8 @@ class _Parser:
         return repr(self.text[self.at]) if self.at < len(self.text) else "the end"
 
     def _fail(self, message: str) -> NoReturn:
-        raise _SyntaxError(f"{message} (column {self.at + 1} of the pipeline {self.text!r})")
-
-
-class _SyntaxError(PassError):
-    """Already says its column."""
+        self.failed = True
+        raise PassError(f"{message} (column {self.at + 1} of the pipeline {self.text!r})")
 
 
 def _word(text: str) -> Any:

@@ -53,7 +53,7 @@ def save(saved: Saved, path: str | Path) -> None:
         ArtifactError: a weight has no values or a dtype that is not stored, or the file cannot be written; a file that was there
             before is as it was.
     """
-    path = Path(path)
+    path = _path(path)
     stored, tied = _untied(saved.program.weights)
     program = Member.of(_PROGRAM, str(_hashed_afresh(saved.program)).encode())
     weights = tensor_member(_WEIGHTS, stored)
@@ -73,6 +73,12 @@ def _hashed_afresh(program: Program) -> Program:
     result = program.copy()
     result.weights = {name: replace(weight, known_digest=None, _memo={}) for name, weight in program.weights.items()}
     return result
+
+
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ArtifactError(f"an artifact is named by a path, such as 'model.gw', not by a {type(path).__name__}")
+    return Path(path)
 
 
 def _untied(weights: Mapping[str, Weight]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -120,7 +126,9 @@ def load(path: str | Path, *, sha256: str | None = None) -> Saved:
         ArtifactError: the file is missing, truncated, edited, of another version, or not ours.
         TargetError: its weights are for a device that is not here.
     """
-    path = Path(path)
+    path = _path(path)
+    if sha256 is not None and not isinstance(sha256, str):
+        raise ArtifactError(f"sha256 is the digest as text of 64 hexadecimal digits, not a {type(sha256).__name__}")
     with _blaming(path):
         content = _content(path)
         if sha256 is not None and _sha256(content) != sha256.lower():

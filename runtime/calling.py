@@ -17,8 +17,8 @@ from ..ir import Function, Program, SymbolTable
 from ..ir.errors import InputError
 from ..ir.infer import contiguous_stride
 from ..ir.region import memory_order
-from ..ir.symbols import hint
-from ..ir.tree import Tree
+from ..ir.symbols import UNBOUNDED, Symbol, hint
+from ..ir.tree import Tree, named_tuple_class
 
 REQUIRED = inspect.Parameter.empty
 
@@ -50,6 +50,8 @@ class Call:
         self._names = names
         self._leaves = [_LeafCheck.of(argument.value, program.symbols) for argument in arguments]
         self._symbols = {symbol.name: symbol for symbol in program.symbols}
+        written = set(function.signature().new_states)
+        self._written = [index for index, argument in enumerate(arguments) if f"input:{argument.name}" in written]
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """The flat inputs of a call as the program takes them, and as the caller gave them.
@@ -63,9 +65,20 @@ class Call:
             _flatten(tree, value, name, leaves, paths)
         sizes: dict[str, tuple[int, str]] = {}
         inputs = [check(value, path, sizes, self._symbols) for check, value, path in zip(self._leaves, leaves, paths, strict=True)]
+        if len(sizes) < len(self._symbols):
+            for check, value, path in zip(self._leaves, leaves, paths, strict=True):
+                check.solve(value, path, sizes, self._symbols)
         for check, value, path in zip(self._leaves, leaves, paths, strict=True):
             check.check_expressions(value, path, sizes)
+        self._check_written(leaves, paths)
         return inputs, leaves
+
+    def _check_written(self, leaves: list[Any], paths: list[str]) -> None:
+        """A write into one input is not seen by what reads another, so the two may not lie in the same memory."""
+        for written in self._written:
+            for index, other in enumerate(leaves):
+                if index != written and isinstance(other, torch.Tensor) and _overlap(leaves[written], other):
+                    raise InputError(f"argument {paths[written]} is written to and shares memory with {paths[index]}: pass a copy of one")
 
     def _arranged(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tree, Any]]:
         """(name, tree, value) of each captured argument, however it was passed."""
@@ -151,6 +164,9 @@ def _items(tree: Tree, value: Any, path: str) -> tuple[list[Any], list[str]]:
 
 
 def _object_items(tree: Tree, value: Any, path: str) -> tuple[list[Any], list[str]]:
+    named = named_tuple_class(tree)
+    if named is not None and type(value) is named:
+        return list(value), [f"{path}[{index}]" for index in range(len(value))]
     cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(tree.type_name)
     if cls is None or type(value) is not cls:
         raise InputError(f"argument {path} is a {type(value).__name__}, but the model was captured with a {tree.type_name} there")
@@ -235,12 +251,27 @@ class _LeafCheck:
                 if size != expected:
                     raise InputError(f"argument {here} is {size}, but the model was captured for {expected}, as in {self._type()}")
             elif isinstance(expected, str):
-                low, high = symbols[expected].low, symbols[expected].high
-                if not low <= size <= high:
-                    raise InputError(f"argument {here} is {size}, but {expected} ranges from {low} to {high}")
+                _check_range(symbols[expected], size, f"argument {here} is {size}")
                 first, where = sizes.setdefault(expected, (size, here))
                 if first != size:
                     raise InputError(f"argument {here} is {size}, but {expected} is {first} already, from {where}")
+
+    def solve(self, value: Any, path: str, sizes: dict[str, tuple[int, str]], symbols: Mapping[str, Any]) -> None:
+        """Binds a symbol that stands in no dim alone from a size k*symbol + c."""
+        for dim, expected in enumerate(self.shape):
+            if isinstance(expected, int | str):
+                continue
+            actual = int(value.shape[dim] if self.kind == "tensor" else value)
+            affine = _affine(expected, self.env, sizes)
+            if affine is None:
+                continue
+            name, factor, offset = affine
+            here = f"{path} dim {dim}" if self.kind == "tensor" else path
+            size, rest = divmod(actual - offset, factor)
+            if rest:
+                raise InputError(f"argument {here} is {actual}, but the model takes {self.texts[dim]} there, for an integer {name}")
+            _check_range(symbols[name], size, f"argument {here} is {actual}, which makes {name} {size}")
+            sizes[name] = size, here
 
     def check_expressions(self, value: Any, path: str, sizes: Mapping[str, tuple[int, str]]) -> None:
         """Sizes that are expressions of symbols, such as 2*batch, once the symbols are bound."""
@@ -272,11 +303,49 @@ def _dim(size: Any, symbols: SymbolTable) -> Any:
     return text if text in symbols else int(text) if text.isdigit() else size
 
 
+def _check_range(symbol: Symbol, size: int, found: str) -> None:
+    if not symbol.low <= size <= symbol.high:
+        legal = f"is at least {symbol.low}" if symbol.high >= UNBOUNDED else f"ranges from {symbol.low} to {symbol.high}"
+        raise InputError(f"{found}, but {symbol.name} {legal}")
+
+
+def _known(symbols: SymbolTable, sizes: Mapping[str, tuple[int, str]]) -> dict[Any, int]:
+    return {symbols.size(name).node.expr: bound for name, (bound, _) in sizes.items()}
+
+
+def _affine(size: torch.SymInt, symbols: SymbolTable | None, sizes: Mapping[str, tuple[int, str]]) -> tuple[str, int, int] | None:
+    """(name, k, c) where `size` is k*name + c and `name` the one symbol in it that is not bound yet; else None."""
+    assert symbols is not None
+    expr = size.node.expr.xreplace(_known(symbols, sizes))
+    if len(expr.free_symbols) != 1:
+        return None
+    (unknown,) = expr.free_symbols
+    factor = expr.coeff(unknown)
+    offset = expr - factor * unknown
+    name = next((symbol.name for symbol in symbols if symbols.size(symbol.name).node.expr == unknown), None)
+    if name is None or not (factor.is_Integer and offset.is_Integer and factor != 0):
+        return None
+    return name, int(factor), int(offset)
+
+
 def _evaluate(size: torch.SymInt, symbols: SymbolTable | None, sizes: Mapping[str, tuple[int, str]]) -> int | None:
     assert symbols is not None
-    known = {symbols.size(name).node.expr: bound for name, (bound, _) in sizes.items()}
-    value = size.node.expr.xreplace(known)
+    value = size.node.expr.xreplace(_known(symbols, sizes))
     return int(value) if value.is_Integer else None
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the addresses from the first to the last element of each meet."""
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device or a.is_meta:
+        return False
+    (begin_a, end_a), (begin_b, end_b) = _addresses(a), _addresses(b)
+    return begin_a < end_b and begin_b < end_a
+
+
+def _addresses(value: torch.Tensor) -> tuple[int, int]:
+    begin = value.data_ptr()
+    last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    return begin, begin + (last + 1) * value.element_size()
 
 
 def _memory_order(value: torch.Tensor) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ alike (checked with torch 2.13). Blocks are known by address, so the release of 
 nothing. Eager modules, `torch.compile` and compiled programs are measured alike.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ def _cuda_peak(fn: Callable[[], Any]) -> tuple[int, int]:
 def _cpu_peak(fn: Callable[[], Any]) -> tuple[int, int]:
     if profiler_is_running():
         raise InputError("memory is measured with torch's profiler, which is running already: measure outside of it")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which reads it when it is first used, logs to stderr
     with torch.autograd.profiler.profile(profile_memory=True) as trace:
         result = fn()
     live: dict[int, int] = {}

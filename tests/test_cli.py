@@ -40,6 +40,12 @@ class Branches(Net):
     def forward(self, x):
         return x if x.sum() > 0 else -x
 
+def of_another_dtype():
+    return Net().eval(), (torch.ones(2, 4).double(),)
+
+def with_a_number_for_kwargs():
+    return Net().eval(), (torch.ones(2, 4),), 3
+
 def uncapturable():
     return Branches(), (torch.ones(2, 4),)
 """
@@ -146,6 +152,11 @@ def test_verify_holds_each_pass_to_its_contract(run):
     assert "contract right" in out and out.splitlines()[-1] == "verified"
 
 
+def test_verify_says_when_nothing_was_judged_numerically(run):
+    code, out, _ = run("verify", "after.txt", "--numeric", "--no-cleanups")
+    assert code == 0 and "nothing was judged numerically" in out.splitlines()[-1]
+
+
 def test_verify_without_passes_checks_the_program_alone(run):
     code, out, _ = run("verify", "before.txt", "--json")
     assert code == 0 and json.loads(out) == {"verdict": "right", "numeric": False, "passes": []}
@@ -193,6 +204,8 @@ MISTAKES = {
     "text that is no program": (["dump", "broken.txt"], "line 1"),
     "a file that is no text": (["dump", "latin.txt"], "UTF-8"),
     "a text file to compile": (["compile", "before.txt"], "no weights"),
+    "an example of another dtype": (["dump", "cli_test_models:of_another_dtype"], "input x of torch.float64"),
+    "kwargs that are none": (["dump", "cli_test_models:with_a_number_for_kwargs"], "kwargs a dict"),
     "an unknown pass": (["compile", "net.gw", "--passes", "slice-group"], "did you mean slice-groups"),
     "a bad option": (["dump", "before.txt", "--passes", "slice-groups{max_slices=0}"], "max_slices"),
     "a wrong order": (["verify", "before.txt", "--no-cleanups", "--passes", "slice-groups,fold-constants"], "must stand before"),
@@ -216,6 +229,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, mistake):
 def test_a_mistake_as_json_is_one_object_too(run):
     code, out, err = run("dump", "absent.gw", "--json")
     assert code == 2 and "absent.gw" in json.loads(out)["error"]["message"] and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "documented"),
+    [(["dump", "absent.gw"], "GraphwrightError"), (["compile", "net.gw", "--passes", "slice-groups{"], "PassError")],
+)
+def test_a_mistake_as_json_has_a_documented_class(run, arguments, documented):
+    assert json.loads(run(*arguments, "--json")[1])["error"]["type"] == documented
 
 
 def test_help_documents_the_exit_codes(capsys):

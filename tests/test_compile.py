@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -545,3 +546,169 @@ def test_importing_the_package_imports_none_of_torch_and_public_names_resolve():
         assert getattr(gw, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'missing'"):
         _ = gw.missing
+
+
+# --- sizes that are expressions, and memory that is shared -----------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, a):
+        return a * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (13, r"argument a dim 0 is 13, but the model takes 4\*batch there, for an integer batch"),
+        (36, "argument a dim 0 is 36, which makes batch 9, but batch ranges from 0 to 8"),
+    ],
+)
+def test_a_symbol_that_stands_in_no_dim_alone_keeps_its_range(rows, message):
+    shapes = {"a": {0: 4 * torch.export.Dim("batch", max=8)}}
+    model = compiled(Doubled(), torch.randn(16, 4), dynamic_shapes=shapes)
+    assert [model(torch.randn(n, 4)).shape[0] for n in (0, 4, 32)] == [0, 4, 32]
+    with pytest.raises(gw.InputError, match=f"^{message}$"):
+        model(torch.randn(rows, 4))
+
+
+def test_a_dim_keeps_the_capitals_of_its_name_in_a_text_that_parses():
+    model = compiled(Doubled(), torch.randn(16, 4), dynamic_shapes={"a": {0: torch.export.Dim("Batch")}})
+    text = str(model.program)
+    assert "symbol Batch in" in text and str(gw.parse(text)) == text
+
+
+def test_an_input_that_is_written_to_may_not_share_memory_with_another():
+    class Writes(nn.Module):
+        def forward(self, a, b):
+            a.add_(1)
+            return b * 2
+
+    model = compiled(Writes(), torch.zeros(4, 4), torch.zeros(4, 4))
+    halves = torch.zeros(8, 4)
+    assert torch.equal(model(halves[:4], halves[4:]), halves[4:])
+    with pytest.raises(gw.InputError, match="^argument a is written to and shares memory with b: pass a copy of one$"):
+        model(halves[:4], halves[2:6])
+    with pytest.raises(gw.CaptureError, match="shares memory with another$"):
+        compiled(Writes(), halves, halves)
+
+
+# --- wrong kinds of arguments ----------------------------------------------------------------------------------------------
+
+
+WRONG_KINDS = {
+    "a bare tensor": (lambda: gw.compile(Doubled(), example_inputs=X), gw.InputError, r"example_inputs is a tuple .*: write \(x,\)"),
+    "a list of kwargs": (lambda: gw.compile(Doubled(), example_kwargs=[1]), gw.InputError, "example_kwargs is a dict .*, not a list"),
+    "no passes": (lambda: gw.compile(Doubled(), None), gw.PassError, "a pipeline is text, .*, not a NoneType"),
+    "a number of passes": (lambda: gw.compile(Doubled(), 5), gw.PassError, "a pipeline is text, .*, not a int"),
+    "a class": (lambda: gw.compile(Doubled(), gw.SliceGroups), gw.PassError, r"a pipeline is .*: write SliceGroups\(\)"),
+    "no text": (lambda: gw.parse(None), gw.ParseError, "line 1, column 1: a program is read from text, not from a NoneType"),
+    "bytes": (lambda: gw.parse(b"graphwright 1"), gw.ParseError, "line 1, column 1: a program is read from text, not from a bytes"),
+    "a number for a weight": (
+        lambda: gw.parse(str(gw.capture(nn.Linear(6, 6), (X,))), weights={"weight": 3, "bias": 3}),
+        gw.ParseError,
+        ".* is a int in the weight table, not a tensor",
+    ),
+    "a diff of text": (lambda: gw.diff("a", 3), gw.InputError, "diff compares two programs, .*, not a str"),
+    "no path": (lambda: gw.load(None), gw.ArtifactError, "an artifact is named by a path, .*, not by a NoneType"),
+    "no path to save": (lambda: compiled().save(None), gw.ArtifactError, "an artifact is named by a path, .*, not by a NoneType"),
+    "a number for a digest": (lambda: gw.load("k.gw", sha256=3), gw.ArtifactError, "sha256 is the digest as text .*, not a int"),
+    "no file": (lambda: gw.compile("none.pt2", trusted=True), gw.ArtifactError, "none.pt2 does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_a_wrong_kind_of_argument_is_one_typed_sentence(name):
+    wrong, error, message = WRONG_KINDS[name]
+    with pytest.raises(error, match=f"^{message}") as failure:
+        wrong()
+    assert type(failure.value) is error
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "message"),
+    [
+        (nn.Linear(6, 6), X.double(), "linear .* input input of torch.float64 and weight weight of torch.float32"),
+        (nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), X.double(), "linear at 1 is given a value of torch.float64, as is input input, and"),
+        (nn.LayerNorm(6), X.double(), "layer_norm .* input input of torch.float64 and weight weight of torch.float32"),
+    ],
+)
+def test_an_example_of_another_dtype_than_the_weights_is_refused_at_compile(module, example, message):
+    with pytest.raises(gw.InputError, match=f"^{message}"):
+        compiled(module, example)
+
+
+def test_norms_of_half_precision_take_parameters_of_single():
+    x = X.bfloat16()
+    assert compiled(nn.LayerNorm(6), x)(x).dtype == torch.bfloat16
+
+
+# --- named tuples ----------------------------------------------------------------------------------------------------------
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+class Named(nn.Module):
+    def forward(self, pair):
+        return Pair(pair.left + 1, pair.right), pair.left.topk(2), torch.var_mean(pair.right)
+
+
+def test_named_tuples_come_back_as_what_they_were(tmp_path):
+    model = compiled(Named(), Pair(X, X))
+    model.save(tmp_path / "named.gw")
+    for each in (model, gw.load(tmp_path / "named.gw", backend="aten")):
+        pair, top, _ = each(Pair(X, X))
+        assert type(pair) is Pair and type(top) is torch.return_types.topk and torch.equal(top.indices, X.topk(2).indices)
+    with pytest.raises(gw.InputError, match="^argument pair is a tuple, but the model was captured with a .*:Pair there$"):
+        model((X, X))
+    with pytest.raises(gw.ArtifactError, match="elsewhere:Pair, which is not known in this process"):
+        gw.compile(gw.parse(str(model.program).replace(f"{__name__}:Pair", "elsewhere:Pair")), backend="aten")
+
+
+def test_a_named_tuple_that_cannot_be_found_again_is_refused():
+    hidden = namedtuple("Hidden", "x")
+
+    class Returns(nn.Module):
+        def forward(self, x):
+            return hidden(x + 1)
+
+    with pytest.raises(gw.CaptureError, match="^the named tuple Hidden .* top level of a module, or return a tuple or dict$"):
+        compiled(Returns())
+
+
+# --- wrong dynamic_shapes --------------------------------------------------------------------------------------------------
+
+
+Dim = torch.export.Dim
+MISSHAPEN = {
+    "a number": (3, "dynamic_shapes is a dict by argument name, .*, not a int"),
+    "an unknown argument": ({"y": {0: Dim("b")}}, "dynamic_shapes names argument y, but the example has a"),
+    "an unknown dim": ({"a": {5: Dim("b")}}, "dynamic_shapes names dim 5 of a, which has 2 dims, numbered from 0"),
+    "a dim by name": ({"a": {"0": Dim("b")}}, "dynamic_shapes names dim '0' of a, which has 2 dims, numbered from 0"),
+    "too many arguments": (({0: Dim("b")}, None), "dynamic_shapes has 2 entries for the arguments, but the example has 1"),
+    "too few dims": ({"a": (Dim("b"),)}, "dynamic_shapes gives 1 entries for a, which has 2 dims: write a dict by dim"),
+    "no dim": ({"a": {0: "b"}}, "dynamic_shapes of a dim 0: the example has 5, but 'b' is given there, which must be an int"),
+    "above the range": (({0: Dim("b", min=2, max=4)},), "dynamic_shapes of a dim 0: the example has 5, but b ranges from 2 to 4"),
+    "below the range": ({"a": {0: Dim("b", min=9)}}, "dynamic_shapes of a dim 0: the example has 5, but b is at least 9"),
+    "no multiple": ({"a": {0: 3 * Dim("b")}}, r"dynamic_shapes of a dim 0: the example has 5, but 3\*b is never 5"),
+    "another size": ({"a": {0: 6}}, "dynamic_shapes of a dim 0: the example has 5, but the size given is 6"),
+}
+
+
+@pytest.mark.parametrize("name", MISSHAPEN)
+def test_dynamic_shapes_that_do_not_fit_name_the_argument_and_the_dim(name):
+    shapes, message = MISSHAPEN[name]
+    with pytest.raises(gw.InputError, match=f"^{message}"):
+        compiled(Doubled(), X, dynamic_shapes=shapes)
+
+
+def test_a_failure_to_capture_is_all_that_is_said(capfd):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(gw.CaptureError, match="control flow depends on tensor values"):
+        compiled(Branches())
+    with pytest.raises(gw.InputError, match="the model itself fails on the example inputs"):
+        compiled(nn.Linear(4, 4))
+    assert capfd.readouterr().err == ""

@@ -352,3 +352,14 @@ def test_an_inconclusive_check_is_reported_not_raised(program: Program) -> None:
 def test_inputs_that_the_program_refuses_are_the_callers_mistake(program: Program) -> None:
     with pytest.raises(InputError, match="the program fails on the example inputs"):
         PassManager([CommuteAdd()], verify="numeric", inputs=[torch.randn(3, 5)]).run(program)
+
+
+def test_a_pass_that_returns_nothing_is_named():
+    class Forgetful(Pass):
+        name, contract = "forgetful", Contract.EXACT
+
+        def run(self, rewriter):
+            return None
+
+    with pytest.raises(PassError, match=r"^pass forgetful returned None from run: return an Outcome, such as Outcome\(\)"):
+        PassManager([Forgetful()]).run(capture(torch.nn.ReLU(), (torch.randn(2),)))

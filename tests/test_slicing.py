@@ -552,9 +552,15 @@ def test_an_option_out_of_range_is_refused(options: dict[str, Any]) -> None:
 
 
 def test_an_axis_of_an_unknown_input_is_refused_with_the_known_ones() -> None:
-    for axes in (("y:1",), ("x:3",)):
-        with pytest.raises(PassError, match="axes names .*, but the inputs with dims are x"):
-            PassManager([SliceGroups(axes=axes)]).run(captured("geglu"))
+    with pytest.raises(PassError, match="axes names y:1, but the inputs with dims are x"):
+        PassManager([SliceGroups(axes=("y:1",))]).run(captured("geglu"))
+    with pytest.raises(PassError, match="axes names x:3, but x has 3 dims, numbered from 0"):
+        PassManager([SliceGroups(axes=("x:3",))]).run(captured("geglu"))
+
+
+def test_a_budget_of_bytes_is_said_in_bytes() -> None:
+    with pytest.raises(BudgetError, match="the memory budget of 1 B cannot be met"):
+        PassManager([SliceGroups("1B", insist=True)]).run(captured("geglu"))
 
 
 def test_a_size_and_its_bytes_are_one_budget() -> None:

@@ -117,8 +117,11 @@ class SliceGroups(Pass):
             if axis in KINDS:
                 continue
             name, _, dim = axis.rpartition(":")
-            if name not in inputs or int(dim) >= inputs[name].meta["val"].dim():
+            if name not in inputs:
                 raise PassError(f"pass {self.name}: axes names {axis}, but the inputs with dims are {', '.join(inputs) or 'none'}")
+            dims = inputs[name].meta["val"].dim()
+            if int(dim) >= dims:
+                raise PassError(f"pass {self.name}: axes names {axis}, but {name} has {dims} dims, numbered from 0")
             places.append((inputs[name], int(dim)))
         return places
 
