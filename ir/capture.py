@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import sys
 import threading
 import warnings
 from collections import defaultdict
@@ -135,27 +136,35 @@ _NOISY_LOGGERS = ("torch", "torch.export", "torch.export._draft_export", "torch.
 class _Quiet:
     """torch logs failures that our errors say, and prints the graph beside some; with TORCH_LOGS set it is left to.
 
-    Threads may capture at once: the first to enter silences, the last to leave restores.
+    What the model itself writes to stderr comes out when it has been captured. Threads may capture at once: the first to enter
+    silences, the last to leave restores.
     """
 
     def __init__(self) -> None:
         self._lock, self._inside, self._restore = threading.Lock(), 0, ExitStack()
+        self._held, self._failed = io.StringIO(), False
 
     def __enter__(self) -> None:
         with self._lock:
             self._inside += 1
             if self._inside > 1 or os.environ.get("TORCH_LOGS"):
                 return
-            self._restore.enter_context(redirect_stderr(io.StringIO()))
+            self._held, self._failed = io.StringIO(), False
+            self._restore.enter_context(redirect_stderr(self._held))
             for logger in map(logging.getLogger, _NOISY_LOGGERS):
                 self._restore.callback(logger.setLevel, logger.level)
                 logger.setLevel(logging.CRITICAL)
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
         with self._lock:
             self._inside -= 1
-            if not self._inside:
-                self._restore.close()
+            self._failed |= kind is not None
+            if self._inside:
+                return
+            self._restore.close()
+            if not self._failed:
+                sys.stderr.write(self._held.getvalue())
+                self._held = io.StringIO()
 
 
 _QUIET = _Quiet()

@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -702,3 +703,14 @@ def test_a_tensor_given_twice_is_two_inputs() -> None:
     x = torch.randn(3)
     (call,) = ir.capture(Difference(), (x, x)).main.calls
     assert [operand.target for operand in call.all_input_nodes] == ["a", "b"]
+
+
+class Speaking(nn.Module):
+    def forward(self, x):
+        print("hello", file=sys.stderr)
+        return x + 1
+
+
+def test_what_a_model_writes_to_stderr_comes_out(capsys):
+    ir.capture(Speaking(), (torch.randn(2),))
+    assert "hello" in capsys.readouterr().err
