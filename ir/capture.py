@@ -83,7 +83,9 @@ def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int],
         except Exception as error:
             reason = f"torch cannot make the exported program functional ({type(error).__name__}: {_first_line(error)})"
             advice = "check that no input that is written to shares memory with another"
-            raise refused or CaptureError(f"{reason}: {advice}") from error
+            if refused is not None and not isinstance(refused, NotFunctional):
+                raise refused from error
+            raise CaptureError(f"{reason}: {advice}") from error
     return _Importer(functional, dim_names or {}).program()
 
 

@@ -396,7 +396,9 @@ class Planner:
         here = [u for u in users if layout.at(u) == at]
         if not here:
             last = max(users, key=lambda u: layout.at(u))
-            return f"kept for {last.target} at {last.meta.get('where') or '?'}, {layout.at(last) - at} calls later"
+            stop = next((self.stops[u] for u in users if u in self.stops), None)
+            why = f"; {stop.reason}: {stop.detail}" if stop is not None else ""
+            return f"kept for {last.target} at {last.meta.get('where') or '?'}, {layout.at(last) - at} calls later{why}"
         stop = next((self.stops[u] for u in (node, *here) if u in self.stops), None)
         if isinstance(layout.items[at], PlannedRegion):
             why = f"; {stop.reason}: {stop.detail}" if stop is not None else ""
