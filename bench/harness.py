@@ -165,7 +165,10 @@ class Bench:
 def interleave(
     contestants: dict[str, Callable[[], object]], seconds: float, device: torch.device, threads: int, min_rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds per call of each contestant, one sample a round, in turns, for about `seconds` in all and at least `min_rounds` rounds."""
+    """Seconds per call of each contestant, one sample a round, in turns, for about `seconds` in all and at least `min_rounds` rounds.
+
+    Every second round runs backwards: what ran just before (its frees, its caches) is worth several per cent, and falls to no one alone.
+    """
     repeats = {name: warm_up(call, device) for name, call in contestants.items()}
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     collecting = gc.isenabled()
@@ -175,7 +178,8 @@ def interleave(
         for done in range(MAX_ROUNDS):
             if done >= min_rounds and time.perf_counter() > end:
                 break
-            for name, call in contestants.items():
+            turns = list(contestants.items())
+            for name, call in turns if done % 2 == 0 else reversed(turns):
                 if torch.get_num_threads() != threads:
                     raise RuntimeError(f"a contestant changed torch's threads from {threads} to {torch.get_num_threads()} before {name}")
                 samples[name].append(sample(call, repeats[name], device))
