@@ -1,5 +1,6 @@
 """The body of a planned region: each member's call on slices, at the region's nominal slice length."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,21 +100,26 @@ def unwritable(prepared: Prepared, region: PlannedRegion) -> Stop | None:
 def _views_that_stay(members: Sequence[Node], inside: dict[Node, Any]) -> set[Node]:
     """Views of outside values that are used outside too, and the views that these are made from: they cost nothing there."""
     staying: set[Node] = set()
+    homes = Counter(key for member in inside for key in _storages(member))
     for node in reversed(members):
-        if _is_outside_view(node, inside) and any(user not in inside or user in staying for user in node.users):
+        if _is_outside_view(node, inside, homes) and any(user not in inside or user in staying for user in node.users):
             staying.add(node)
     return staying
 
 
-def _is_outside_view(node: Node, inside: dict[Node, Any]) -> bool:
-    """Whether `node` only views a value from outside: it stays outside too, where it costs nothing."""
-    keys = {storage_key(t) for t in tensors_of(node.meta["val"])}
-    made_inside = {storage_key(t) for member in inside if member is not node for t in tensors_of(member.meta["val"])}
-    outside = {storage_key(t) for o in node.all_input_nodes if o not in inside for t in tensors_of(o.meta["val"])}
-    if keys & outside:
+def _is_outside_view(node: Node, inside: dict[Node, Any], homes: Counter[int]) -> bool:
+    """Whether `node` only views a value from outside: it stays outside too, where it costs nothing. `homes` counts the members whose
+    values lie in each storage."""
+    keys = _storages(node)
+    if any(keys & _storages(operand) for operand in node.all_input_nodes if operand not in inside):
         return True
-    sources = [o for o in node.all_input_nodes if o in inside and keys & {storage_key(t) for t in tensors_of(o.meta["val"])}]
-    return bool(sources) and keys <= made_inside and all(_is_outside_view(source, inside) for source in sources)
+    sources = [operand for operand in node.all_input_nodes if operand in inside and keys & _storages(operand)]
+    shared = all(homes[key] > 1 for key in keys)  # with another member
+    return bool(sources) and shared and all(_is_outside_view(source, inside, homes) for source in sources)
+
+
+def _storages(node: Node) -> set[int]:
+    return {storage_key(tensor) for tensor in tensors_of(node.meta["val"])}
 
 
 def _body_call(

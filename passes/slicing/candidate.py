@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ...ir import Node
-from ...ir.calls import draws
+from ...ir.calls import GETITEM, draws
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size, identity
@@ -89,7 +89,7 @@ def trace(scene: Scene, node: Node, tag: Tag, units: Size, window: int = WINDOW)
 
 
 def is_getitem(node: Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem"
+    return node.target is GETITEM
 
 
 @dataclass

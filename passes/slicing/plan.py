@@ -16,7 +16,7 @@ from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size, identity, quotient
 from ...ir.liveness import mib
-from ...ir.symbols import hint
+from ...ir.symbols import ceil_div, hint
 from .candidate import Axis, Candidate, Stop, is_getitem, sweep, trace
 from .layout import Layout, Layouts, PlannedRegion, escaping_members
 from .scene import Scene, value_bytes
@@ -167,13 +167,13 @@ class Planner:
         if room > 0:
             longest = room * units // transient if transient else units
             if longest >= 1:
-                least = -(-units // longest)
+                least = ceil_div(units, longest)
                 if least <= most:
                     return max(2, _divisor(axis_units, least, most)) if units > 1 else None
         worthwhile = max(1, int(_LEAST_GAIN * now))
-        count = min(most, max(2, -(-transient // worthwhile)))
+        count = min(most, max(2, ceil_div(transient, worthwhile)))
         count = _divisor(axis_units, count, most)
-        gain = now - (full + -(-transient * -(-units // count) // units))
+        gain = now - (full + ceil_div(transient * ceil_div(units, count), units))
         return count if gain >= worthwhile and count >= 2 else None
 
     # --- no slice more than it takes ---
