@@ -62,8 +62,11 @@ def _compile(graph: fx.Graph, inputs: list[Any]) -> Boxed:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
+    from .inductor_checks import KeepChecks
+
     module = fx.GraphModule({}, _boxed(graph))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), config.patch(fallback_random=True):
+    options = config.patch(fallback_random=True, post_grad_custom_post_pass=KeepChecks())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), options:
         warnings.simplefilter("ignore")
         compiled: Any = compile_fx(module, [inputs])  # type: ignore[list-item]
     return compiled
