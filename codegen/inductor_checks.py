@@ -52,5 +52,5 @@ def checks_its_data(node: Node) -> bool:
 def _divides_integers(node: Node) -> bool:
     divisor, value = node.args[1], node.meta.get("val")
     if not isinstance(divisor, fx.Node):
-        return divisor == 0
+        return bool(divisor == 0)
     return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
