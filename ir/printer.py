@@ -42,6 +42,13 @@ def node_lines(function: Function, symbols: SymbolTable) -> dict[fx.Node, str]:
     return printer.line_of
 
 
+def named_values(function: Function, symbols: SymbolTable) -> dict[str, fx.Node]:
+    """The top-level values of `function` by the names that its text gives them: `%x`, `%12`."""
+    printer = _FunctionPrinter(function, symbols)
+    printer.lines()
+    return {name: node for node, name in printer.names.items() if node.graph is function.graph and node.op != "get_attr"}
+
+
 def _symbol_line(symbol: Any) -> str:
     high = "inf" if symbol.high >= UNBOUNDED else symbol.high
     return f"symbol {symbol.name} in [{symbol.low}, {high}] hint {symbol.hint}"

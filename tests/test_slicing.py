@@ -5,6 +5,7 @@ The numbered properties are those of feature_slicing.md, section 6.
 
 import functools
 import random
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from graphwright.ir.ops.norm import merge_stats, norm_apply, norm_stats
 from graphwright.ir.region import slice_bounds, sliced_reference
 from graphwright.ir.rewriter import RegionBuilder
 from graphwright.ir.run import run
-from graphwright.passes import PassManager, SliceGroups
+from graphwright.passes import PassManager, SliceGroups, parse_pipeline
 from graphwright.passes.check import check_exact
 from graphwright.passes.inputs import random_inputs
 from graphwright.passes.slicing.candidate import Axis
@@ -541,7 +542,8 @@ def test_a_group_norm_whose_axis_is_sliced_is_split_and_others_stay_whole() -> N
     [
         {"memory_budget": "0%"}, {"memory_budget": "101%"}, {"memory_budget": 0.0}, {"memory_budget": 1.5}, {"memory_budget": -1},
         {"memory_budget": "lots"}, {"memory_budget": None}, {"memory_budget": True}, {"max_slices": 0}, {"max_slices": 2.0}, {"max_slices": -3},
-        {"axes": ()}, {"axes": ("columns",)}, {"axes": ("x:",)}, {"axes": (":1",)}, {"axes": "rows"}, {"insist": 1}, {"budget": "25%"},
+        {"axes": ()}, {"axes": ("columns",)}, {"axes": ("x:",)}, {"axes": (":1",)}, {"axes": "rows"}, {"axes": (("x", -1),)},
+        {"axes": (("x", 1, 2),)}, {"axes": (("x", "1"),)}, {"axes": ((0, 1),)}, {"insist": 1}, {"budget": "25%"},
         {"memory_budget": float("nan")}, {"memory_budget": float("inf")},
     ],
     ids=str,
@@ -552,10 +554,55 @@ def test_an_option_out_of_range_is_refused(options: dict[str, Any]) -> None:
 
 
 def test_an_axis_of_an_unknown_input_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(PassError, match="axes names y:1, but the inputs with dims are x"):
+    with pytest.raises(PassError, match=r"axes names y:1, but the program has the inputs x and the values %0"):
         PassManager([SliceGroups(axes=("y:1",))]).run(captured("geglu"))
     with pytest.raises(PassError, match="axes names x:3, but x has 3 dims, numbered from 0"):
         PassManager([SliceGroups(axes=("x:3",))]).run(captured("geglu"))
+
+
+def value_of(program: ir.Program, operator: str) -> str:
+    """The name, in the program's text, of the first result of `operator`."""
+    return next(line.split()[0] for line in str(program).splitlines() if f"= {operator}" in line)
+
+
+@pytest.mark.parametrize("name", ["geglu", "temporal resnet", "attention, causal gqa"])
+def test_an_axis_may_start_at_any_value_of_the_text(name: str) -> None:
+    before = captured(name)
+    operator = {"geglu": "aten.gelu", "temporal resnet": "aten.group_norm", "attention, causal gqa": "aten.scaled_dot_product"}[name]
+    value, kinds = value_of(before, operator), ("rows", "query", "features")
+    sizes = {dim: n for dim, n in enumerate(ir.printer.named_values(before.main, before.symbols)[value].meta["val"].shape) if n > 1}
+    found = 0
+    for dim, size in sizes.items():
+        result = PassManager([SliceGroups("10%", axes=(*kinds, (value, dim)))]).run(before)
+        is_exact(before, result.program)
+        units = re.findall(r"N=(\d+)", "".join(result.reports[-1].lines))
+        found += len(units)
+        assert all(size % int(n) == 0 for n in units)
+    assert found
+
+
+def test_a_place_has_two_spellings_and_a_pipeline_takes_both() -> None:
+    before = captured("geglu")
+    value = value_of(before, "aten.gelu")
+    pairs = SliceGroups("10%", axes=((value, 1),))
+    assert parse_pipeline(pairs.spelling) == (pairs,)
+    texts = [
+        str(PassManager([each]).run(before).program).split("pipeline")[0] for each in (pairs, SliceGroups("10%", axes=(f"{value}:1",)))
+    ]
+    assert texts[0] == texts[1]
+    with pytest.raises(PassError, match=r"axes names %9999:0, but the program has the inputs x and the values %0"):
+        PassManager([SliceGroups(axes=(("%9999", 0),))]).run(before)
+
+
+def test_a_place_that_is_no_tensor_is_refused() -> None:
+    class Halves(torch.nn.Module):
+        def forward(self, x):
+            a, b = x.chunk(2)
+            return a.sin() * b
+
+    before = ir.capture(Halves(), (torch.randn(8, 4),))
+    with pytest.raises(PassError, match=r"axes names %0:0, but that is no tensor: name one of those taken from it"):
+        PassManager([SliceGroups(axes=(("%0", 0),))]).run(before)
 
 
 def test_a_budget_of_bytes_is_said_in_bytes() -> None:

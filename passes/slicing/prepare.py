@@ -46,6 +46,14 @@ class Prepared:
     norms: dict[Node, SplitNorm]  # original GroupNorm -> its halves in the copy
     attentions: dict[Node, CausalRows]
 
+    def counterpart(self, node: Node) -> Node:
+        """The node of the copy with the value of `node`, one of the original."""
+        if node in self.norms:
+            return self.norms[node].apply
+        if node in self.attentions:
+            return self.attentions[node].attention
+        return next(twin for twin, original in self.original.items() if original is node)
+
 
 def prepare(program: Program, function: str) -> Prepared:
     """Spells out every GroupNorm and causal attention of one function in a copy."""

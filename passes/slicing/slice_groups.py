@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from ...ir import Node, Rewriter, SymbolTable
 from ...ir.errors import BudgetError, PassError
 from ...ir.infer import tensors_of
 from ...ir.liveness import mib, profile
+from ...ir.printer import named_values
 from ...ir.symbols import hint
 from ..base import LeftAlone, Outcome, Pass
 from ..contract import Contract
@@ -24,7 +27,7 @@ from ..options import at_least, is_share, is_size, option, share, size_in_bytes
 from .body import unwritable
 from .emit import emit
 from .plan import Plan, PlannedRegion, Planner
-from .prepare import prepare
+from .prepare import Prepared, prepare
 from .scene import Scene
 
 KINDS = ("rows", "query", "features")
@@ -39,12 +42,19 @@ def _is_budget(value: Any) -> bool:
 def _are_axes(value: Any) -> bool:
     if not isinstance(value, tuple) or not value:
         return False
-    return all(isinstance(axis, str) and (axis in KINDS or _is_place(axis)) for axis in value)
+    return all(axis in KINDS if isinstance(axis, str) and ":" not in axis else _place(axis) is not None for axis in value)
 
 
-def _is_place(axis: str) -> bool:
-    name, _, dim = axis.rpartition(":")
-    return bool(name) and dim.isdigit()
+def _place(axis: Any) -> tuple[str, int] | None:
+    """("x", 2) or "x:2" -> ("x", 2); None for anything else."""
+    if isinstance(axis, str):
+        name, _, digits = axis.rpartition(":")
+        return (name, int(digits)) if name and digits.isdecimal() else None
+    if not isinstance(axis, tuple) or len(axis) != 2:
+        return None
+    name, dim = axis
+    is_dim = isinstance(dim, int) and not isinstance(dim, bool) and dim >= 0
+    return (name, dim) if isinstance(name, str) and name and is_dim else None
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class SliceGroups(Pass):
     met gives the nearest reachable plan and a line that says what stands in the way; with `insist` it is a BudgetError.
     Over a size known at the call only, a share fixes the number of slices and bytes fix their length, as planned for the sizes of
     capture. `max_slices`: the most slices of one region (at capture, where the length is fixed). `axes`: kinds of links that may
-    be cut ("rows", "query", "features"), or places "INPUT:DIM" where an axis starts.
+    be cut ("rows", "query", "features"), or places where an axis starts: ("sample", 2), also spelled "sample:2", is dim 2 of an
+    input; ("%12", 0) is dim 0 of a value as the text of the program before this pass numbers it.
     """
 
     name = "slice-groups"
@@ -65,7 +76,9 @@ class SliceGroups(Pass):
 
     memory_budget: Any = option("25%", 'a share such as "25%" or 0.25, or a size such as "512MiB"', _is_budget)
     max_slices: int = option(64, "an integer of at least 1", at_least(1))
-    axes: tuple[str, ...] = option(("rows", "query"), f'some of {", ".join(KINDS)}, or places such as "sample:2"', _are_axes)
+    axes: tuple[str | tuple[str, int], ...] = option(
+        ("rows", "query"), f'a tuple of some of {", ".join(KINDS)}, or of places such as "sample:2" or ("%12", 0)', _are_axes
+    )
     insist: bool = option(False, "true or false", lambda value: isinstance(value, bool))
 
     def run(self, rewriter: Rewriter) -> Outcome:
@@ -75,7 +88,7 @@ class SliceGroups(Pass):
         spelled_out = prepared.program.functions[rewriter.function.name]
         kinds = frozenset(axis for axis in self.axes if axis in KINDS) or frozenset({"rows", "query"})
         scene = Scene.of(spelled_out)
-        places = self._places(spelled_out.placeholders)
+        places = self._places(rewriter, prepared)
         refused = partial(unwritable, prepared) if len(rewriter.symbols) else lambda region: None
         plan = Planner(scene, budget, self.max_slices, kinds, places, not self._is_share, refused).plan()
         emit(rewriter, prepared, plan)
@@ -110,19 +123,25 @@ class SliceGroups(Pass):
             return int(part * unsliced)
         return size_in_bytes(self.memory_budget)
 
-    def _places(self, placeholders: list[Node]) -> list[tuple[Node, int]]:
+    def _places(self, rewriter: Rewriter, prepared: Prepared) -> list[tuple[Node, int]]:
+        """The places among `axes`, in the copy that the planner looks at."""
+        wanted = [place for axis in self.axes if axis not in KINDS and (place := _place(axis)) is not None]
+        if not wanted:
+            return []
         places = []
-        inputs = {str(node.target): node for node in placeholders if tensors_of(node.meta["val"])}
-        for axis in self.axes:
-            if axis in KINDS:
-                continue
-            name, _, dim = axis.rpartition(":")
-            if name not in inputs:
-                raise PassError(f"pass {self.name}: axes names {axis}, but the inputs with dims are {', '.join(inputs) or 'none'}")
-            dims = inputs[name].meta["val"].dim()
-            if int(dim) >= dims:
-                raise PassError(f"pass {self.name}: axes names {axis}, but {name} has {dims} dims, numbered from 0")
-            places.append((inputs[name], int(dim)))
+        values = named_values(rewriter.function, rewriter.symbols)
+        for name, dim in wanted:
+            node = values.get(name, values.get(f"%{name}"))
+            if node is None:
+                inputs = ", ".join(str(p.target) for p in rewriter.function.placeholders if tensors_of(p.meta["val"]))
+                known = f"the inputs {inputs or '(none)'} and the values %0, %1, ... of its text"
+                raise PassError(f"pass {self.name}: axes names {name}:{dim}, but the program has {known}")
+            value = node.meta["val"]
+            if not isinstance(value, torch.Tensor):
+                raise PassError(f"pass {self.name}: axes names {name}:{dim}, but that is no tensor: name one of those taken from it")
+            if dim >= value.dim():
+                raise PassError(f"pass {self.name}: axes names {name}:{dim}, but {name} has {value.dim()} dims, numbered from 0")
+            places.append((prepared.counterpart(node), dim))
         return places
 
 
