@@ -38,6 +38,11 @@ def names() -> list[str]:
     return list(_NETWORKS)
 
 
+def sizes(name: str) -> list[str]:
+    """The sizes of one network, smallest first. Raises InputError for a name that is not known."""
+    return list(_network(name).sizes)
+
+
 def load(name: str, size: str = "small", *, seed: int = 0, **sizes: int) -> tuple[nn.Module, tuple, dict]:
     """A network in eval mode and inputs to call it with: `module(*args, **kwargs)`.
 
@@ -54,9 +59,7 @@ def load(name: str, size: str = "small", *, seed: int = 0, **sizes: int) -> tupl
 
     Raises: InputError for a name, size or input size that is not known or does not fit the network.
     """
-    if name not in _NETWORKS:
-        raise InputError(f"no network {name!r} in the zoo; there are {', '.join(_NETWORKS)}")
-    network = _NETWORKS[name]
+    network = _network(name)
     if size not in network.sizes:
         raise InputError(f"{name} has no size {size!r}; there are {', '.join(network.sizes)}")
     config = _resized(name, network.sizes[size], sizes)
@@ -79,3 +82,9 @@ def _resized(name: str, config, sizes: dict[str, int]):
         return dataclasses.replace(config, **sizes)
     except ValueError as error:
         raise InputError(f"{name} cannot be made so: {error}") from error
+
+
+def _network(name: str) -> Network:
+    if name not in _NETWORKS:
+        raise InputError(f"no network {name!r} in the zoo; there are {', '.join(_NETWORKS)}")
+    return _NETWORKS[name]

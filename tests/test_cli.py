@@ -250,3 +250,24 @@ def test_a_pipe_gets_nothing_on_stderr_and_may_close_early(folder):
     command = f"{sys.executable} -m graphwright.cli dump before.txt | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert (done.returncode, len(done.stdout), done.stderr) == (0, 1, "")
+
+
+def test_zoo_lists_every_network_and_size_that_model_takes(run):
+    import graphwright as gw
+
+    code, out, _ = run("zoo", "--json")
+    found = {(each["name"], each["size"]): each for each in json.loads(out)["networks"]}
+    assert code == 0
+    assert set(found) == {(name, size) for name in gw.models.names() for size in gw.models.sizes(name)}
+    module, (image,), _ = gw.models.load("vit", "tiny")
+    assert found["vit", "tiny"]["parameters"] == sum(p.numel() for p in module.parameters())
+    assert found["vit", "tiny"]["inputs"] == [list(image.shape)]
+    assert "vit:tiny" in run("zoo")[1]
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"graphwright {version('graphwright')}\n"

@@ -1,0 +1,1 @@
+"""The commands of the `graphwright` command line: each takes parsed arguments and returns a `Result`."""

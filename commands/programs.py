@@ -1,0 +1,147 @@
+"""compile, dump, diff and verify."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..compiler import compile as compile_model
+from ..ir import Program
+from ..ir import verify as verify_program
+from ..ir.diff import diff as diff_text
+from ..ir.errors import ContractError, GraphwrightError, VerifyError
+from ..passes import CLEANUPS, Pass, PassManager, PassReport, parse_pipeline
+from ..passes.manager import UNCHANGED
+from ..runtime.backend import choose_backend
+from ..runtime.calling import Call, parameters_of
+from .result import FOUND, OK, Mistake, Result, progress, table
+from .sources import load, program_of
+
+
+def compile_(options: argparse.Namespace) -> Result:
+    choose_backend(options.backend)  # a wrong one is said before the work
+    output = _writable(options.output)
+    parse_pipeline(options.passes or "")
+    model = load(options.model, options.trusted)
+    if isinstance(model.model, Program) and options.model.endswith(".txt"):
+        raise Mistake(f"{options.model} has no weights: compile takes a .gw or .pt2 file, a zoo name or module:factory")
+    args, kwargs = model.example or (None, None)
+    with progress() as tell:
+        compiled = compile_model(
+            model.model,
+            options.passes or "",
+            example_inputs=args,
+            example_kwargs=kwargs,
+            backend=options.backend,
+            verify="numeric" if options.numeric else "structure",
+            cleanups=not options.no_cleanups,
+            trusted=options.trusted,
+            progress=tell,
+        )
+    report = compiled.report()
+    if output is not None:
+        compiled.save(output)
+    memory = {"unsliced": report.memory.unsliced, "planned": report.memory.planned, "floor": report.memory.floor}
+    data = {
+        "pipeline": report.pipeline,
+        "contract": str(report.contract),
+        "backend": report.backend,
+        "passes": [_report_data(each) for each in report.passes],
+        "predicted_bytes": memory,
+        "output": None if output is None else str(output),
+    }
+    return Result(str(report) + (f"wrote {output}\n" if output is not None else ""), data)
+
+
+def _writable(output: str | None) -> Path | None:
+    if output is None:
+        return None
+    path = Path(output)
+    if path.suffix != ".gw":
+        raise Mistake(f"{path}: artifacts are called something.gw")
+    if not path.parent.is_dir():
+        raise Mistake(f"{path}: the folder {path.parent} does not exist")
+    return path
+
+
+def _report_data(report: Any) -> Any:
+    if isinstance(report, str):  # of an artifact: a paragraph
+        return report
+    verdict = None if report.verdict is None else {"kind": report.verdict.kind, "reason": report.verdict.reason}
+    return {
+        "pass": report.spelling,
+        "contract": str(report.contract),
+        "rewrites": len(report.records),
+        "seconds": report.seconds,
+        "lines": list(report.lines),
+        "left": [{"what": left.what, "reason": left.reason, "where": left.where} for left in report.left],
+        "verdict": verdict,
+    }
+
+
+def dump(options: argparse.Namespace) -> Result:
+    manager = PassManager(_pipeline(options) if options.passes is not None else ())
+    model = load(options.model, options.trusted)
+    with progress() as manager.progress:
+        program = manager.run(program_of(model, options.trusted)).program
+    weights = [
+        {"name": w.name, "kind": w.kind, "dtype": str(w.dtype).removeprefix("torch."), "shape": list(w.shape), "bytes": w.nbytes}
+        for w in program.weights.values()
+    ]
+    if not options.weights:
+        return Result(str(program), {"program": str(program), "pipeline": program.pipeline, "weights": weights})
+    rows = [[w["name"], w["kind"], w["dtype"], str(w["shape"]), f"{w['bytes']:,}"] for w in weights]
+    total = f"{len(weights)} weights, {sum(w.nbytes for w in program.weights.values()):,} bytes"
+    return Result(table(["weight", "kind", "dtype", "shape", "bytes"], rows) + total, {"pipeline": program.pipeline, "weights": weights})
+
+
+def diff(options: argparse.Namespace) -> Result:
+    a, b = (program_of(load(spec, options.trusted), options.trusted) for spec in (options.a, options.b))
+    plain = diff_text(a, b)
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and not options.json
+    return Result(diff_text(a, b, color=True) if color else plain, {"equal": not plain, "diff": plain}, FOUND if plain else OK)
+
+
+def verify(options: argparse.Namespace) -> Result:
+    pipeline = _pipeline(options) if options.passes is not None or options.numeric else ()
+    PassManager(pipeline)  # a wrong order is said before the work
+    model = load(options.model, options.trusted)
+    program = program_of(model, options.trusted)
+    inputs = None
+    if model.example is not None:
+        inputs = Call(program, program.main, parameters_of(model.model.forward)).bind(*model.example)[0]
+    try:
+        verify_program(program)
+        with progress() as tell:
+            manager = PassManager(pipeline, verify="numeric" if options.numeric else "structure", inputs=inputs, progress=tell)
+            result = manager.run(program)
+    except GraphwrightError as error:
+        if not isinstance(error, ContractError | VerifyError) and not isinstance(error.__cause__, VerifyError):
+            raise
+        notes = list(getattr(error, "__notes__", ()))
+        return Result("\n".join([f"failed: {error}", *notes]), {"verdict": "failed", "reason": str(error), "notes": notes}, FOUND)
+    unjudged = [each.spelling for each in result.reports if each.verdict is not None and each.verdict.kind != "right"]
+    lines = ["program: structure right", *map(_verdict_line, result.reports)]
+    judged = any(each.verdict is not None and each.verdict.reason != UNCHANGED for each in result.reports)
+    verified = "verified" if judged or not options.numeric else "verified; nothing was judged numerically, as no pass changed the program"
+    lines.append(f"not verified: inconclusive after {', '.join(unjudged)}" if unjudged else verified)
+    data = {
+        "verdict": "inconclusive" if unjudged else "right",
+        "numeric": judged,
+        "passes": [_report_data(each) for each in result.reports],
+    }
+    return Result("\n".join(lines), data, FOUND if unjudged else OK)
+
+
+def _verdict_line(report: PassReport) -> str:
+    rewrites = f"{len(report.records)} rewrite{'' if len(report.records) == 1 else 's'}"
+    verdict = "structure right" if report.verdict is None else f"structure right; contract {report.verdict}"
+    if report.verdict is not None and report.records:
+        verdict += f" (float64 error {report.verdict.rewrite_error:.1e})"
+    return f"{report.spelling}: {report.contract}, {rewrites}, {verdict}"
+
+
+def _pipeline(options: argparse.Namespace) -> tuple[Pass, ...]:
+    asked = parse_pipeline(options.passes or "")
+    return asked if options.no_cleanups else parse_pipeline([*CLEANUPS, *asked])
