@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..compiler import compile as compile_model
-from ..ir.liveness import describe, mib, profile
+from ..ir.liveness import describe, format_bytes, profile
 from ..models import load
 from ..passes import SliceGroups
 from ..runtime.memory import measure_peak
@@ -47,22 +47,23 @@ def demo(options: argparse.Namespace) -> Result:
     threads = torch.get_num_threads()
     head = f"video_unet, {size}, float32, torch {torch.__version__}, CPU with {os.cpu_count()} cores ({threads} threads), backend aten"
     top = max(before.live)
+    peaks = [format_bytes(side.peak_bytes) for side in (before, after)]
     peak_ratio, time_ratio = after.peak_bytes / before.peak_bytes, after.seconds / before.seconds
     lines = [
         head,
         f"slice-groups{{memory_budget=25%}}, contract exact; compiled in {seconds:.1f} s",
         "",
-        f"  peak memory of a call   {mib(before.peak_bytes):>10} eager   {mib(after.peak_bytes):>10} compiled   {peak_ratio:.2f} x",
+        f"  peak memory of a call   {peaks[0]:>10} eager   {peaks[1]:>10} compiled   {peak_ratio:.2f} x",
         f"  time of a call          {before.seconds:>8.2f} s eager   {after.seconds:>8.2f} s compiled   {time_ratio:.2f} x",
         f"  largest difference      {error:.1e} of the largest output",
         "",
-        f"bytes live at each call, as predicted; the top of both is {mib(top)}",
+        f"bytes live at each call, as predicted; the top of both is {format_bytes(top)}",
         *_curve("eager   ", before.live, top),
         *_curve("compiled", after.live, top),
         "",
-        f"held at eager's peak ({mib(top)} predicted)",
+        f"held at eager's peak ({format_bytes(top)} predicted)",
         *(f"  {line}" for line in before.held),
-        f"held at the compiled program's peak ({mib(max(after.live))} predicted)",
+        f"held at the compiled program's peak ({format_bytes(max(after.live))} predicted)",
         *(f"  {line}" for line in after.held),
         *(["why these stay whole", *(f"  {line}" for line in left[:4])] if left else []),
     ]

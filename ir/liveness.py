@@ -162,11 +162,14 @@ def describe(storage: Storage) -> str:
     """One line: bytes, type-less name of the maker and the user's line."""
     where = str(storage.maker.meta.get("where") or "")
     shape = tensors_of(storage.maker.meta["val"])[0].shape if tensors_of(storage.maker.meta["val"]) else ()
-    return f"{name_of(storage.maker.target)} {[hint(n) for n in shape]} {mib(storage.nbytes)} {where}".rstrip()
+    return f"{name_of(storage.maker.target)} {[hint(n) for n in shape]} {format_bytes(storage.nbytes)} {where}".rstrip()
 
 
-def mib(nbytes: int) -> str:
-    """Bytes in a unit that a person reads."""
-    if nbytes < 2**10:
-        return f"{nbytes} B"
-    return f"{nbytes / 2**20:.2f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
+def format_bytes(count: int) -> str:
+    """`1536` -> "1.50 KiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

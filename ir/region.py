@@ -111,10 +111,11 @@ def empty_whole(part: torch.Tensor, size: list[Any], order: Sequence[int] | None
 
 
 def dense_stride(size: Sequence[Any], order: Sequence[int]) -> list[Any]:
-    """The strides of a dense tensor whose dims lie in memory in `order`, outermost first."""
+    """The strides of a dense tensor whose dims lie in memory in `order`, outermost first; a dim of size 0 counts as 1, as in torch."""
     stride, step = [0] * len(size), 1
     for dim in reversed(order):
-        stride[dim], step = step, step * size[dim]
+        stride[dim] = step
+        step = step * (max(size[dim], 1) if isinstance(size[dim], int) else size[dim])
     return stride
 
 

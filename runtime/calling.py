@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from ..ir import Function, Program, SymbolTable
 from ..ir.errors import InputError
 from ..ir.infer import contiguous_stride
-from ..ir.region import memory_order
+from ..ir.region import dense_stride, memory_order
 from ..ir.symbols import UNBOUNDED, Symbol, hint
 from ..ir.tree import Tree, named_tuple_class
 
@@ -285,7 +285,7 @@ class _LeafCheck:
 
     def _laid_out(self, value: torch.Tensor) -> torch.Tensor:
         """The program's operations rely on the strides seen at capture; other memory is copied into that form."""
-        stride = self.stride if self.order is None else _dense_stride(value.shape, self.order)
+        stride = self.stride if self.order is None else dense_stride(value.shape, self.order)
         if all(n <= 1 or a == b for n, a, b in zip(value.shape, value.stride(), stride, strict=True)):
             return value
         if any(not isinstance(step, int) for step in stride):
@@ -352,18 +352,10 @@ def _memory_order(value: torch.Tensor) -> tuple[int, ...] | None:
     """Dims from the slowest to the fastest if the tensor is dense, else None. Sizes are taken at their hints."""
     shape, stride = [hint(n) for n in value.shape], [hint(n) for n in value.stride()]
     order = tuple(memory_order(value))
-    dense = _dense_stride(shape, order)
+    dense = dense_stride(shape, order)
     if tuple(stride) == contiguous_stride(shape):
         return tuple(range(len(shape)))
     return order if all(n == 1 or a == b for n, a, b in zip(shape, stride, dense, strict=True)) else None
-
-
-def _dense_stride(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    stride, step = [0] * len(shape), 1
-    for dim in reversed(order):
-        stride[dim] = step
-        step *= max(shape[dim], 1)
-    return tuple(stride)
 
 
 def _equal_constants(a: Any, b: Any) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..ir import Program
-from ..ir.liveness import profile
+from ..ir.liveness import format_bytes, profile
 from ..passes import Contract
 from .memory import Measurement
 
@@ -62,13 +62,3 @@ class Report:
 
 def _pass_text(report: Any) -> str:
     return "\n".join(f"  {line}" for line in str(report).splitlines())
-
-
-def format_bytes(count: int) -> str:
-    """`1536` -> "1.50 KiB"."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024 or unit == "GiB":
-            return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1024
-    raise AssertionError("the last unit takes any value")

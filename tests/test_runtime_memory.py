@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import graphwright as gw
+from graphwright.ir.liveness import format_bytes
 from graphwright.runtime import prediction
 from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.memory import measure_peak
-from graphwright.runtime.report import format_bytes
 
 KIB = 1024
 

@@ -15,7 +15,7 @@ from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size, identity, quotient
-from ...ir.liveness import mib
+from ...ir.liveness import format_bytes
 from ...ir.symbols import ceil_div, hint
 from .candidate import Axis, Candidate, Stop, is_getitem, sweep, trace
 from .layout import Layout, Layouts, PlannedRegion, escaping_members
@@ -370,7 +370,7 @@ class Planner:
             why = "a slice is two units, the least where N is known at the call only"
         else:
             why = "more slices would gain less than 1 %"
-        return f"region {regions.index(item)} has {mib(inside)} of slices there: {why}"
+        return f"region {regions.index(item)} has {format_bytes(inside)} of slices there: {why}"
 
     def _held(self, layout: Layout) -> list[Held]:
         """The tensors live in full at the peak, with the reason."""

@@ -18,7 +18,7 @@ import torch
 from ...ir import Node, Rewriter, SymbolTable
 from ...ir.errors import BudgetError, PassError
 from ...ir.infer import tensors_of
-from ...ir.liveness import mib, profile
+from ...ir.liveness import format_bytes, profile
 from ...ir.printer import named_values
 from ...ir.symbols import hint
 from ..base import LeftAlone, Outcome, Pass
@@ -96,10 +96,10 @@ class SliceGroups(Pass):
         # The plan is made on a copy that spells norms and masks out; what counts is the program that came of it.
         plan.planned = profile(rewriter.function).peak_bytes
         if self.insist and not plan.met:
-            nearest = f"the nearest reachable peak is {mib(plan.planned)}"
-            raise BudgetError(f"the memory budget of {mib(budget)} cannot be met, {nearest}: {_obstacles(plan, rewriter.symbols)}")
+            nearest = f"the nearest reachable peak is {format_bytes(plan.planned)}"
+            raise BudgetError(f"the memory budget of {format_bytes(budget)} cannot be met, {nearest}: {_obstacles(plan, rewriter.symbols)}")
         left = tuple(
-            LeftAlone.at(held.node, f"{mib(held.nbytes)} live in full at the peak: {rewriter.symbols.named(held.reason)}")
+            LeftAlone.at(held.node, f"{format_bytes(held.nbytes)} live in full at the peak: {rewriter.symbols.named(held.reason)}")
             for held in plan.held
         )
         data = {
@@ -148,8 +148,8 @@ class SliceGroups(Pass):
 def _lines(plan: Plan, unsliced: int, symbols: SymbolTable) -> list[str]:
     share_left = 100 * plan.planned / unsliced if unsliced else 100.0
     verdict = "met" if plan.met else "not met"
-    figures = f"peak {mib(unsliced)} -> {mib(plan.planned)} ({share_left:.1f} %)"
-    lines = [f"{figures}, budget {mib(plan.budget)} {verdict}, floor {mib(min(plan.floor, plan.planned))}"]
+    figures = f"peak {format_bytes(unsliced)} -> {format_bytes(plan.planned)} ({share_left:.1f} %)"
+    lines = [f"{figures}, budget {format_bytes(plan.budget)} {verdict}, floor {format_bytes(min(plan.floor, plan.planned))}"]
     if not plan.met:
         lines.append(f"no plan was found that goes lower: {_obstacles(plan, symbols)}")
     for i, region in enumerate(plan.regions):
@@ -173,5 +173,5 @@ def _obstacles(plan: Plan, symbols: SymbolTable) -> str:
     shown = []
     for held in plan.held[:4]:
         shape = [hint(n) for n in tensors_of(held.node.meta["val"])[0].shape]
-        shown.append(f"{held.node.target} {shape} {mib(held.nbytes)} ({symbols.named(held.reason)})")
+        shown.append(f"{held.node.target} {shape} {format_bytes(held.nbytes)} ({symbols.named(held.reason)})")
     return "; ".join([*([plan.limit] if plan.limit else []), "live at the peak in full: " + "; ".join(shown)])
