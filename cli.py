@@ -109,7 +109,9 @@ def _print(text: str, code: int) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Mistake(f"{message} (see {self.prog} --help)")
+        split = message.startswith("unrecognized arguments") and "=" in message
+        hint = "the shell may have split a pipeline: put it in quotes" if split else f"see {self.prog} --help"
+        raise Mistake(f"{message} ({hint})")
 
 
 def _version() -> str:
@@ -126,7 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("model", metavar="MODEL", help="what to read; see below")
     model.add_argument("--trusted", action="store_true", help="read .pt2 files, which can run code")
     passes = argparse.ArgumentParser(add_help=False)
-    passes.add_argument("--passes", metavar="P", help="a pipeline, such as slice-groups{memory_budget=25%%}, after the exact clean-ups")
+    passes.add_argument(
+        "--passes",
+        metavar="P",
+        help="a pipeline in quotes, such as 'slice-groups{memory_budget=25%%}', after the exact clean-ups; a pass of yours is module:Class",
+    )
     passes.add_argument("--no-cleanups", action="store_true", help="run the passes of P alone")
 
     parser = _Parser(prog="graphwright", description="Compiles PyTorch models by passes that say what they do to the numbers.")

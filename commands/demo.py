@@ -45,7 +45,8 @@ def demo(options: argparse.Namespace) -> Result:
         before, after, error = _compare(lambda: module(*args, **kwargs), lambda: compiled(*args, **kwargs), compiled, tell)
     left = [f"{each.what}, {each.reason}" for each in compiled.report().passes[-1].left]
     threads = torch.get_num_threads()
-    head = f"video_unet, {size}, float32, torch {torch.__version__}, CPU with {os.cpu_count()} cores ({threads} threads), backend aten"
+    cores = f"{os.cpu_count()} cores ({threads} thread{'' if threads == 1 else 's'})"
+    head = f"video_unet, {size}, float32, torch {torch.__version__}, CPU with {cores}, backend aten"
     top = max(before.live)
     peaks = [format_bytes(side.peak_bytes) for side in (before, after)]
     peak_ratio, time_ratio = after.peak_bytes / before.peak_bytes, after.seconds / before.seconds
@@ -57,11 +58,12 @@ def demo(options: argparse.Namespace) -> Result:
         f"  time of a call          {before.seconds:>8.2f} s eager   {after.seconds:>8.2f} s compiled   {time_ratio:.2f} x",
         f"  largest difference      {error:.1e} of the largest output",
         "",
-        f"bytes live at each call, as predicted; the top of both is {format_bytes(top)}",
-        *_curve("eager   ", before.live, top),
+        "bytes live at each call, as predicted, of the captured program (it frees tensors that eager's Python still holds) and of",
+        f"the compiled one; the top of both is {format_bytes(top)}",
+        *_curve("captured", before.live, top),
         *_curve("compiled", after.live, top),
         "",
-        f"held at eager's peak ({format_bytes(top)} predicted)",
+        f"held at the captured program's peak ({format_bytes(top)} predicted)",
         *(f"  {line}" for line in before.held),
         f"held at the compiled program's peak ({format_bytes(max(after.live))} predicted)",
         *(f"  {line}" for line in after.held),

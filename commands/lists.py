@@ -23,11 +23,10 @@ def passes(options: argparse.Namespace) -> Result:
         found.append({"name": name, "contract": str(kind().contract), "cleanup": name in cleanups, "about": about, "options": listed})
     rows = []
     for each in found:
-        shown = [f"{o['name']}={o['default']}  ({o['legal']})" for o in each["options"]] or [
-            "exact clean-up, on by default" if each["cleanup"] else ""
-        ]
-        rows += [[each["name"] if i == 0 else "", each["contract"] if i == 0 else "", line] for i, line in enumerate(shown)]
-    return Result(table(["pass", "contract", "options with their defaults"], rows), {"passes": found})
+        default = "  (a clean-up: on by default)" if each["cleanup"] else ""
+        rows.append([each["name"], each["contract"], each["about"] + default])
+        rows += [["", "", f"  {o['name']}={o['default']}  ({o['legal']})"] for o in each["options"]]
+    return Result(table(["pass", "contract", "what it does; options with their defaults"], rows), {"passes": found})
 
 
 def zoo(options: argparse.Namespace) -> Result:

@@ -16,13 +16,13 @@ from ..passes.manager import UNCHANGED
 from ..runtime.backend import choose_backend
 from ..runtime.calling import Call, parameters_of
 from .result import FOUND, OK, Mistake, Result, progress, table
-from .sources import load, program_of
+from .sources import load, program_of, users_code
 
 
 def compile_(options: argparse.Namespace) -> Result:
     choose_backend(options.backend)  # a wrong one is said before the work
     output = _writable(options.output)
-    parse_pipeline(options.passes or "")
+    passes = _parsed(options.passes)
     model = load(options.model, options.trusted)
     if isinstance(model.model, Program) and options.model.endswith(".txt"):
         raise Mistake(f"{options.model} has no weights: compile takes a .gw or .pt2 file, a zoo name or module:factory")
@@ -30,7 +30,7 @@ def compile_(options: argparse.Namespace) -> Result:
     with progress() as tell:
         compiled = compile_model(
             model.model,
-            options.passes or "",
+            passes,
             example_inputs=args,
             example_kwargs=kwargs,
             backend=options.backend,
@@ -143,5 +143,10 @@ def _verdict_line(report: PassReport) -> str:
 
 
 def _pipeline(options: argparse.Namespace) -> tuple[Pass, ...]:
-    asked = parse_pipeline(options.passes or "")
+    asked = _parsed(options.passes)
     return asked if options.no_cleanups else parse_pipeline([*CLEANUPS, *asked])
+
+
+def _parsed(pipeline: str | None) -> tuple[Pass, ...]:
+    with users_code():
+        return parse_pipeline(pipeline or "")

@@ -59,11 +59,13 @@ def _load_file(path: Path, trusted: bool) -> Model:
 
 def _load_factory(module_name: str, attribute: str) -> Model:
     spec = f"{module_name}:{attribute}"
-    with _users_code():
+    with users_code():
         try:
             made = getattr(importlib.import_module(module_name), attribute)()
         except ModuleNotFoundError as error:
-            raise Mistake(f"{spec}: no module is called {error.name} (the zoo's names and the current folder were searched)") from error
+            near = difflib.get_close_matches(module_name, models.names(), n=1)
+            advice = f"did you mean {near[0]}:{attribute}?" if near else "the zoo's names and the current folder were searched"
+            raise Mistake(f"{spec}: no module is called {error.name}: {advice}") from error
         except (Exception, SystemExit) as error:
             raise Mistake(f"{spec}: {type(error).__name__}: {error}") from error
     module, args, kwargs = (*made, {})[:3] if isinstance(made, tuple) and len(made) in (2, 3) else (None, None, None)
@@ -73,7 +75,7 @@ def _load_factory(module_name: str, attribute: str) -> Model:
 
 
 @contextlib.contextmanager
-def _users_code() -> Iterator[None]:
+def users_code() -> Iterator[None]:
     """The current folder can be imported from, and what is printed does not mix with our output."""
     sys.path.insert(0, os.getcwd())
     try:

@@ -508,14 +508,27 @@ def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kw
         return InputError(wrong)
     try:
         with _undisturbed(), _buffers_restored(model):
-            model(*args, **kwargs)
+            output = model(*args, **kwargs)
     except Exception as eager:
         return InputError(f"the model itself fails on the example inputs ({type(eager).__name__}: {_first_line(eager)}): fix those first")
     blockers = _blockers(model, args, kwargs, dynamic_shapes)
     if not blockers:
+        blockers = [(Where("", 0), _unknown_output(name)) for name in _unknown_outputs(output)]
+    if not blockers:
         file, line = _traceback_frame(error)
         blockers = [(Where(file, line), f"{type(error).__name__}: {_first_line(error)}")]
     return CaptureError(_list_blockers(blockers))
+
+
+def _unknown_outputs(output: Any) -> list[str]:
+    """The types in a model's output that are neither values nor containers that torch knows."""
+    known = (torch.Tensor, int, float, complex, str, torch.dtype, torch.device, type(None))
+    return sorted({type(leaf).__name__ for leaf in pytree.tree_leaves(output) if not isinstance(leaf, known)})
+
+
+def _unknown_output(name: str) -> str:
+    cache = "call it with use_cache=False (in example_kwargs)" if "Cache" in name else "return its tensors"
+    return f"the model returns a {name}, a type that torch.export does not know: {cache}, or register {name} with torch's pytree"
 
 
 def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[tuple[Where, str]]:

@@ -87,12 +87,15 @@ class Pass(ABC):
     def check(self, reference: Reference, after: Program) -> Verdict:
         """Whether `after` keeps the contract towards the program that `reference` holds.
 
-        An exact pass is judged by the exact rule. A policy leaves the graph as it was, which the exact rule covers. For
-        others only the signature is compared here: a bounded pass or a substitution overrides this with its own metric.
+        An exact pass is judged by the exact rule. A policy leaves the graph as it was, which the exact rule covers. A bounded
+        pass or a substitution overrides this with its own metric; without one its numbers are unmeasured, and the verdict says so.
         """
         if self.contract in (Contract.EXACT, Contract.POLICY):
             return reference.judge_exact(after)
-        return reference.judge_structure(after)
+        verdict = reference.judge_structure(after)
+        if verdict.fails:
+            return verdict
+        return Verdict("unmeasured", f"nothing holds {self.name} to its contract ({self.contract}): override its method check")
 
     def __init_subclass__(cls, **arguments: Any):
         super().__init_subclass__(**arguments)

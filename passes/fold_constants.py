@@ -47,7 +47,7 @@ class FoldConstants(Pass):
             with rewriter.step("fold"):
                 rewriter.replace(node, rewriter.weight(weight))
         total = sum(weight.nbytes for weight in added)
-        return Outcome(left, (f"{len(added)} constants of {total} bytes in all",), {"folded_bytes": total})
+        return Outcome(left, (f"{len(added)} constant{'' if len(added) == 1 else 's'}, {total} bytes in all",), {"folded_bytes": total})
 
 
 class _Constants:

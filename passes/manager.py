@@ -267,7 +267,7 @@ def _content(program: Program) -> str:
 
 
 def _verdict_line(verdict: Verdict) -> str:
-    if verdict.reason == UNCHANGED:
+    if verdict.reason == UNCHANGED or verdict.kind == "unmeasured":
         return str(verdict)
     working = f"working dtype {verdict.error:.1e} ({verdict.error_ratio:.2f} x the original's own)"
     return f"{verdict}; float64 error {verdict.rewrite_error:.1e}, {working}"

@@ -1,11 +1,12 @@
 """Pipelines as text and as lists, which mean the same: `slice-groups{memory_budget=25%},fold-constants`.
 
     pipeline = [pass {"," pass}]
-    pass     = NAME ["{" [option {"," option}] "}"]
+    pass     = NAME | MODULE ":" CLASS ["{" [option {"," option}] "}"]
     option   = NAME "=" value
     value    = INT | FLOAT | true | false | none | PERCENT | SIZE | WORD | STRING | "[" [value {"," value}] "]"
 
-A percentage (`25%`), a size (`2GiB`) and a bare word are strings, which the pass interprets.
+A class of yours is named by its module, which is imported. A percentage (`25%`), a size (`2GiB`) and a bare word are strings, which
+the pass interprets.
 """
 
 import json
@@ -22,7 +23,7 @@ Pipeline = str | Pass | Sequence["Pass | str"]
 
 _FLOAT = re.compile(r"-?(?:\d+\.\d*(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+|inf(?![A-Za-z0-9_]))")
 _INT = re.compile(r"-?\d+")
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*|[A-Za-z][A-Za-z0-9-]*")
 _OPTION = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _SPACE = re.compile(r"\s*")

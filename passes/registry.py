@@ -16,11 +16,13 @@ BUILT_IN: dict[str, type[Pass]] = {**{each.name: type(each) for each in CLEANUPS
 
 
 def pass_named(name: str) -> type[Pass]:
-    """The pass class called `name`.
+    """The pass class called `name`; `module:Class` is imported.
 
     Raises:
-        PassError: no installed package has it (with the nearest names), or its package fails to import.
+        PassError: no installed package has it (with the nearest names), or its module fails to import.
     """
+    if ":" in name:
+        return _loaded(EntryPoint(name, name, GROUP), f"pass {name}")
     if name in BUILT_IN:
         return BUILT_IN[name]
     for entry in entry_points(group=GROUP):
@@ -28,7 +30,7 @@ def pass_named(name: str) -> type[Pass]:
             return _load(entry)
     known = {*BUILT_IN, *(entry.name for entry in entry_points(group=GROUP))}
     near = difflib.get_close_matches(name, sorted(known), n=3)
-    advice = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+    advice = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}; one of yours is module:Class"
     raise PassError(f"no pass is called {name}: {advice}")
 
 
@@ -39,12 +41,17 @@ def all_passes() -> dict[str, type[Pass]]:
 
 def _load(entry: EntryPoint) -> type[Pass]:
     source = f"{entry.dist.name} " if entry.dist is not None else ""
+    loaded = _loaded(entry, f"pass {entry.name} of package {source}({entry.value})")
+    if loaded.name != entry.name:
+        raise PassError(f"entry point {entry.name} of package {source}({entry.value}) holds a pass named {loaded.name}")
+    return loaded
+
+
+def _loaded(entry: EntryPoint, what: str) -> type[Pass]:
     try:
         loaded = entry.load()
     except Exception as error:
-        raise PassError(f"pass {entry.name} of package {source}({entry.value}) fails to import: {error}") from error
+        raise PassError(f"{what} fails to import: {type(error).__name__}: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
-        raise PassError(f"entry point {entry.name} of package {source}({entry.value}) is not a subclass of graphwright's Pass")
-    if loaded.name != entry.name:
-        raise PassError(f"entry point {entry.name} of package {source}({entry.value}) holds a pass named {loaded.name}")
+        raise PassError(f"{what} is not a subclass of graphwright's Pass")
     return loaded

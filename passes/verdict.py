@@ -36,7 +36,8 @@ class Worst:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`right`; `wrong` (another function); `unstable` (right in float64, too imprecise in the working dtype); `inconclusive`.
+    """`right`; `wrong` (another function); `unstable` (right in float64, too imprecise in the working dtype); `inconclusive`;
+    `unmeasured` (the pass has no measure of its own, so only types were compared).
 
     `rewrite_error`: the largest abs(c - r) / max(abs r) in float64. `error`: the largest RMSE(c, r) / RMS(r) in the working
     dtype; `error_ratio`: the largest RMSE(c, r) / max(RMSE(original, r), noise), which must stay within 4.

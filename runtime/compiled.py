@@ -95,7 +95,8 @@ class CompiledModel(nn.Module):
         compiled = self.compilation
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         memory = replace(memory, compiled=self._compiled_peak)
-        return Report(compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports, memory, self._measured)
+        promised = (compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports)
+        return Report(*promised, memory, self._measured, compiled.training)
 
     @property
     def saved(self) -> Saved:
@@ -161,7 +162,10 @@ class CompiledModel(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CompiledModel":
         for tensor in (*self._present.parameters.values(), *self._present.buffers.values()):
             probe = tensor.detach().new_empty(0)
-            moved = fn(probe)
+            try:
+                moved = fn(probe)
+            except AssertionError as error:  # torch's answer to .cuda() in a build without it
+                raise TargetError(f"{error}: this model was compiled for {probe.device}") from error
             if moved.dtype != probe.dtype or moved.device != probe.device:
                 raise TargetError(
                     f"this model was compiled for {probe.dtype} on {probe.device}, not {moved.dtype} on {moved.device}: "
@@ -201,6 +205,7 @@ class _Runner:
         self._updates = _updates(signature)
         self._out_spec = main.out_tree.to_spec()
         # Two calls at once would lose one update.
+        self._folded = _folded(compilation)
         self._turn: AbstractContextManager[Any] = threading.RLock() if self.states else nullcontext()
         tensors = [(w.name, w.kind, w.tensor) for w in program.weights.values() if w.tensor is not None]
         self.parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, kind, tensor in tensors if kind == "parameter"}
@@ -208,6 +213,9 @@ class _Runner:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs, given = self.call.bind(args, kwargs)
+        for weight, version in self._folded:
+            if weight.tensor._version != version:
+                raise InputError(f"weight {weight.name} was changed after compiling, and passes have folded it: compile the module again")
         with self._turn:
             leaves, new_states = self.executor(inputs, self.states)
             if new_states:
@@ -257,6 +265,18 @@ class _Runner:
         _, given = self.call.bind(args, kwargs)
         written = {id(given[index]) for index in self._updates.values() if index is not None}
         return pytree.tree_map(lambda leaf: leaf.detach().clone() if id(leaf) in written else leaf, (args, kwargs))
+
+
+def _folded(compilation: Compilation) -> list[tuple[Any, int]]:
+    """The captured weights that passes computed others from, with the version that each had: who trains the module changes these, and
+    not what was computed from them."""
+    if not compilation.history:
+        return []
+    before, after = compilation.history[0], compilation.program.weights
+    if after.keys() <= before.weights.keys():
+        return []
+    gone = [weight for name, weight in before.weights.items() if name not in after and weight.tensor is not None]
+    return [(weight, weight.tensor._version) for weight in gone if weight.tensor is not None and not weight.tensor.is_inference()]
 
 
 def _own_copy(program: Program, name: str) -> torch.Tensor:

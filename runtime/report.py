@@ -38,9 +38,12 @@ class Report:
     passes: Sequence[Any] = ()
     memory: Memory = Memory()
     measured: Measurement | None = None
+    training: bool = False
 
     def __str__(self) -> str:
         head = f"pipeline: {self.pipeline or 'no passes'}\ncontract: {self.contract}. {self.contract.promise}\nbackend: {self.backend}"
+        if self.training:
+            head += "\ncaptured in train mode: dropout draws on each call, and this model keeps running statistics of its own"
         return "\n".join([head, *(_pass_text(report) for report in self.passes), *self._memory_lines(), *self._time_lines()]) + "\n"
 
     def _memory_lines(self) -> list[str]:

@@ -233,7 +233,7 @@ def test_a_causal_mask_over_positions_becomes_one_weight() -> None:
             {"constant": weight.tensor},
         )
     )
-    assert report.data == {"folded_bytes": 36} and report.lines == ("1 constants of 36 bytes in all",)
+    assert report.data == {"folded_bytes": 36} and report.lines == ("1 constant, 36 bytes in all",)
 
 
 def test_rounding_a_constant_is_no_error_of_the_rewrite() -> None:

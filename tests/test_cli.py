@@ -271,3 +271,42 @@ def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"graphwright {version('graphwright')}\n"
+
+
+PASSES = """
+from dataclasses import dataclass
+import graphwright as gw
+from graphwright.passes import Outcome
+
+@dataclass(frozen=True)
+class Nothing(gw.Pass):
+    name, contract = "nothing", gw.Contract.EXACT
+
+    def run(self, rewriter):
+        return Outcome(lines=("looked at it",))
+
+something = 3
+"""
+
+
+def test_a_pass_of_the_users_own_is_named_by_its_module(run, folder):
+    (folder / "cli_test_passes.py").write_text(PASSES)
+    code, out, err = run("compile", "cli_test_models:make", "--passes", "cli_test_passes:Nothing,share-subexpressions")
+    assert code == 0 and "looked at it" in out, err
+    for spec, message in [
+        ("cli_test_passes:something", "is not a subclass of graphwright's Pass"),
+        ("cli_test_passes:Missing", "AttributeError"),
+        ("cli_test_nowhere:Nothing", "No module named 'cli_test_nowhere'"),
+    ]:
+        code, _, err = run("compile", "cli_test_models:make", "--passes", spec)
+        assert code == 2 and message in err
+
+
+def test_a_pipeline_that_the_shell_split_is_told_to_be_quoted(run):
+    code, _, err = run("compile", "cli_test_models:make", "--passes", "slice-groupsmemory_budget=25%", "slice-groupsmax_slices=8")
+    assert code == 2 and "put it in quotes" in err
+
+
+def test_a_misspelled_network_with_a_size_is_told_the_nearest(run):
+    code, _, err = run("dump", "vidio_unet:tiny")
+    assert code == 2 and "did you mean video_unet:tiny?" in err

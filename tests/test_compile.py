@@ -712,3 +712,51 @@ def test_a_failure_to_capture_is_all_that_is_said(capfd):
     with pytest.raises(gw.InputError, match="the model itself fails on the example inputs"):
         compiled(nn.Linear(4, 4))
     assert capfd.readouterr().err == ""
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+def test_a_call_after_a_folded_weight_has_changed_is_refused(tmp_path):
+    net, x = Normed().eval(), torch.randn(2, 3, 8, 8)
+    model = gw.compile(net, example_inputs=(x,), backend="aten")
+    torch.testing.assert_close(model(x), net(x))
+    with torch.no_grad():
+        net.norm.weight.add_(1)
+    with pytest.raises(gw.InputError, match=r"weight norm\.weight was changed after compiling, and passes have folded it"):
+        model(x)
+    model.save(tmp_path / "net.gw")
+    gw.load(tmp_path / "net.gw", backend="aten")(x)  # an artifact has its own
+
+
+def test_weights_that_nothing_was_computed_from_follow_the_module():
+    net, x = nn.Linear(3, 4), torch.randn(2, 3)
+    model = gw.compile(net.eval(), example_inputs=(x,), backend="aten")
+    with torch.no_grad():
+        net.weight.mul_(2)
+    torch.testing.assert_close(model(x), net(x).detach())
+
+
+def test_the_report_says_that_a_model_was_captured_in_train_mode():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Dropout()), torch.randn(2, 3)
+    said = [str(gw.compile(net.train(mode), example_inputs=(x,), backend="aten").report()) for mode in (True, False)]
+    assert ["captured in train mode" in text for text in said] == [True, False]
+
+
+class Cache:
+    pass
+
+
+def test_an_output_that_torch_does_not_know_is_a_capture_error_that_says_what_to_do():
+    class Cached(nn.Module):
+        def forward(self, x):
+            return x + 1, Cache()
+
+    with pytest.raises(gw.CaptureError, match=r"returns a Cache, .* call it with use_cache=False"):
+        gw.compile(Cached(), example_inputs=(torch.ones(2),))

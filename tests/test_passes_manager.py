@@ -334,7 +334,14 @@ def changing(contract: Contract, check: Callable[[Reference, Program], Verdict] 
 
 def test_a_substitution_is_held_to_its_signature_and_later_passes_to_what_it_made(program: Program) -> None:
     result = PassManager([changing(Contract.SUBSTITUTION), CommuteAdd()], verify="numeric").run(program)
-    assert [report.verdict.kind for report in result.reports if report.verdict] == ["right", "right"]
+    assert [report.verdict.kind for report in result.reports if report.verdict] == ["unmeasured", "right"]
+
+
+@pytest.mark.parametrize("contract", [Contract.BOUNDED, Contract.SUBSTITUTION])
+def test_what_no_check_measured_is_called_so_and_has_no_figures(program: Program, contract: Contract) -> None:
+    (report,) = PassManager([changing(contract)], verify="numeric").run(program).reports
+    assert f"unmeasured: nothing holds changing to its contract ({contract}): override its method check" in str(report)
+    assert "float64 error" not in str(report)
 
 
 def test_a_pass_may_bring_its_own_check(program: Program) -> None:

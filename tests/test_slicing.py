@@ -324,7 +324,7 @@ def test_the_plan_is_the_same_function(name: str) -> None:
     is_exact(captured(name), planned(name)[0])
 
 
-@pytest.mark.parametrize("budget", ["10%", "60%", 1])
+@pytest.mark.parametrize("budget", ["10%", "60%", "1B"])
 @pytest.mark.parametrize("name", ["temporal resnet", "geglu, prime rows", "attention, causal gqa", "attention, mask [B,1,L,S]"])
 def test_the_plan_is_the_same_function_for_any_budget(name: str, budget: Any) -> None:
     is_exact(captured(name), planned(name, memory_budget=budget)[0])
@@ -363,7 +363,7 @@ def test_the_program_has_the_peak_that_the_planner_laid_out(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["temporal resnet", "geglu", "geglu, prime rows", "attention", "attention, causal", "attention, gqa"])
 def test_more_slices_never_raise_the_peak(name: str) -> None:
-    peaks = [profile(planned(name, memory_budget=1, max_slices=most)[0].main).peak_bytes for most in (1, 2, 3, 4, 8, 16, 64)]
+    peaks = [profile(planned(name, memory_budget="1B", max_slices=most)[0].main).peak_bytes for most in (1, 2, 3, 4, 8, 16, 64)]
     assert peaks == sorted(peaks, reverse=True), peaks
     assert peaks[0] == profile(captured(name).main).peak_bytes
 
@@ -378,7 +378,7 @@ def test_no_region_has_more_slices_than_units(name: str) -> None:
 
 def test_max_slices_bounds_every_region() -> None:
     for most in (2, 3, 5):
-        assert all(call.args[3] <= most for call in regions(planned("temporal resnet", memory_budget=1, max_slices=most)[0]))
+        assert all(call.args[3] <= most for call in regions(planned("temporal resnet", memory_budget="1B", max_slices=most)[0]))
 
 
 class FeedForwardBeforeACumsum(nn.Module):
@@ -397,7 +397,7 @@ def test_no_region_has_more_slices_than_the_peak_takes() -> None:
     program = ir.capture(FeedForwardBeforeACumsum().eval(), (rows(1, 48, 16),))
     counts, peaks = {}, {}
     for most in (2, 3, 64):
-        result = PassManager([SliceGroups(memory_budget=1, max_slices=most)]).run(program).program
+        result = PassManager([SliceGroups(memory_budget="1B", max_slices=most)]).run(program).program
         counts[most] = [call.args[3] for call in regions(result)]
         peaks[most] = profile(result.main).peak_bytes
     enough = min(most for most in peaks if peaks[most] == peaks[64])
@@ -540,7 +540,7 @@ def test_a_group_norm_whose_axis_is_sliced_is_split_and_others_stay_whole() -> N
 @pytest.mark.parametrize(
     "options",
     [
-        {"memory_budget": "0%"}, {"memory_budget": "101%"}, {"memory_budget": 0.0}, {"memory_budget": 1.5}, {"memory_budget": -1},
+        {"memory_budget": "0%"}, {"memory_budget": "101%"}, {"memory_budget": 0.0}, {"memory_budget": 1.5}, {"memory_budget": -1}, {"memory_budget": 25}, {"memory_budget": 1},
         {"memory_budget": "lots"}, {"memory_budget": None}, {"memory_budget": True}, {"max_slices": 0}, {"max_slices": 2.0}, {"max_slices": -3},
         {"axes": ()}, {"axes": ("columns",)}, {"axes": ("x:",)}, {"axes": (":1",)}, {"axes": "rows"}, {"axes": (("x", -1),)},
         {"axes": (("x", 1, 2),)}, {"axes": (("x", "1"),)}, {"axes": ((0, 1),)}, {"insist": 1}, {"budget": "25%"},

@@ -36,7 +36,8 @@ KINDS = ("rows", "query", "features")
 def _is_budget(value: Any) -> bool:
     if isinstance(value, float):
         return 0 < value <= 1
-    return is_size(value) or (is_share(value) and 0 < share(value) <= 1)
+    # 25 is meant as 25 %, not as 25 bytes; who means bytes writes "25B".
+    return is_size(value) and not (isinstance(value, int) and value <= 100) or (is_share(value) and 0 < share(value) <= 1)
 
 
 def _are_axes(value: Any) -> bool:
@@ -74,7 +75,9 @@ class SliceGroups(Pass):
     ensures = frozenset({"sliced"})
     after = frozenset({"fold-batch-norm", "fold-constants", "share-subexpressions"})
 
-    memory_budget: Any = option("25%", 'a share such as "25%" or 0.25, or a size such as "512MiB"', _is_budget)
+    memory_budget: Any = option(
+        "25%", 'a share such as "25%" or 0.25, or a size such as "512MiB" (bytes as a number from 101 on)', _is_budget
+    )
     max_slices: int = option(64, "an integer of at least 1", at_least(1))
     axes: tuple[str | tuple[str, int], ...] = option(
         ("rows", "query"), f'a tuple of some of {", ".join(KINDS)}, or of places such as "sample:2" or ("%12", 0)', _are_axes
