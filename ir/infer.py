@@ -30,6 +30,10 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
             value = target(*operands, **keywords)
     except Exception as error:
         raise InferenceError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+    for tensor in tensors_of(value):
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = str(tensor.dtype if tensor.is_quantized else tensor.layout).removeprefix("torch.")
+            raise InferenceError(f"it gives a {kind} tensor, and the IR has strided ones of plain dtypes: convert it inside the model")
     return tuple(value) if isinstance(value, list) else value
 
 

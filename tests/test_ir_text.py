@@ -2,18 +2,22 @@
 
 import json
 import math
+import random
 import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._prims_common import suggest_memory_format
 
 from graphwright import ir
+from graphwright.ir import types
 from graphwright.ir.errors import InputError, ParseError
 from graphwright.ir.printer import literal
 from graphwright.ir.run import run
 from graphwright.ir.types import DTYPES
+from graphwright.passes import PassManager
 
 HEAD = "graphwright 1\n"
 
@@ -581,3 +585,38 @@ def test_programs_that_differ_in_one_element_of_a_weight_are_not_equal() -> None
 def test_nan_inputs_are_equal_to_themselves() -> None:
     text = function("  input %x : f32[2]\n  input %c = nan", returns="%x", takes="((*, *), {})")
     assert ir.parse(text) == ir.parse(text) and math.isnan(ir.parse(text).main.signature().inputs[1].value)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_strides_of_dims_of_size_1_tell_the_layout_of_later_results(memory_format: torch.memory_format) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 1, 1)).eval()
+    program = ir.capture(net, (torch.randn(2, 1, 8, 8).contiguous(memory_format=memory_format),))
+    assert str(ir.parse(str(program))) == str(program)
+
+
+@pytest.mark.parametrize("length", [64, 129])
+def test_a_sliced_decoder_at_batch_1_parses_back(length: int) -> None:
+    transformers = pytest.importorskip("transformers", reason="install the test extra: pip install graphwright[test]")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=160
+    )
+    net = transformers.LlamaForCausalLM(config).eval()
+    program = ir.capture(net, (), {"input_ids": torch.randint(0, 64, (1, length)), "use_cache": False})
+    sliced = PassManager("slice-groups{memory_budget=10%}").run(program).program
+    assert "gw.sliced" in str(sliced)
+    assert str(ir.parse(str(sliced))) == str(sliced)
+
+
+def test_settled_strides_are_those_of_one_layout() -> None:
+    """Whatever dims of size 1 have: what is written reads back as a tensor of the same layout, and is written the same again."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        shape = [rng.choice([1, 1, 2, 3]) for _ in range(rng.choice([4, 5]))]
+        order = rng.sample(range(len(shape)), len(shape))
+        tensor = torch.empty([shape[d] + rng.choice([0, 0, 1]) for d in order])[tuple(slice(shape[d]) for d in order)]
+        tensor = tensor.permute([order.index(d) for d in range(len(shape))])
+        settled = types._settled(tensor.shape, tensor.stride())
+        again = torch.empty_strided(tensor.shape, settled)
+        assert suggest_memory_format(again) == suggest_memory_format(tensor)
+        assert all(n == 1 or a == b for n, a, b in zip(shape, settled, tensor.stride(), strict=True))
+        assert types._settled(again.shape, again.stride()) == settled

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ...ir import Node
-from ...ir.calls import GETITEM, draws
+from ...ir.calls import GETITEM
 from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size, identity
@@ -137,7 +137,7 @@ def sweep(
         joined = _join(scene, axis, state, node, kinds, stops)
         if joined:
             order.append(node)
-        elif position == target or (node in state.tainted and draws(node)):
+        elif position == target or (node in scene.random and node in state.tainted):
             break  # the call to be covered cannot join; random numbers are drawn in program order, so such a call must not sink
         if position < target or state.allocating < 2 or not joined:
             continue
@@ -158,13 +158,16 @@ def sweep(
 def _join(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozenset[str], stops: list[Stop] | None) -> bool:
     """Makes `node` a member if its row allows; else taints it if it depends on one."""
     operands = scene.operands[node]
-    tainted, has_member = not state.tainted.isdisjoint(operands), not state.tags.keys().isdisjoint(operands)
+    if not state.tainted.isdisjoint(operands):
+        state.tainted.add(node)
+        return False
+    has_member = not state.tags.keys().isdisjoint(operands)
     carries = has_member or not state.sources.keys().isdisjoint(operands)
-    refusal = _tags_for(scene, axis, state, node, kinds) if carries and not tainted else None
+    refusal = _tags_for(scene, axis, state, node, kinds) if carries else None
     if isinstance(refusal, tuple):
         _add(scene, state, node, refusal)
         return True
-    if tainted or has_member:
+    if has_member:
         state.tainted.add(node)
         if stops is not None and refusal is not None:
             stops.append(Stop(node, refusal))

@@ -112,6 +112,17 @@ class _Boundary:
     donors: list[tuple[int, tuple]]
 
 
+@dataclass(frozen=True)
+class _Spans:
+    """For each storage the first and the last item at which it exists, and its bytes, 0 for one that exists by slices only; what regions
+    return as (item, place, storage)."""
+
+    born: np.ndarray
+    dies: np.ndarray
+    size: np.ndarray
+    outputs: list[tuple[int, int, int]]
+
+
 class Layouts:
     """Lays regions over the calls of one scene."""
 
@@ -172,8 +183,21 @@ class Layouts:
         inside = np.concatenate(workspace) if workspace else np.zeros(0, dtype=np.int64)
         for i, region in placed:
             inside[i] = self._inside(region)
-        full, crossing = self._full(index, len(items), placed)
+        spans = self._spans(index, len(items), placed)
+        full = _running(spans.born, spans.dies, spans.size, len(items))
+        outlives = spans.dies > spans.born
+        crossing = _running(spans.born[outlives] + 1, spans.dies[outlives], spans.size[outlives], len(items))
         return Layout(items, self.place, index, full + inside, full, crossing)
+
+    def held_at(self, layout: Layout, at: int) -> list[tuple[Node, int]]:
+        """The values that exist in full while item `at` runs, with the bytes of their storages."""
+        placed = [(i, item) for i, item in enumerate(layout.items) if isinstance(item, PlannedRegion)]
+        spans = self._spans(layout.index, len(layout.items), placed)
+        holder = dict(enumerate(self.order[maker] for maker in self._makers.tolist()))
+        # A region's output lies in a storage of its own or takes a dead operand's.
+        holder |= {storage: self.order[place] for i, place, storage in sorted(spans.outputs) if i <= at}
+        live = np.flatnonzero((spans.born <= at) & (at <= spans.dies) & (spans.size > 0))
+        return [(holder[storage], int(spans.size[storage])) for storage in live.tolist()]
 
     # --- schedule ---
 
@@ -244,10 +268,10 @@ class Layouts:
 
     # --- lifetimes ---
 
-    def _full(self, index: np.ndarray, length: int, regions: list[tuple[int, PlannedRegion]]) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of the storages that exist in full, at each item and across the cut before it."""
+    def _spans(self, index: np.ndarray, length: int, regions: list[tuple[int, PlannedRegion]]) -> "_Spans":
+        """The items at which each storage that exists in full is born and dies."""
         if not len(self._makers):
-            return np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
+            return _Spans(self._makers, self._makers, self._makers, [])
         home = np.full(len(self.order), -1)  # the region of each call
         for number, (_, region) in enumerate(regions):
             home[self._boundary(region).members] = number
@@ -258,14 +282,15 @@ class Layouts:
         born = index[self._makers]
         dies = np.maximum.reduceat(np.where(outlasts, last_use[self._views], -1), self._first_view)
         size = np.where(on_its_own[self._makers], self._nbytes, 0)
-        self._add_outputs(regions, last_use, dies, size)
-        dies = np.minimum(dies, length - 1)
-        outlives = dies > born
-        return _running(born, dies, size, length), _running(born[outlives] + 1, dies[outlives], size[outlives], length)
+        outputs = self._add_outputs(regions, last_use, dies, size)
+        return _Spans(born, np.minimum(dies, length - 1), size, outputs)
 
-    def _add_outputs(self, regions: list[tuple[int, PlannedRegion]], last_use: np.ndarray, dies: np.ndarray, size: np.ndarray) -> None:
-        """What regions return: storages of their own, or those of sliced operands that die there."""
+    def _add_outputs(
+        self, regions: list[tuple[int, PlannedRegion]], last_use: np.ndarray, dies: np.ndarray, size: np.ndarray
+    ) -> list[tuple[int, int, int]]:
+        """What regions return: storages of their own, or those of sliced operands that die there. Gives (item, place, storage)."""
         taken: dict[int, int] = {}
+        found: list[tuple[int, int, int]] = []
         for i, region in regions:
             boundary = self._boundary(region)
             donors: dict[tuple, list[int]] = {}
@@ -282,6 +307,8 @@ class Layouts:
                 else:
                     size[storage] += nbytes * (region.count if is_partial else 1)
                 dies[storage] = max(dies[storage], last)
+                found.append((i, place, storage))
+        return found
 
     def _boundary(self, region: PlannedRegion) -> _Boundary:
         if region not in self._boundaries:

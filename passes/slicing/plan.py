@@ -18,7 +18,7 @@ from ...ir.links.sizes import Size, identity, quotient
 from ...ir.liveness import format_bytes
 from ...ir.symbols import ceil_div, hint
 from .candidate import Axis, Candidate, Stop, is_getitem, sweep, trace
-from .layout import Layout, Layouts, PlannedRegion, escaping_members
+from .layout import Layout, Layouts, PlannedRegion
 from .scene import Scene, value_bytes
 
 _LEAST_GAIN = 0.01  # of the peak: below this a region or a further slice is not worth its time
@@ -75,6 +75,7 @@ class Planner:
         fixed_length: bool = False,
         refused: Callable[[PlannedRegion], Stop | None] = lambda region: None,
     ):
+        scene.reorder(list(scene.program_order))
         self.scene = scene
         self.fixed_length = fixed_length
         self.refused = refused
@@ -109,8 +110,7 @@ class Planner:
 
     def _look_at(self, layout: Layout) -> None:
         """Candidates are sought in the order in which the calls run by now."""
-        self.scene.nodes = layout.flat
-        self.scene.position = {node: i for i, node in enumerate(layout.flat)}
+        self.scene.reorder(layout.flat)
 
     # --- rounds ---
 
@@ -377,16 +377,8 @@ class Planner:
         if not len(layout.live):
             return []
         at = int(layout.live.argmax())
-        held: dict[int, Held] = {}
-        for node in layout.flat:
-            born = layout.at(node)
-            if born > at or (self.region_of.get(node) is not None and node not in escaping_members(self.scene, self.region_of[node])):
-                continue
-            last = max((layout.at(u) for u in self.scene.users[node]), default=born)
-            if last < at or not self.scene.makes[node]:
-                continue
-            held[id(node)] = Held(node, value_bytes(node), self._reason(layout, node, at))
-        return sorted(held.values(), key=lambda h: -h.nbytes)
+        held = [Held(node, nbytes, self._reason(layout, node, at)) for node, nbytes in self.layouts.held_at(layout, at)]
+        return sorted(held, key=lambda h: (-h.nbytes, layout.at(h.node)))
 
     def _reason(self, layout: Layout, node: Node, at: int) -> str:
         """Why `node` is live in full at item `at`: who needs it there, and what keeps that from reading it slice by slice."""
@@ -409,17 +401,32 @@ class Planner:
         return f"read by {user.target} at {user.meta.get('where') or '?'}{why}"
 
     def _readers(self, node: Node) -> list[Node]:
-        """The users of a value, those of its parts for one that has several."""
-        return [u for g in self.scene.users[node] for u in (self.scene.users[g] if is_getitem(g) else (g,))] or [node]
+        """Who reads the memory of a value, through views of it too; itself if nobody does."""
+        readers: dict[Node, None] = {}
+        pending, seen = [node], {node}
+        while pending:
+            for user in self.scene.users[pending.pop()]:
+                if user in seen:
+                    continue
+                seen.add(user)
+                if user.op == "call_function" and self._is_view(user, node) and self.scene.users[user]:
+                    pending.append(user)
+                else:
+                    readers[user] = None
+        return sorted(readers, key=self.scene.at) or [node]
+
+    def _is_view(self, user: Node, node: Node) -> bool:
+        return not self.scene.makes[user] and not set(self.scene.keys[node]).isdisjoint(self.scene.keys[user])
 
     def _refusal(self, node: Node, users: Sequence[Node]) -> Refusal | None:
         """What the first of `users` says that lets no dim of `node` through."""
-        values = tensors_of(node.meta["val"])
         for user in users:
-            if len(values) != 1 or is_getitem(user) or node not in self.scene.operands[user]:
+            read = [o for o in self.scene.operands.get(user, ()) if o is node or (o.op == "call_function" and self._is_view(o, node))]
+            values = tensors_of(read[0].meta["val"]) if read else []
+            if len(values) != 1 or is_getitem(user):
                 continue
             sizes = [(dim, size) for dim, size in enumerate(values[0].shape) if hint(size) > 1]
-            answers = [self.scene.forward(user, node, Tag(dim), size) for dim, size in sizes]
+            answers = [self.scene.forward(user, read[0], Tag(dim), size) for dim, size in sizes]
             refusals = [answer for answer in answers if isinstance(answer, Refusal)]
             if refusals and len(refusals) == len(answers):
                 return refusals[0]

@@ -1,6 +1,6 @@
 """What the planner looks at: the calls of a function in order, who uses what, which storage each value lives in, and memoised links.
 
-Nothing here changes while a plan is made; regions are laid over it.
+Only the order of calls changes while a plan is made; regions are laid over it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...ir import Function, Node
+from ...ir.calls import draws
 from ...ir.infer import contiguous_stride, storage_key, tensors_of
 from ...ir.links import OperandSlot, Refusal, Tag, backward, forward, kind, localize
 from ...ir.links.sizes import Size, identity
@@ -25,7 +26,7 @@ END = 2**62  # the position of the function's return
 
 @dataclass
 class Scene:
-    """The calls of one function with their positions, users, storages and links."""
+    """The calls of one function with their positions, users, storages and links. `program_order` is that of the function."""
 
     nodes: list[Node]
     position: dict[Node, int]
@@ -37,6 +38,8 @@ class Scene:
     workspace_of: dict[Node, Workspace]
     weight_bytes: dict[Node, int]
     sizes: SizeNodes
+    program_order: tuple[Node, ...] = ()
+    random: frozenset[Node] = frozenset()  # calls that draw random numbers
     _backward: dict[Any, Any] = field(default_factory=dict)
     _forward: dict[Any, Any] = field(default_factory=dict)
     _kind: dict[Any, str] = field(default_factory=dict)
@@ -71,7 +74,14 @@ class Scene:
             workspace_of={node: _scratch(node) for node in nodes},
             weight_bytes={n: sum(storage_bytes(o.meta["val"]) for o in n.all_input_nodes if o.op == "get_attr") for n in nodes},
             sizes=SizeNodes(function),
+            program_order=tuple(nodes),
+            random=frozenset(filter(draws, nodes)),
         )
+
+    def reorder(self, nodes: list[Node]) -> None:
+        """Puts the calls in another order."""
+        self.nodes = nodes
+        self.position = {node: i for i, node in enumerate(nodes)}
 
     def at(self, node: Node) -> int:
         """The position of a call; the return stands at the end, inputs and weights before everything."""

@@ -9,7 +9,7 @@ Source: "Fast and Memory-Efficient Video Diffusion Using Streamlined Inference" 
 operator grouping. Its released code takes GroupNorm statistics per slice; this pass does not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -93,13 +93,21 @@ class SliceGroups(Pass):
         scene = Scene.of(spelled_out)
         places = self._places(rewriter, prepared)
         refused = partial(unwritable, prepared) if len(rewriter.symbols) else lambda region: None
-        plan = Planner(scene, budget, self.max_slices, kinds, places, not self._is_share, refused).plan()
+
+        def planned(target: int) -> Plan:
+            return Planner(scene, target, self.max_slices, kinds, places, not self._is_share, refused).plan()
+
+        plan = planned(budget)
+        if not plan.met:
+            # Regions are taken one by one, the widest that help first; a lower aim takes others, which at times reach lower.
+            lower = planned(budget // 2)
+            plan = replace(lower, budget=budget) if lower.planned < plan.planned else plan
         emit(rewriter, prepared, plan)
         laid_out = plan.planned
         # The plan is made on a copy that spells norms and masks out; what counts is the program that came of it.
         plan.planned = profile(rewriter.function).peak_bytes
         if self.insist and not plan.met:
-            nearest = f"the nearest reachable peak is {format_bytes(plan.planned)}"
+            nearest = f"the nearest peak that was found is {format_bytes(plan.planned)}"
             raise BudgetError(f"the memory budget of {format_bytes(budget)} cannot be met, {nearest}: {_obstacles(plan, rewriter.symbols)}")
         left = tuple(
             LeftAlone.at(held.node, f"{format_bytes(held.nbytes)} live in full at the peak: {rewriter.symbols.named(held.reason)}")
