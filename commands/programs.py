@@ -124,7 +124,10 @@ def verify(options: argparse.Namespace) -> Result:
     unjudged = [each.spelling for each in result.reports if each.verdict is not None and each.verdict.kind != "right"]
     lines = ["program: structure right", *map(_verdict_line, result.reports)]
     judged = any(each.verdict is not None and each.verdict.reason != UNCHANGED for each in result.reports)
-    verified = "verified" if judged or not options.numeric else "verified; nothing was judged numerically, as no pass changed the program"
+    verified = "verified"
+    if options.numeric and not judged:
+        advice = "" if options.passes else "; give --passes P, or a network as written (a zoo name or module:factory)"
+        verified += f"; nothing was judged numerically, as no pass changed the program{advice}"
     lines.append(f"not verified: inconclusive after {', '.join(unjudged)}" if unjudged else verified)
     data = {
         "verdict": "inconclusive" if unjudged else "right",

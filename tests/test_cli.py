@@ -155,6 +155,9 @@ def test_verify_holds_each_pass_to_its_contract(run):
 def test_verify_says_when_nothing_was_judged_numerically(run):
     code, out, _ = run("verify", "after.txt", "--numeric", "--no-cleanups")
     assert code == 0 and "nothing was judged numerically" in out.splitlines()[-1]
+    assert "give --passes P, or a network as written" in out.splitlines()[-1]
+    _, out, _ = run("verify", "net.gw", "--numeric", "--passes", "fold-batch-norm")
+    assert out.splitlines()[-1] == "verified; nothing was judged numerically, as no pass changed the program"
 
 
 def test_verify_without_passes_checks_the_program_alone(run):
