@@ -41,8 +41,8 @@ def compare(a: Program, b: Program) -> "Difference":
 class Summary:
     """How many calls and weights changed. A region itself and what picks its results are no calls here.
 
-    `moved`: calls that stand in another region, or in one instead of none (`moved_and_changed` of them are otherwise changed
-    too); `moved_out`: calls that stood in a region and stand in none; `regions`: how many regions took calls in. `changed`: calls
+    `moved`: calls that stand in another region, or in one instead of none; `moved_out`: those that stood in a region and stand in
+    none; `.._and_changed`: those of them that are otherwise changed too. `regions`: how many regions took calls in. `changed`: calls
     where they were, but with another operation, arguments, type or user line. `reordered`: the same calls, earlier or later.
     `other_lines`: what else differs, such as inputs, symbols, schedules, the pipeline and regions as such.
     """
@@ -52,6 +52,7 @@ class Summary:
     moved: int
     moved_and_changed: int
     moved_out: int
+    moved_out_and_changed: int
     regions: int
     removed: int
     added: int
@@ -67,9 +68,9 @@ class Summary:
 
     def __str__(self) -> str:
         moved = f"{_calls(self.moved)} moved into {self.regions} region{'' if self.regions == 1 else 's'}" if self.moved else ""
-        if self.moved_and_changed:
-            moved += f" ({self.moved_and_changed} of them changed)"
+        moved += f" ({self.moved_and_changed} of them changed)" if self.moved_and_changed else ""
         out = f"{_calls(self.moved_out)} moved out of regions" if self.moved_out else ""
+        out += f" ({self.moved_out_and_changed} of them changed)" if self.moved_out_and_changed else ""
         counts = [(self.removed, "removed"), (self.added, "added"), (self.changed, "changed"), (self.reordered, "reordered")]
         done = [f"{count} {what}" for count, what in counts if count]
         if done and not (moved or out):
@@ -78,7 +79,7 @@ class Summary:
         tables = ", ".join(f"{count} {what}" for count, what in weights if count)
         parts = [", ".join(part for part in (moved, out, *done) if part), f"weights: {tables}" if tables else ""]
         text = "; ".join(part for part in parts if part)
-        return text or f"no call or weight changed; {self.other_lines} other line{'' if self.other_lines == 1 else 's'} differ"
+        return text or f"no call or weight changed; {self.other_lines} other {'line differs' if self.other_lines == 1 else 'lines differ'}"
 
 
 def _calls(count: int) -> str:
@@ -121,6 +122,7 @@ class Difference:
             moved=len(within),
             moved_and_changed=sum(j in changed for j in within),
             moved_out=len(moved) - len(within),
+            moved_out_and_changed=sum(j in changed for j in moved) - sum(j in changed for j in within),
             regions=len({after.lines[j].region for j in within}),
             removed=sum(i not in taken for i in mine),
             added=len(theirs) - len(kept),

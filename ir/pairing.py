@@ -297,11 +297,20 @@ class _Comparison:
         return self._same_type(i, j) and self._same_arguments(i, j) and self._same_comment(i, j)
 
     def _same_type(self, i: int, j: int) -> bool:
-        """Equal types; at the border of a region a type becomes that of a slice."""
+        """Equal types; in one region alone, or in one of slices of another length, a type is that of a slice."""
         mine, theirs = self.before.lines[i], self.after.lines[j]
         if theirs.kind == "return" or (mine.region is None) != (theirs.region is None):
             return True
-        return self.before.type(i) == self.after.type(j)
+        return self.before.type(i) == self.after.type(j) or (theirs.kind == "call" and self._cut_otherwise(mine.region, theirs.region))
+
+    def _cut_otherwise(self, mine: fx.Node | None, theirs: fx.Node | None) -> bool:
+        """Whether a region around the lines is cut along other dims, or into another count of slices, than its partner."""
+        while mine is not None and theirs is not None:
+            i, j = self.before.index[mine], self.after.index[theirs]
+            if self.before.arguments(i)[0] != self.after.arguments(j)[0]:
+                return True
+            mine, theirs = self.before.lines[i].region, self.after.lines[j].region
+        return False
 
     def _same_arguments(self, i: int, j: int) -> bool:
         (mine, values), (theirs, others) = self.before.arguments(i), self.after.arguments(j)

@@ -137,15 +137,15 @@ def test_diff_finds_no_difference_between_a_program_and_itself(run):
 @needs_diff
 def test_diff_finds_a_difference_and_says_so_by_its_exit_code(run):
     code, out, _ = run("diff", "before.txt", "after.txt")
-    assert code == 1 and out.startswith("1 call removed\n") and "\n@@ -" in out and "\x1b" not in out
+    assert code == 1 and out.startswith("2 calls removed\n") and "\n@@ -" in out and "\x1b" not in out
 
 
 @needs_diff
 def test_diff_as_json(run):
     code, out, _ = run("diff", "before.txt", "after.txt", "--json")
     data = json.loads(out)
-    assert code == 1 and data["equal"] is False and data["diff"].startswith("1 call removed\n")
-    assert data["summary"]["removed"] == 1 and not any(data["summary"][key] for key in ("moved", "added", "changed", "reordered"))
+    assert code == 1 and data["equal"] is False and data["diff"].startswith("2 calls removed\n")
+    assert data["summary"]["removed"] == 2 and not any(data["summary"][key] for key in ("moved", "added", "changed", "reordered"))
 
 
 def test_verify_holds_each_pass_to_its_contract(run):

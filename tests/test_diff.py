@@ -103,6 +103,15 @@ def test_calls_that_left_a_region_are_shown_where_they_are_now(geglu: gw.Program
     assert "-     input %1 : f32[64, 8]  <@proj.weight>" in body(text)
 
 
+def test_other_slices_of_a_region_are_a_change_of_the_region_and_its_inputs(geglu: gw.Program) -> None:
+    first, second = (rewritten(geglu, f"slice-groups{{max_slices={count},memory_budget=25%}}") for count in (2, 4))
+    summary, text = compare(first, second).summary, gw.diff(first, second)
+    assert (summary.moved, summary.changed, summary.added, summary.removed) == (0, 0, 0, 0)
+    assert text.startswith("no call or weight changed; ") and "count=2" in text and "count=4" in text
+    assert "+     input %0 : f32[16, 8]" in body(text) and not any("gelu" in line for line in body(text))
+    assert_whole(first, second)
+
+
 def test_a_view_whose_sizes_became_those_of_a_slice_is_beside_its_original() -> None:
     module, args, kwargs = gw.models.load("video_unet", "tiny")
     history = PassManager("share-subexpressions,slice-groups{memory_budget=25%}").run(gw.capture(module, args, kwargs)).history
