@@ -173,7 +173,10 @@ class Difference:
         pairing, line = self.pairing, self.pairing.after.lines[j]
         i = pairing.partner.get(j, -1)
         if i < 0:
-            yield _Row("+", _shown_alone(pairing.after, j), after=j)
+            text, copied = _shown_alone(pairing.after, j), pairing.copies.get(j)
+            if copied is not None:
+                text = _noted(text, f"again {pairing.after.written(pairing.after.call(copied))}")
+            yield _Row("+", text, after=j)
         elif j in pairing.changed:
             yield _Row("-", pairing.before.lines[i].text, before=i)
             yield _Row("+", line.text, after=j)

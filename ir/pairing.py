@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from .calls import GETITEM, name_of
+from .calls import GETITEM, draws, name_of
 from .printer import Line, literal, program_lines, weight_name
 from .program import Program, region_of
 from .region import Region
@@ -123,7 +123,8 @@ def _is_region_call(line: Line) -> bool:
 class Pairing:
     """`partner`: line of `after` -> line of `before`. `changed`: those of `after` that say another thing than their partner.
 
-    `now`: call of `before` that has no partner -> what its users read instead, as `after` writes it.
+    `now`: call of `before` that has no partner -> what its users read instead, as `after` writes it. `copies`: call of `after` that has
+    no partner -> another line of `after` that computes the same.
     """
 
     before: Text
@@ -131,6 +132,7 @@ class Pairing:
     partner: dict[int, int]
     changed: frozenset[int]
     now: dict[int, str]
+    copies: dict[int, int]
 
     def moved(self, index: int) -> bool:
         """Whether a call of `after` stands in another region than its partner, or only one of them in a region."""
@@ -147,8 +149,8 @@ def pair(a: Program, b: Program) -> Pairing:
     _pair_equal(partner, _named(before), _named(after))
     _pair_calls(partner, before, after)
     _pair_regions(partner, before, after)
-    changed, now = _changes(partner, before, after)
-    return Pairing(before, after, partner, changed, now)
+    changed, now, copies = _changes(partner, before, after)
+    return Pairing(before, after, partner, changed, now, copies)
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------------
@@ -266,19 +268,25 @@ def _plumbing(text: Text, region: Any) -> Iterable[tuple[Hashable, int]]:
 # --- changes ---------------------------------------------------------------------------------------------------------------
 
 
-def _changes(partner: dict[int, int], before: Text, after: Text) -> tuple[frozenset[int], dict[int, str]]:
-    """Lines that say another thing than their partner, and what the users of each call without partner read instead."""
+def _changes(partner: dict[int, int], before: Text, after: Text) -> tuple[frozenset[int], dict[int, str], dict[int, int]]:
+    """Lines that say another thing than their partner, what the users of each call without partner read instead, and copies."""
     comparison = _Comparison(partner, before, after)
-    changed = frozenset(j for j in sorted(partner) if not comparison.is_same(partner[j], j))
+    changed = set[int]()
+    for j in range(len(after.lines)):
+        if j not in partner:
+            comparison.note_copy(j)
+        elif not comparison.is_same(partner[j], j):
+            changed.add(j)
     now = {i: weight_name(read) if isinstance(read, str) else after.written(after.call(read)) for i, read in comparison.reads.items()}
-    return changed, now
+    return frozenset(changed), now, comparison.copies
 
 
 class _Comparison:
     """Compares lines with their partners, in order.
 
     Where a call went away, that its users read another value is no change of theirs, if all of them read the same: `reads`. That a
-    call descends from what went away too, or no longer from what is a call of its own now, is none either.
+    call descends from what went away too, or no longer from what is a call of its own now, is none either. And a copy of a call, such
+    as a region makes to have all it needs, has the same value: `copies`, line of `after` -> the line with that value.
     """
 
     def __init__(self, partner: dict[int, int], before: Text, after: Text):
@@ -286,9 +294,24 @@ class _Comparison:
         self.after = after
         self.there = {i: j for j, i in partner.items()}
         self.reads: dict[int, int | str] = {}
+        self.copies: dict[int, int] = {}
         mine, theirs = _unpaired(partner, before.calls(), after.calls())
+        self.copied = {self._descent(before, i): i for i in reversed(before.calls()) if i in self.there}
         self.gone = {origin for i in mine for origin in before.origin(i)}
         self.new = {origin for j in theirs for origin in after.origin(j)}
+
+    @staticmethod
+    def _descent(text: Text, i: int) -> Hashable:
+        return text.lines[i].function, text.origin(i), text.where(i), text.call(i).target, text.arguments(i)[0]
+
+    def note_copy(self, j: int) -> None:
+        """Notes whether line j, which has no partner, does what a call that has one did."""
+        line = self.after.lines[j]
+        if line.kind != "call" or is_plumbing(line) or not self.after.origin(j) or draws(line.node):
+            return
+        i = self.copied.get(self._descent(self.after, j))
+        if i is not None and self._same_arguments(i, j):
+            self.copies[j] = self.there[i]
 
     def is_same(self, i: int, j: int) -> bool:
         mine, theirs = self.before.lines[i], self.after.lines[j]
@@ -319,6 +342,7 @@ class _Comparison:
         found: dict[int, int | str] = {}
         for value, other in zip(values, others, strict=True):
             a, b = _identity(self.before, value), _identity(self.after, other)
+            b = self.copies.get(b, b) if isinstance(b, int) else b
             if isinstance(a, str) or a in self.there:
                 if b != (a if isinstance(a, str) else self.there[a]):
                     return False

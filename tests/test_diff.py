@@ -113,19 +113,20 @@ def test_other_slices_of_a_region_are_a_change_of_the_region_and_its_inputs(gegl
 
 
 def test_a_view_whose_sizes_became_those_of_a_slice_is_beside_its_original() -> None:
-    module, args, kwargs = gw.models.load("video_unet", "tiny")
+    module, args, kwargs = gw.models.load("dit", "tiny")
     history = PassManager("share-subexpressions,slice-groups{memory_budget=25%}").run(gw.capture(module, args, kwargs)).history
     difference = compare(history[0], history[-1])
     rows, summary = difference.rows, difference.summary
-    views = [i for i, row in enumerate(rows) if row.marker == "-" and "aten.view" in row.text]
+    views = [i for i, row in enumerate(rows) if row.marker == "-" and "view" in row.text]
     assert views and all("aten.reshape" in rows[i + 1].text and rows[i + 1].marker == "+" for i in views)
     origin = re.compile(r"# (\[\d+\]) ")
     assert all(origin.findall(rows[i].text) == origin.findall(rows[i + 1].text) for i in views)
-    assert (len(views), 0) == (summary.moved_and_changed, summary.changed) and summary.moved > 300 and summary.reordered == 0
-    assert gw.diff(history[0], history[-1]).count("\n") < 900  # of 2,400 lines in both
-    for first in history:
-        for second in history:
-            assert_whole(first, second)
+    assert (len(views), 0) == (summary.moved_and_changed, summary.changed) and summary.moved > 50 and summary.reordered == 0
+    assert gw.diff(history[0], history[-1]).count("\n") < 200  # of 389 lines in both
+    copies = [row.text for row in rows if row.marker == "+" and "<again %" in row.text]
+    assert len(copies) == summary.added and all("aten.split" in text for text in copies)
+    assert_whole(history[0], history[-1])
+    assert_whole(history[-1], history[0])
 
 
 def test_what_was_folded_is_beside_what_it_was_folded_into() -> None:
