@@ -9,7 +9,7 @@ from typing import Any
 from ..compiler import compile as compile_model
 from ..ir import Program
 from ..ir import verify as verify_program
-from ..ir.diff import diff as diff_text
+from ..ir.diff import compare
 from ..ir.errors import ContractError, GraphwrightError, VerifyError
 from ..passes import CLEANUPS, Pass, PassManager, PassReport, parse_pipeline
 from ..passes.manager import UNCHANGED
@@ -98,9 +98,11 @@ def dump(options: argparse.Namespace) -> Result:
 
 def diff(options: argparse.Namespace) -> Result:
     a, b = (program_of(load(spec, options.trusted), options.trusted) for spec in (options.a, options.b))
-    plain = diff_text(a, b)
+    difference = compare(a, b)
+    plain = difference.text()
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and not options.json
-    return Result(diff_text(a, b, color=True) if color else plain, {"equal": not plain, "diff": plain}, FOUND if plain else OK)
+    data = {"equal": not plain, "summary": difference.summary.as_dict(), "diff": plain}
+    return Result(difference.text(color=True) if color else plain, data, FOUND if plain else OK)
 
 
 def verify(options: argparse.Namespace) -> Result:
@@ -124,7 +126,10 @@ def verify(options: argparse.Namespace) -> Result:
     unjudged = [each.spelling for each in result.reports if each.verdict is not None and each.verdict.kind != "right"]
     lines = ["program: structure right", *map(_verdict_line, result.reports)]
     judged = any(each.verdict is not None and each.verdict.reason != UNCHANGED for each in result.reports)
-    verified = "verified" if judged or not options.numeric else "verified; nothing was judged numerically, as no pass changed the program"
+    verified = "verified"
+    if options.numeric and not judged:
+        advice = "" if options.passes else "; give --passes P, or a network as written (a zoo name or module:factory)"
+        verified += f"; nothing was judged numerically, as no pass changed the program{advice}"
     lines.append(f"not verified: inconclusive after {', '.join(unjudged)}" if unjudged else verified)
     data = {
         "verdict": "inconclusive" if unjudged else "right",

@@ -6,6 +6,7 @@ Equal programs print equal bytes. The grammar is in the parser's docstring.
 import json
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,24 +23,46 @@ VERSION = 1
 PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of a program's text and what it prints: `node` of `function`, and the region call in whose body it stands.
+
+    `kind` is head, symbol, weight, blank, function, takes, gives, input, call, return, close (of a region), end (of a function),
+    schedule or pipeline. `name` is that of the symbol, weight, function or schedule.
+    """
+
+    text: str
+    kind: str
+    name: str = ""
+    node: fx.Node | None = None
+    function: str = ""
+    region: fx.Node | None = None
+
+
 def print_program(program: Program) -> str:
     """The text of `program`. `gw.parse` reads it back to an equal program."""
-    lines = [f"graphwright {VERSION}"]
-    lines += [_symbol_line(symbol) for symbol in program.symbols]
-    lines += [_weight_line(weight, program.symbols) for weight in program.weights.values()]
+    return "\n".join(line.text for line in program_lines(program)) + "\n"
+
+
+def program_lines(program: Program) -> list[Line]:
+    """The text of `program`, line by line."""
+    lines = [Line(f"graphwright {VERSION}", "head")]
+    lines += [Line(_symbol_line(symbol), "symbol", symbol.name) for symbol in program.symbols]
+    lines += [Line(_weight_line(weight, program.symbols), "weight", weight.name) for weight in program.weights.values()]
     for function in program.functions.values():
-        lines += ["", *_FunctionPrinter(function, program.symbols).lines()]
-    lines += [f"\nschedule {_quoted_name(name)} = {json.dumps(data, sort_keys=True)}" for name, data in sorted(program.schedules.items())]
+        lines += [Line("", "blank", function=function.name), *_FunctionPrinter(function, program.symbols).lines()]
+    for name, data in sorted(program.schedules.items()):
+        text = f"schedule {_quoted_name(name)} = {json.dumps(data, sort_keys=True)}"
+        lines += [Line("", "blank", name), Line(text, "schedule", name)]
     if program.history:
-        lines += ["", *(f"pipeline {json.dumps(stage.pipeline)}" for stage in program.history)]
-    return "\n".join(lines) + "\n"
+        lines += [Line("", "blank"), *(Line(f"pipeline {json.dumps(stage.pipeline)}", "pipeline") for stage in program.history)]
+    return lines
 
 
 def node_lines(function: Function, symbols: SymbolTable) -> dict[fx.Node, str]:
     """Each top-level node of `function` with the line that prints it (a region's body is left out)."""
-    printer = _FunctionPrinter(function, symbols)
-    printer.lines()
-    return printer.line_of
+    lines = _FunctionPrinter(function, symbols).lines()
+    return {line.node: line.text for line in lines if line.node is not None and line.region is None and line.kind != "close"}
 
 
 def named_values(function: Function, symbols: SymbolTable) -> dict[str, fx.Node]:
@@ -87,29 +110,27 @@ class _FunctionPrinter:
         self.function = function
         self.symbols = symbols
         self.names: dict[fx.Node, str] = {}
-        self.line_of: dict[fx.Node, str] = {}
         self.counter = 0
 
-    def lines(self) -> list[str]:
+    def lines(self) -> list[Line]:
         function = self.function
-        head = f"function {function.name}"
-        body: list[str] = []
+        body: list[Line] = []
         for node in function.graph.nodes:
             if node.op == "placeholder":
                 self.names[node] = self._argument_name(node)
-                body.append(self._record(node, f"  {node.meta.get('role', 'input')} {self._argument(node)}"))
+                body.append(self._line(f"  {node.meta.get('role', 'input')} {self._argument(node)}", "input", node))
             elif node.op == "get_attr":
                 self.names[node] = weight_name(node.target)
             elif node.op == "call_function":
-                body += self._call(node, "  ")
+                body += self._call(node, "  ", None)
             else:
-                body.append(self._record(node, self._return(node)))
-        trees = [f"  takes {tree_text(function.in_tree)}", f"  gives {tree_text(function.out_tree)}"]
-        return [f"{head} {{", *trees, *body, "}"]
+                body.append(self._line(self._return(node), "return", node))
+        takes = self._line(f"  takes {tree_text(function.in_tree)}", "takes")
+        gives = self._line(f"  gives {tree_text(function.out_tree)}", "gives")
+        return [self._line(f"function {function.name} {{", "function"), takes, gives, *body, self._line("}", "end")]
 
-    def _record(self, node: fx.Node, line: str) -> str:
-        self.line_of[node] = line
-        return line
+    def _line(self, text: str, kind: str, node: fx.Node | None = None, region: fx.Node | None = None) -> Line:
+        return Line(text, kind, self.function.name if node is None else "", node, self.function.name, region)
 
     def _argument_name(self, node: fx.Node) -> str:
         return "%" + _quoted_name(str(node.target))
@@ -125,32 +146,34 @@ class _FunctionPrinter:
         self.counter += 1
         return self.names[node]
 
-    def _call(self, node: fx.Node, indent: str) -> list[str]:
+    def _call(self, node: fx.Node, indent: str, inside: fx.Node | None) -> list[Line]:
         region = region_of(node)
         if region is None:
             arguments = ", ".join([*map(self.literal, node.args), *(f"{k}={self.literal(v)}" for k, v in node.kwargs.items())])
             text = f"{name_of(node.target)}({arguments}) : {type_text(node.meta['val'], self.symbols)}{_comment(node)}"
-            return [self._record(node, f"{indent}{self._fresh(node)} = {text}")]
+            return [self._line(f"{indent}{self._fresh(node)} = {text}", "call", node, inside)]
         _, in_dims, out_dims, count, *operands = node.args
         attributes = f"in_dims={self.literal(in_dims)} out_dims={self.literal(out_dims)} count={self.literal(count)}"
         for name in ("units", "orders"):
             if node.kwargs.get(name) is not None:
                 attributes += f" {name}={self.literal(node.kwargs[name])}"
-        body = self._region(region, indent + "  ")
+        body = self._region(node, region, indent + "  ")
         type_ = type_text(node.meta["val"], self.symbols)
         head = f"gw.sliced({', '.join(map(self.literal, operands))}) {attributes} : {type_} {{{_comment(node)}"
-        return [self._record(node, f"{indent}{self._fresh(node)} = {head}"), *body, f"{indent}}}"]
+        first = self._line(f"{indent}{self._fresh(node)} = {head}", "call", node, inside)
+        return [first, *body, self._line(f"{indent}}}", "close", node, inside)]
 
-    def _region(self, region: Region, indent: str) -> list[str]:
-        lines = []
+    def _region(self, call: fx.Node, region: Region, indent: str) -> list[Line]:
+        lines: list[Line] = []
         for node in region.graph.nodes:
             if node.op == "placeholder":
                 self._fresh(node)
-                lines.append(f"{indent}input {self.names[node]} : {type_text(node.meta['val'], self.symbols)}")
+                text = f"{indent}input {self.names[node]} : {type_text(node.meta['val'], self.symbols)}"
+                lines.append(self._line(text, "input", node, call))
             elif node.op == "call_function":
-                lines += self._call(node, indent)
+                lines += self._call(node, indent, call)
             else:
-                lines.append(f"{indent}return {', '.join(map(self.literal, node.args[0]))}")
+                lines.append(self._line(f"{indent}return {', '.join(map(self.literal, node.args[0]))}", "return", node, call))
         return lines
 
     def _return(self, node: fx.Node) -> str:

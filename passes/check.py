@@ -17,6 +17,7 @@ from ..ir.calls import draws
 from ..ir.errors import GraphwrightError, InputError
 from ..ir.float64 import NoFloat64, Widening, widened
 from ..ir.run import run
+from .inputs import random_inputs
 from .verdict import Comparison, Verdict, distance, worst_of
 
 NOISE_RUNS = 3
@@ -41,10 +42,20 @@ class _Values:
     aliases: dict[str, frozenset[str]]
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """The candidate judged last, with its runs."""
+
+    program: Program
+    own: _Values
+    wide_program: Program | None = None
+    float64: _Values | None = None
+
+
 class Reference:
     """A program on given inputs: its outputs, those of its float64 program, and its noise, each computed once when first asked for.
 
-    Many candidates can be judged against it.
+    Many candidates can be judged against it. The runs of the one judged last are kept until `forget` or `followed_by`.
     """
 
     def __init__(self, program: Program, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None):
@@ -52,6 +63,33 @@ class Reference:
         self.inputs = list(inputs)
         self.states = dict(states or {})
         self._widening = Widening()
+        self._judged: _Judged | None = None
+        self._others: dict[int, Reference] = {}
+
+    def on_other_inputs(self, seed: int) -> "Reference":
+        """The same program on inputs made up from `seed`; made once for each seed."""
+        if seed not in self._others:
+            self._others[seed] = Reference(self.program, random_inputs(self.program, seed))
+        return self._others[seed]
+
+    def followed_by(self, candidate: Program, inputs: Sequence[Any] | None = None) -> "Reference":
+        """A reference that holds `candidate` on `inputs` (made up from its signature when None); runs made here are not made again."""
+        judged = self._judged
+        following = Reference(candidate, random_inputs(candidate) if inputs is None else inputs, self.states)
+        if judged is None or judged.program is not candidate or not _same_values(following.inputs, self.inputs):
+            return following
+        following.inputs = self.inputs  # the outputs may lie in their memory
+        following._widening = self._widening
+        following.__dict__["own"] = judged.own
+        if judged.float64 is not None:
+            following.__dict__["_wide_program"], following.__dict__["float64"] = judged.wide_program, judged.float64
+        return following
+
+    def forget(self) -> None:
+        """Lets go of the outputs of the candidate judged last."""
+        self._judged = None
+        for other in self._others.values():
+            other.forget()
 
     def judge_exact(self, candidate: Program) -> Verdict:
         """The verdict of the exact contract on `candidate`."""
@@ -62,7 +100,7 @@ class Reference:
         if structure.fails:
             return structure
         try:
-            wide = self._run(self._widening.program(candidate), *self._wide_arguments())
+            wide = self._run_candidate_wide(candidate)
             expected, noise64, noise = self.float64, self.noise64, self.noise
         except NoFloat64 as error:
             return Verdict("inconclusive", str(error))
@@ -154,12 +192,22 @@ class Reference:
 
     def _run_candidate(self, candidate: Program) -> _Values | Verdict:
         self.own  # noqa: B018  inputs that the original itself refuses are an InputError, not a verdict
+        self._judged = None
         try:
-            return self._run(candidate)
+            values = self._run(candidate)
         except GraphwrightError:
             raise
         except Exception as error:
             return Verdict("wrong", f"the rewritten program fails to run: {type(error).__name__}: {error}")
+        self._judged = _Judged(candidate, values)
+        return values
+
+    def _run_candidate_wide(self, candidate: Program) -> _Values:
+        wide_program = self._widening.program(candidate)
+        values = self._run(wide_program, *self._wide_arguments())
+        if self._judged is not None:
+            self._judged = replace(self._judged, wide_program=wide_program, float64=values)
+        return values
 
     def _run(
         self,
@@ -209,6 +257,17 @@ class _Perturbation:
 
 def _wide(value: Any) -> Any:
     return value.to(widened(value.dtype)) if isinstance(value, torch.Tensor) else value
+
+
+def _same_values(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(a is b or _same_value(a, b) for a, b in zip(some, others, strict=True))
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b)
+    same_type = (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
+    return same_type and torch.equal(a, b)
 
 
 # --- structure -------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """Runs a pipeline: each pass on a copy, the verifier after each, and on demand the numeric check of each pass's contract.
 
-When the check fails, fuel finds the first rewrite that breaks: the pass runs again with fuel for half as many rewrites, and so on.
+The check costs far more than the passes, so it comes when all of them ran and are structurally right. When it fails, fuel finds the
+first rewrite that breaks: the pass runs again with fuel for half as many rewrites, and so on.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from ..ir import Fuel, OutOfFuel, Program, Rewriter, RewriteRecord, Stage, verify
@@ -69,11 +71,12 @@ class PassManager:
     """Runs `passes` (objects, names, or one pipeline text) in order.
 
     Args:
-        verify: "structure" holds the verifier's rules after each pass; "numeric" also holds each pass to its contract.
+        verify: "structure" holds the verifier's rules after each pass; "numeric" also, when all ran, each pass to its contract.
         inputs: example inputs for "numeric", one for each leaf of main's inputs; made up from the signature when None.
         fuel: how many rewrites may happen over all passes; when it is spent the pipeline ends there.
         checked: every rule must change the program exactly when it says so. Expensive.
-        progress: called as progress(passes done, passes in all, name of the next).
+        progress: called as progress(passes done, passes in all, name of the next). With "numeric" a pass is done when it is checked,
+            and while that goes on the name is "checking NAME".
 
     Raises:
         PassError: the pipeline does not parse, or stands in a wrong order.
@@ -114,29 +117,23 @@ class PassManager:
         """
         check_facts(self.passes, program)
         verify(program)
+        reference = self._reference(program) if self.numeric else None
         history, reports = [program], []
-        reference = self._reference(program)
         for index, each in enumerate(self.passes):
-            if self.progress is not None:
-                self.progress(index, len(self.passes), each.name)
+            self._tell(0 if self.numeric else index, each.name)
             after, report = self._run_pass(index, history[-1], self.fuel)
-            if reference is not None:
-                report = replace(report, verdict=self._hold_to_contract(index, reference, history[-1], after, report))
             history.append(after)
             reports.append(report)
             if report.out_of_fuel:
                 break
-            if reference is not None and each.contract not in (Contract.EXACT, Contract.POLICY):
-                reference = self._reference(after)
-        if self.progress is not None:
-            self.progress(len(self.passes), len(self.passes), "")
+        if reference is not None:
+            reports = self._hold_to_contracts(reference, history, reports)
+        self._tell(len(self.passes), "")
         return PipelineResult(history[-1], tuple(history), tuple(reports), Contract.weakest(report.contract for report in reports))
 
-    def _reference(self, program: Program) -> Reference | None:
-        """What the next passes are measured against: the captured program, or what the last inexact pass made of it."""
-        if not self.numeric:
-            return None
-        return Reference(program, random_inputs(program) if self.inputs is None else self.inputs)
+    def _tell(self, done: int, name: str) -> None:
+        if self.progress is not None:
+            self.progress(done, len(self.passes), name)
 
     def _run_pass(self, index: int, source: Program, fuel: Fuel) -> tuple[Program, PassReport]:
         each, program = self.passes[index], source.copy()
@@ -188,6 +185,21 @@ class PassManager:
 
     # --- the numeric check ---
 
+    def _reference(self, program: Program) -> Reference:
+        return Reference(program, random_inputs(program) if self.inputs is None else self.inputs)
+
+    def _hold_to_contracts(self, reference: Reference, history: Sequence[Program], reports: Sequence[PassReport]) -> list[PassReport]:
+        """The reports with verdicts. A pass is measured against the captured program, or what the last inexact pass made of it."""
+        judged = []
+        for index, (report, (before, after)) in enumerate(zip(reports, pairwise(history), strict=True)):
+            self._tell(index, f"checking {self.passes[index].name}")
+            verdict = self._hold_to_contract(index, reference, before, after, report)
+            judged.append(replace(report, verdict=verdict))
+            if report.contract not in (Contract.EXACT, Contract.POLICY) and verdict.reason != UNCHANGED:
+                reference = reference.followed_by(after, self.inputs)
+            reference.forget()
+        return judged
+
     def _hold_to_contract(self, index: int, reference: Reference, before: Program, after: Program, report: PassReport) -> Verdict:
         each = self.passes[index]
         if not report.records and _content(before) == _content(after):
@@ -203,11 +215,11 @@ class PassManager:
 
     def _judge(self, each: Pass, reference: Reference, after: Program) -> tuple[Verdict, Reference]:
         """The verdict, on other inputs where the first are too ill-conditioned, and the reference that gave it."""
-        verdict = each.check(reference, after)
+        first, verdict = reference, each.check(reference, after)
         for seed in range(1, _RETRIES):
             if verdict.kind != "inconclusive":
                 break
-            other = Reference(reference.program, random_inputs(reference.program, seed))
+            other = first.on_other_inputs(seed)
             try:
                 verdict, reference = each.check(other, after), other
             except InputError:

@@ -137,13 +137,15 @@ def test_diff_finds_no_difference_between_a_program_and_itself(run):
 @needs_diff
 def test_diff_finds_a_difference_and_says_so_by_its_exit_code(run):
     code, out, _ = run("diff", "before.txt", "after.txt")
-    assert code == 1 and out.startswith("@@") and "\x1b" not in out
+    assert code == 1 and out.startswith("2 calls removed\n") and "\n@@ -" in out and "\x1b" not in out
 
 
 @needs_diff
 def test_diff_as_json(run):
     code, out, _ = run("diff", "before.txt", "after.txt", "--json")
-    assert code == 1 and json.loads(out)["equal"] is False
+    data = json.loads(out)
+    assert code == 1 and data["equal"] is False and data["diff"].startswith("2 calls removed\n")
+    assert data["summary"]["removed"] == 2 and not any(data["summary"][key] for key in ("moved", "added", "changed", "reordered"))
 
 
 def test_verify_holds_each_pass_to_its_contract(run):
@@ -155,6 +157,9 @@ def test_verify_holds_each_pass_to_its_contract(run):
 def test_verify_says_when_nothing_was_judged_numerically(run):
     code, out, _ = run("verify", "after.txt", "--numeric", "--no-cleanups")
     assert code == 0 and "nothing was judged numerically" in out.splitlines()[-1]
+    assert "give --passes P, or a network as written" in out.splitlines()[-1]
+    _, out, _ = run("verify", "net.gw", "--numeric", "--passes", "fold-batch-norm")
+    assert out.splitlines()[-1] == "verified; nothing was judged numerically, as no pass changed the program"
 
 
 def test_verify_without_passes_checks_the_program_alone(run):

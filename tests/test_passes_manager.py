@@ -1,7 +1,7 @@
 """The manager: verifies after each pass, blames by name, stops when fuel is spent, and bisects a broken contract to its rewrite."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -370,3 +370,84 @@ def test_a_pass_that_returns_nothing_is_named():
 
     with pytest.raises(PassError, match=r"^pass forgetful returned None from run: return an Outcome, such as Outcome\(\)"):
         PassManager([Forgetful()]).run(capture(torch.nn.ReLU(), (torch.randn(2),)))
+
+
+# --- the order of the numeric check, and what it runs ---
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Each unperturbed run of the check as it is made: (id of the program's text, whether in float64)."""
+    from graphwright.passes import check
+
+    made: list[tuple[int, bool]] = []
+    run = check.run
+
+    def counted(program: Program, inputs, *, states=None, observe=None):
+        if observe is None:
+            made.append((hash(str(program)), any(w.dtype == torch.float64 for w in program.weights.values())))
+        return run(program, inputs, states=states, observe=observe)
+
+    monkeypatch.setattr(check, "run", counted)
+    return made
+
+
+def test_a_pass_that_fails_is_told_before_anything_is_run(program: Program, runs: list) -> None:
+    with pytest.raises(PassError, match="pass failing .* failed: TypeError: 'x'"):
+        PassManager([CommuteAdd(), SpellLinear(), failing(TypeError("'x'"))], verify="numeric").run(program)
+    assert runs == []
+
+
+def test_a_pass_that_fails_is_told_before_an_earlier_one_that_breaks_its_contract(program: Program) -> None:
+    with pytest.raises(PassError, match=r"pass failing \(after swap-operands\) failed"):
+        PassManager([SwapOperands(), failing(TypeError("x"))], verify="numeric").run(program)
+
+
+def test_of_two_passes_that_break_their_contract_the_first_is_named(program: Program) -> None:
+    with pytest.raises(ContractError, match="pass spell-linear breaks its contract .* rewrite 3 of 4"):
+        PassManager([CommuteAdd(), SpellLinear(3), ChangeEps()], verify="numeric").run(program)
+    with pytest.raises(ContractError, match="pass change-eps breaks its contract .* rewrite 1 of 1"):
+        PassManager([CommuteAdd(), ChangeEps(), SpellLinear(3)], verify="numeric").run(program)
+
+
+def test_each_program_is_run_once_in_each_precision(program: Program, runs: list) -> None:
+    exact_rule = changing(Contract.SUBSTITUTION, lambda reference, after: replace(reference.judge_exact(after), kind="right"))
+    idle = EachCall()
+    PassManager([SpellLinear(), idle, exact_rule, CommuteAdd(), idle], verify="numeric").run(program)
+    assert len(runs) == len(set(runs)) == 2 * 4  # the captured one and three that changed
+
+
+def test_other_inputs_are_tried_with_one_run_of_the_original(program: Program, runs: list) -> None:
+    @dataclass(frozen=True)
+    class Unsure(SpellLinear):
+        def check(self, reference: Reference, after: Program) -> Verdict:
+            return replace(super().check(reference, after), kind="inconclusive")
+
+    @dataclass(frozen=True)
+    class UnsureAdd(CommuteAdd):
+        def check(self, reference: Reference, after: Program) -> Verdict:
+            return replace(super().check(reference, after), kind="inconclusive")
+
+    PassManager([UnsureAdd(), Unsure()], verify="numeric").run(program)
+    captured = [made for made in runs if made[0] == hash(str(program))]
+    assert len(captured) == 3  # one on each of the three sets of inputs
+
+
+def test_the_outputs_of_a_judged_program_are_let_go(program: Program) -> None:
+    held: list[Reference] = []
+
+    @dataclass(frozen=True)
+    class Watched(CommuteAdd):
+        def check(self, reference: Reference, after: Program) -> Verdict:
+            held.append(reference)
+            return super().check(reference, after)
+
+    PassManager([Watched()], verify="numeric").run(program)
+    assert held[0]._judged is None
+
+
+def test_progress_of_the_numeric_check_counts_passes_that_are_checked(program: Program) -> None:
+    told: list[tuple[int, int, str]] = []
+    PassManager([CommuteAdd(), SpellLinear()], verify="numeric", progress=lambda *step: told.append(step)).run(program)
+    ran = [(0, 2, "commute-add"), (0, 2, "spell-linear")]
+    assert told == [*ran, (0, 2, "checking commute-add"), (1, 2, "checking spell-linear"), (2, 2, "")]
