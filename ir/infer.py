@@ -13,8 +13,6 @@ from torch import fx
 from .region import Region
 from .symbols import SymbolTable, same_size
 
-_QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
-
 
 class InferenceError(Exception):
     """torch refuses the call for operands of these types; the message is torch's own first line."""
@@ -33,9 +31,9 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     except Exception as error:
         raise InferenceError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
     for tensor in tensors_of(value):
-        if tensor.layout != torch.strided or tensor.dtype in _QUANTIZED:
-            kind = str(tensor.dtype if tensor.dtype in _QUANTIZED else tensor.layout).removeprefix("torch.")
-            raise InferenceError(f"it gives a {kind} tensor, and the IR has strided ones of plain dtypes: convert it inside the model")
+        if tensor.layout != torch.strided:
+            kind = str(tensor.layout).removeprefix("torch.")
+            raise InferenceError(f"it gives a {kind} tensor, and the IR has strided ones: convert it inside the model")
     return tuple(value) if isinstance(value, list) else value
 
 
