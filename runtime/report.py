@@ -9,6 +9,8 @@ from ..ir.liveness import format_bytes, profile
 from ..passes import Contract
 from .memory import Measurement
 
+_TOLERANCE = 1.05  # of a measured peak over its prediction
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -23,7 +25,7 @@ class Memory:
 
 def predicted(captured: Program | None, program: Program, passes: Sequence[Any] = ()) -> Memory:
     """The liveness analysis of both programs, symbols at their hints; the floor is that of the last memory pass."""
-    floors = [report.data["floor"] for report in passes if "floor" in getattr(report, "data", {})]
+    floors = [data["floor"] for data in map(_data, passes) if "floor" in data]
     unsliced = None if captured is None else profile(captured.main).peak_bytes
     return Memory(unsliced, profile(program.main).peak_bytes, floors[-1] if floors else None)
 
@@ -55,7 +57,21 @@ class Report:
             "measured": None if self.measured is None else self.measured.peak_bytes,
         }
         known = [f"{name} {format_bytes(value)}" for name, value in figures.items() if value is not None]
-        return [f"peak memory: {'; '.join(known)}"] if known else []
+        return [f"peak memory: {'; '.join(known)}", *self._contradictions()] if known else []
+
+    def _contradictions(self) -> list[str]:
+        """One line where the measured peak is not what was planned or promised."""
+        if self.measured is None:
+            return []
+        peak, said = self.measured.peak_bytes, []
+        planned, compiled = self.memory.planned, self.memory.compiled
+        if planned and peak > _TOLERANCE * planned:
+            in_code = compiled is not None and peak <= _TOLERANCE * compiled
+            reason = "compiled code allocates more than its operations" if in_code else "a kernel's scratch is not in the model"
+            said.append(f"measured is {_ratio(peak / planned)} x the plan: {reason}")
+        budgets = [data["budget"] for data in map(_data, self.passes) if "budget" in data and data["planned"] <= data["budget"]]
+        said += [f"the budget of {format_bytes(budget)} is not met" for budget in budgets[-1:] if peak > budget]
+        return ["; ".join(said)] if said else []
 
     def _time_lines(self) -> list[str]:
         if self.measured is None or self.measured.seconds is None:
@@ -65,3 +81,12 @@ class Report:
 
 def _pass_text(report: Any) -> str:
     return "\n".join(f"  {line}" for line in str(report).splitlines())
+
+
+def _data(report: Any) -> dict[str, Any]:
+    """What a pass keeps for programs to read; the reports of a loaded model are text alone."""
+    return getattr(report, "data", {})
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 2 else f"{value:.1f}"

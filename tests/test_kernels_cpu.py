@@ -40,3 +40,27 @@ def test_a_temporal_convolution_is_conv3d_on_slices_of_any_size(rows: int, strid
 def test_other_convolutions_pass_through() -> None:
     x, weight = torch.randn(1, 2, 4, 5, 6).double(), torch.randn(3, 2, 3, 3, 3).double()
     torch.testing.assert_close(conv3d(x, weight), torch.conv3d(x, weight), **CLOSE)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (5, 3, 3), (3, 1, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "channels last"])
+def test_convolutions_of_a_video_are_conv3d(kernel: tuple[int, int, int], stride: int, layout: str) -> None:
+    x, weight, bias = torch.randn(1, 20, 5, 12, 9), torch.randn(7, 20, *kernel), torch.randn(7)
+    if layout == "strided":
+        x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    arguments = (bias, stride, [n // 2 for n in kernel])
+    y, expected = conv3d(x, weight, *arguments), torch.conv3d(x, weight, *arguments)
+    exact = torch.conv3d(x.double(), weight.double(), bias.double(), *arguments[1:])
+    # float32: sums of 1500 terms at most, near 1e-7 each way of summing.
+    assert torch.linalg.vector_norm(y - exact) <= 2e-6 * torch.linalg.vector_norm(exact)
+    assert y.shape == expected.shape
+    assert kernel == (3, 1, 1) or y.stride() == expected.stride()
+
+
+def test_convolutions_keep_to_a_user_who_turns_onednn_off() -> None:
+    x, weight = torch.randn(1, 4, 4, 6, 6), torch.randn(4, 4, 3, 3, 3)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(conv3d(x, weight), torch.conv3d(x, weight))

@@ -5,9 +5,11 @@ import torch
 
 import graphwright as gw
 from graphwright.ir.liveness import format_bytes
+from graphwright.passes.manager import PassReport
 from graphwright.runtime import prediction
 from graphwright.runtime.backend import has_cpp_compiler
-from graphwright.runtime.memory import measure_peak
+from graphwright.runtime.memory import Measurement, measure_peak
+from graphwright.runtime.report import Memory, Report
 
 KIB = 1024
 
@@ -199,3 +201,46 @@ def test_compiling_a_sliced_program_draws_no_random_numbers():
     before = torch.get_rng_state()
     gw.compile(net, [gw.SliceGroups(memory_budget="30%")], example_inputs=(x,), backend="inductor")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def report(measured, planned, *, budget=None, compiled=None):
+    passes = (
+        [] if budget is None else [PassReport("slice-groups", gw.Contract.EXACT, data={"budget": budget, "planned": planned, "floor": 0})]
+    )
+    memory = Memory(unsliced=4 * planned, planned=planned, compiled=compiled)
+    return str(Report("slice-groups", gw.Contract.EXACT, "aten", passes, memory, Measurement(measured, 0)))
+
+
+def after_the_peak(text):
+    lines = text.splitlines()
+    (place,) = [i for i, line in enumerate(lines) if line.startswith("peak memory: ")]
+    return lines[place + 1]
+
+
+def test_a_report_says_where_the_plan_was_not_kept():
+    said = "measured is 7.0 x the plan: a kernel's scratch is not in the model"
+    assert after_the_peak(report(70 * KIB, 10 * KIB)) == said
+    assert after_the_peak(report(70 * KIB, 10 * KIB, budget=12 * KIB)) == f"{said}; the budget of 12.00 KiB is not met"
+
+
+def test_a_report_says_where_a_budget_was_met_in_the_plan_only():
+    assert after_the_peak(report(103 * KIB, 100 * KIB, budget=101 * KIB)) == "the budget of 101.00 KiB is not met"
+
+
+def test_a_report_tells_compiled_code_from_kernels():
+    said = "measured is 1.20 x the plan: compiled code allocates more than its operations"
+    assert after_the_peak(report(120 * KIB, 100 * KIB, compiled=120 * KIB)) == said
+
+
+@pytest.mark.parametrize(("measured", "budget"), [(104 * KIB, None), (100 * KIB, 100 * KIB), (104 * KIB, 90 * KIB)])
+def test_a_report_whose_figures_agree_says_nothing_of_it(measured, budget):
+    assert after_the_peak(report(measured, 100 * KIB, budget=budget)).startswith("time: ")
+
+
+def test_the_scratch_of_a_kernel_without_a_rule_is_reported():
+    x = torch.randn(8, 128, 64)
+    net = torch.nn.LSTM(64, 64, batch_first=True).eval()
+    model = gw.compile(net, [gw.SliceGroups(memory_budget="512KiB")], example_inputs=(x,), backend="aten")
+    model.measure(x)
+    line = after_the_peak(str(model.report()))
+    assert line.startswith("measured is ") and line.endswith("; the budget of 512.00 KiB is not met")

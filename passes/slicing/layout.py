@@ -378,7 +378,9 @@ class Layouts:
             delta[born[key]] += nbytes
             delta[dies[key] + 1] -= nbytes
         tags = [first_tag(region.tags[member])[1] for member in region.members]
-        scratch = [self.scene.slice_scratch(member, tag, longest, units) for member, tag in zip(region.members, tags, strict=True)]
+        views = {o for m in region.members for o in self.scene.operands[m] if o not in position}
+        pairs = zip(region.members, tags, strict=True)
+        scratch = [self.scene.slice_scratch(member, tag, longest, units, views) for member, tag in pairs]
         work = np.array(scratch, dtype=np.int64)
         return int((np.cumsum(delta)[: len(position)] + work).max(initial=0))
 

@@ -3,7 +3,7 @@
 Only the order of calls changes while a plan is made; regions are laid over it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,11 +122,11 @@ class Scene:
             self._kind[key] = kind(node, tag)
         return self._kind[key]
 
-    def slice_scratch(self, node: Node, tag: Tag, length: int, units: int) -> int:
-        """Bytes beside operands and results of a call on `length` of `units` units."""
+    def slice_scratch(self, node: Node, tag: Tag, length: int, units: int, views: Collection[Node]) -> int:
+        """Bytes beside operands and results of a call on `length` of `units` units, which are views of the operands in `views`."""
         if region_of(node) is not None or not self.workspace_of[node].total:
             return self.workspace_of[node].total
-        return slice_workspace(node, tag.dim, length, units)
+        return slice_workspace(node, tag.dim, length, units, views=views)
 
     def is_dense(self, node: Node) -> bool:
         """Whether a value is one tensor that fills its storage in some order of dims, so that a region can lay it out again."""

@@ -1,0 +1,155 @@
+"""Scratch of convolutions: oneDNN's blocked copies, or the unfolded images of ATen's own kernels, and which of the two runs.
+
+`at::native::ConvParams::use_mkldnn` chooses, for float32 by sizes, as measured with torch 2.13 for one to three dims:
+
+    oneDNN  <=>  (is strided or dilated, or B >= 16, or the last two kernel sizes are not 1, or threads > 1)
+                 and (groups > 1, or the last two kernel sizes > 3, or B > 1, or the first four sizes of the input > 20480 in all)
+
+where a 1-d convolution is the 2-d one over [B, C, 1, L]. Of a video's five sizes the width does not count.
+"""
+
+from typing import Any
+
+import torch
+
+from ..program import Node
+from ..symbols import hint
+from .operands import WHOLE, Part, Workspace, is_channels_last, is_contiguous, is_one_dim, nbytes, numel, product, sizes, strides, tensor
+
+_BLOCK = 16  # channels of a block where vectors have 512 bits
+_SMALL_INPUT = 20480
+
+
+def convolution(a: dict[str, Any], node: Node, threads: int, part: Part = WHOLE) -> Workspace:
+    """The scratch of `conv1d` to `conv3d`, our own kernel of the latter included."""
+    call = _Call(a, node, part)
+    if not _is_ours(node, call):
+        return call.blocked(threads) if call.takes_onednn(threads, call.input) else call.unfolded()
+    if call.is_pointwise and call.groups == 1:
+        return Workspace(call.copied_to_flatten(2))
+    if not call.is_temporal:
+        return call.blocked(threads, holds_copy=call.input[0] > 1 or call.groups > 1)
+    call.copied = call.copied_to_flatten(3) or call.copied
+    return call.blocked(threads) if call.takes_onednn(threads, call.flat) else call.unfolded()
+
+
+def transposed_convolution(a: dict[str, Any], node: Node, threads: int, part: Part = WHOLE) -> Workspace:
+    """The scratch of `conv_transpose1d` to `conv_transpose3d`: oneDNN's result exists twice in blocks; ATen's own kernel has a
+    column [C_out / groups * prod(k)] for each place of the input, for all images, or for one video and a one for each place."""
+    call = _Call(a, node, part)
+    call.is_plain = False
+    if call.takes_onednn(threads, call.input):
+        source, weight, result = call.input_blocks, call.weight_blocks, call.result_blocks
+        moving = max(source + 2 * result - call.result_bytes, 2 * result)
+        return Workspace(moving + call.copied, weight if source + weight > call.result_bytes else 0)
+    columns = call.input_places * call.weight_sizes[1] * product(call.kernel) * call.itemsize
+    if len(call.kernel) < 3:
+        return Workspace(columns + call.copied)
+    return Workspace((columns + call.places * call.itemsize) // call.input[0] + call.copied)
+
+
+def _is_ours(node: Node, call: "_Call") -> bool:
+    """Whether `codegen.cpu_kernels.conv3d` serves the call, and not as ATen would."""
+    return node.target is torch.ops.aten.conv3d.default and call.dtype is torch.float32 and call.is_batched and not call.is_channels_last
+
+
+class _Call:
+    """One call on a slice, its sizes with the batch dim that an input may lack."""
+
+    def __init__(self, a: dict[str, Any], node: Node, part: Part):
+        x, weight = a["input"], a["weight"]
+        self.x = x
+        self.weight_sizes = sizes(weight)
+        self.kernel = self.weight_sizes[2:]
+        self.input = part.sizes(x)
+        self.is_batched = len(self.input) == len(self.weight_sizes)
+        self.input = [1] * (len(self.weight_sizes) - len(self.input)) + self.input
+        self.flat = [*self.input[:3], product(self.input[3:])]
+        self.dtype, self.itemsize = tensor(x).dtype, tensor(x).dtype.itemsize
+        self.groups = hint(a["groups"])
+        self.is_strided = _is_not(a["stride"], 1)
+        self.is_dilated = _is_not(a["dilation"], 1)
+        self.is_padded = a["padding"] == "same" or _is_not(a["padding"], 0)
+        self.is_pointwise = product(self.kernel) == 1 and not self.is_strided and not self.is_padded
+        rest = [_is_not(_tail(a[name]), neutral) for name, neutral in (("stride", 1), ("padding", 0))]
+        self.is_temporal = self.kernel[1:] == [1, 1] and not any(rest) and a["padding"] != "same"
+        self.channels = sizes(node)[-len(self.kernel) - 1]
+        self.places = part.of(numel(node) // self.channels)  # of the results of all images
+        self.input_places = product(self.input) // self.input[1]
+        self.input_bytes = product(self.input) * self.itemsize
+        self.result_bytes = self.places * self.channels * self.itemsize
+        self.is_channels_last = len(self.kernel) > 1 and (is_channels_last(x) or is_channels_last(weight))
+        is_as_wanted = is_channels_last(x) if self.is_channels_last else is_contiguous(x)
+        self.part = part
+        self.copied = 0 if is_as_wanted and not part.is_strided(x) else self.input_bytes
+        self.is_plain = self.groups == 1 and self.input[1] < _BLOCK and product(self.kernel) > 1
+        self.is_depthwise = self.groups > 1 and self.weight_sizes[1] == 1
+        self.weight_bytes = nbytes(weight)
+
+    def copied_to_flatten(self, start: int) -> int:
+        """Bytes of the copy that views the dims from `start` on as one, where strides do not."""
+        is_cut = self.part.is_strided(self.x) and self.part.dim > start
+        return 0 if is_one_dim(sizes(self.x)[start:], strides(self.x)[start:]) and not is_cut else self.input_bytes
+
+    def takes_onednn(self, threads: int, input_sizes: list[int]) -> bool:
+        if self.dtype in (torch.bfloat16, torch.float16):
+            return True
+        if self.dtype is not torch.float32:
+            return False
+        last = ([1, *self.kernel])[-2:]
+        is_worth_it = self.is_strided or self.is_dilated or input_sizes[0] >= 16 or last != [1, 1] or threads > 1
+        is_large = self.groups > 1 or min(last) > 3 or input_sizes[0] > 1 or product(input_sizes[:4]) > _SMALL_INPUT
+        return is_worth_it and is_large
+
+    @property
+    def input_blocks(self) -> int:
+        return self.input_places * self._padded(self.input[1]) * self.itemsize
+
+    @property
+    def result_blocks(self) -> int:
+        return self.places * self._padded(self.channels) * self.itemsize
+
+    @property
+    def weight_blocks(self) -> int:
+        if self.groups > 1:
+            return self.weight_bytes
+        inputs = self.input[1] if self.is_plain else self._padded(self.weight_sizes[1])
+        return self._padded(self.weight_sizes[0]) * inputs * product(self.kernel) * self.itemsize
+
+    def _padded(self, channels: int) -> int:
+        """Channels with those that fill the last block; groups of several channels take blocks that fit."""
+        return channels if self.groups > 1 and not self.is_depthwise else -(-channels // _BLOCK) * _BLOCK
+
+    def blocked(self, threads: int, holds_copy: bool = True) -> Workspace:
+        """oneDNN: input, weight and result in blocks of channels, then the result laid out densely beside its blocks, for depthwise
+        kernels over three dims twice. An input of fewer channels than a block is read as it is, by kernels that see more than one
+        place; channels that lie innermost always are. A pointwise kernel with a stride over one or two dims has the places that it
+        sees gathered first, an image a thread. A copy made because of strides lives to the end where the caller of oneDNN `holds` it."""
+        if self.is_channels_last:
+            return Workspace(self.copied, self.weight_blocks + (self.weight_bytes if product(self.kernel) > 1 else 0))
+        source = 0 if self.is_plain else self.input_blocks
+        if product(self.kernel) == 1 and self.is_strided and len(self.kernel) < 3:
+            source += threads * (self.places // self.input[0]) * self.input[1] * self.itemsize
+        source += 0 if holds_copy else self.copied
+        dense = 2 if self.is_depthwise and len(self.kernel) == 3 and self.channels == self.input[1] else 1
+        moving = max(source + self.result_blocks - self.result_bytes, dense * self.result_blocks)
+        fixed = self.weight_blocks if source + self.weight_blocks > dense * self.result_bytes else 0
+        return Workspace(moving + (self.copied if holds_copy else 0), fixed)
+
+    def unfolded(self) -> Workspace:
+        """ATen: a column [C_in * prod(k)] for each place of the result; of one image at a time where the kernel is dilated. All
+        but the plain 3-d kernel take groups one by one, each with its copy of the input, and join the results."""
+        columns = 0 if self.is_pointwise and not self.is_dilated else self.places * self.input[1] * product(self.kernel) * self.itemsize
+        columns //= self.input[0] if self.is_dilated else 1
+        if self.groups == 1 or (len(self.kernel) == 3 and not self.is_dilated):
+            return Workspace(columns + self.copied)
+        return Workspace(max((columns + self.input_bytes) // self.groups, self.result_bytes) + self.copied)
+
+
+def _is_not(value: Any, neutral: int) -> bool:
+    return any(hint(n) != neutral for n in (value if isinstance(value, (list, tuple)) else [value]) if not isinstance(n, str))
+
+
+def _tail(value: Any) -> Any:
+    """A setting of the dims after the first; one number is that of all."""
+    return value[1:] if isinstance(value, (list, tuple)) and len(value) > 1 else value
