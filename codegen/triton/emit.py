@@ -21,7 +21,7 @@ from .index import Size, size_of
 from .plan import Plan
 from .pointwise import HELPERS, NotFusible
 from .reference import gw_functions, reference_lines
-from .roofline import Roofline, roofline
+from .roofline import Roofline, known_sizes, roofline
 from .tiles import Tile, default_tile
 
 _WIDTH = 120
@@ -66,6 +66,16 @@ _TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, t
 
 
 @dataclass(frozen=True)
+class Parameter:
+    """One parameter of a kernel function: a pointer to `dtype`, or a size, here at its hint; `is_constant` if compiled in."""
+
+    name: str
+    dtype: torch.dtype | None = None
+    size: int = 0
+    is_constant: bool = False
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A kernel as text: `source` is the file, `digest` the content hash of what is below its header, `ir` the lines that it computes."""
 
@@ -76,6 +86,7 @@ class Kernel:
     roofline: Roofline
     tile: Tile
     plan: Plan
+    parameters: tuple[Parameter, ...]
 
     @property
     def file_name(self) -> str:
@@ -94,7 +105,7 @@ def emit(plan: Plan, symbols: SymbolTable, ir_lines: Mapping[Node, str] | None =
     ir = tuple((ir_lines or {}).get(node, str(node)).strip() for node in plan.nodes)
     cost = roofline(plan)
     header = _header(writer, plan, ir, digest, cost)
-    return Kernel(writer.name, header + body, digest, ir, cost, writer.tile, plan)
+    return Kernel(writer.name, header + body, digest, ir, cost, writer.tile, plan, writer.parameters())
 
 
 def _header(writer: "_File", plan: Plan, ir: Sequence[str], digest: str, cost: Roofline) -> str:
@@ -150,6 +161,16 @@ class _File:
         domain = self.plan.domain
         counts = {"n_rows": domain.num_rows, "n_cols": domain.num_columns} if domain.by_rows else {"n": domain.num_columns}
         return counts | self.addresses.arguments.sizes
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The parameters of the kernel function, in order."""
+        constants, known = self.addresses.arguments.constants, known_sizes(self.plan)
+        tensors = zip((*self.inputs, *self.outputs), (*self.plan.inputs, *self.plan.outputs), strict=True)
+        pointers = [Parameter(f"{name}_ptr", node.meta["val"].dtype) for name, node in tensors]
+        sizes = [Parameter(name, None, known(size), name in constants) for name, size in self._sizes().items()]
+        sizes.sort(key=lambda parameter: parameter.is_constant)
+        blocks = {"ROWS": self.tile.rows, "COLS": self.tile.columns, "BLOCK": self.tile.columns}
+        return (*pointers, *sizes, *(Parameter(name, None, blocks[name], True) for name in self.blocks))
 
     def _kernel(self, statements: Sequence[str]) -> str:
         constants = self.addresses.arguments.constants

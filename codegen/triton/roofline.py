@@ -4,7 +4,7 @@ A tensor is read once however many blocks look at it, from as many bytes as the 
 multiprocessor's share are read once for each loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ def roofline(plan: Plan) -> Roofline:
 
 def bytes_after(plan: Plan) -> int:
     """Bytes that the kernel reads and writes."""
-    known = _known(plan)
+    known = known_sizes(plan)
     sizes = {v.name: known(v.size) for v in (*plan.domain.rows, *plan.domain.columns)}
     read = [0] * len(plan.inputs)
     for value in plan.values:
@@ -102,7 +102,7 @@ def _elements(value: Any) -> int:
     return int(product(hint(size) for size, stride in zip(value.shape, value.stride(), strict=True) if not (isinstance(stride, int) and stride == 0)))
 
 
-def _known(plan: Plan) -> Any:
+def known_sizes(plan: Plan) -> Callable[[Size], int]:
     """Sizes of the domain as numbers: those of symbols are read off the tensors that have them."""
     hints = {}
     for node in (*plan.inputs, *plan.outputs):

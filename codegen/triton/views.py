@@ -77,7 +77,7 @@ def reshape(shape: tuple[Size, ...], old: tuple[Size, ...], index: Indices) -> I
     new_run: list[int] = []
     old_run: list[int] = []
     i = j = 0
-    while i < len(shape) or j < len(old):
+    while i < len(shape) or j < len(old) or new_run:
         if not new_run and i < len(shape) and shape[i] == 1:
             i += 1
             continue
