@@ -5,7 +5,7 @@ that saves bytes, if the result has a plan, and if no other operation would have
 saves most goes first. Views belong to no group: a kernel reads through them, and whoever else needs one makes it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,9 +37,9 @@ class Group:
     plan: Plan = field(repr=False, compare=False)
 
 
-def find_groups(graph: fx.Graph) -> list[Group]:
-    """The groups of a functional graph, in the order of their first nodes."""
-    return _Grouping(graph).groups()
+def find_groups(graph: fx.Graph, among: Collection[Node] | None = None) -> list[Group]:
+    """The groups of a functional graph (of the calls `among` its own, which follow one another), in the order of their first nodes."""
+    return _Grouping(graph, graph.nodes if among is None else among).groups()
 
 
 def outputs_of(nodes: Iterable[Node]) -> list[Node]:
@@ -71,13 +71,14 @@ class _Cluster:
 
 
 class _Grouping:
-    def __init__(self, graph: fx.Graph):
+    def __init__(self, graph: fx.Graph, among: Iterable[Node]):
+        allowed = set(among)
         self.position = {node: n for n, node in enumerate(graph.nodes)}
         self.users = {node: _users(node) for node in graph.nodes}
         self.cluster: dict[Node, _Cluster] = {}
         for node in graph.nodes:
             if not is_view(node) and not is_split(node):
-                self.cluster[node] = _Cluster([node], self._plan([node]) if is_known(node) else None)
+                self.cluster[node] = _Cluster([node], self._plan([node]) if node in allowed and is_known(node) else None)
         self.refused: set[tuple[Node, ...]] = set()
 
     def groups(self) -> list[Group]:

@@ -70,8 +70,8 @@ class Index:
         coefficients = dict(self.terms)
         for atom, coefficient in other.terms:
             coefficients[atom] = coefficients.get(atom, 0) + coefficient
-        _join(coefficients)
-        return Index(tuple((a, c) for a, c in coefficients.items() if c != 0), self.constant + other.constant)
+        constant = self.constant + other.constant + _join(coefficients)
+        return Index(tuple((a, c) for a, c in coefficients.items() if c != 0), constant)
 
     def __mul__(self, factor: Size) -> "Index":
         if factor == 0:
@@ -121,8 +121,9 @@ def linear(indices: Any, sizes: Any) -> Index:
     return result
 
 
-def _join(coefficients: dict[Atom, Size]) -> None:
-    """`d * (x // d) + x % d` is `x`."""
+def _join(coefficients: dict[Atom, Size]) -> Size:
+    """Replaces `d * (x // d) + x % d` by the terms of `x`; returns what its constant adds."""
+    constant: Size = 0
     for atom in [a for a in coefficients if isinstance(a, Remainder)]:
         quotient = Quotient(atom.index, atom.divisor)
         if quotient in coefficients and coefficients[quotient] == _expand(coefficients[atom] * atom.divisor):
@@ -130,6 +131,8 @@ def _join(coefficients: dict[Atom, Size]) -> None:
             del coefficients[quotient]
             for inner, coefficient in atom.index.terms:
                 coefficients[inner] = coefficients.get(inner, 0) + coefficient * factor
+            constant = constant + atom.index.constant * factor
+    return constant
 
 
 def _expand(size: Size) -> Size:
@@ -142,7 +145,8 @@ def _expand(size: Size) -> Size:
 def _divides(divisor: Size, size: Size) -> bool:
     if isinstance(divisor, int) and isinstance(size, int):
         return size % divisor == 0
-    return bool(sympy.cancel(sympy.sympify(size) / divisor).is_polynomial()) and sympy.cancel(size / sympy.sympify(divisor)).as_numer_denom()[1] == 1
+    ratio = sympy.cancel(sympy.sympify(size) / divisor)
+    return bool(ratio.is_polynomial()) and all(c.is_Integer for c in ratio.as_coefficients_dict().values())
 
 
 def _ratio(size: Size, divisor: Size) -> Size:
