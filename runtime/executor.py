@@ -50,7 +50,9 @@ class Executor:
 
     def kernels(self) -> "tuple[Kernel, ...]":
         """The Triton kernels that the program runs, each once, in the order of their first calls."""
-        found = [node.target.kernel for node in self._lowered.nodes if hasattr(node.target, "kernel")]
+        from ..codegen.triton.launch import Launch
+
+        found = [node.target.kernel for node in self._lowered.nodes if isinstance(node.target, Launch)]
         return tuple({kernel.digest: kernel for kernel in reversed(found)}.values())[::-1]
 
     def __call__(

@@ -10,7 +10,7 @@ from typing import Any
 
 import sympy
 
-from ...ir.symbols import SymbolTable, UNBOUNDED
+from ...ir.symbols import UNBOUNDED, SymbolTable
 from .index import Index, Quotient, Remainder, Size, Var, product
 from .plan import Domain
 

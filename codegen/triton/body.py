@@ -4,6 +4,7 @@ Blocks are [ROWS, COLS]; what varies along one axis alone is [ROWS, 1] or [1, CO
 is a loop over its blocks, and what later loops need of the columns is loaded and computed again.
 """
 
+import keyword
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -85,7 +86,9 @@ class KernelBody:
             lines += [self._accumulator(n) for n in reduces]
             lines.append("for start in range(0, n_cols, COLS):")
             inside = self._columns_head("start + ")
-            inside += [self._define(n, values[n]) for n in self._needed([*(values[n].operands[0] for n in reduces), *(s.ref for s in stores)])]
+            inside += [
+                self._define(n, values[n]) for n in self._needed([*(values[n].operands[0] for n in reduces), *(s.ref for s in stores)])
+            ]
             inside += [self._accumulate(n) for n in reduces]
             inside += [self._store(store) for store in stores]
             lines += ["    " + line for line in inside]
@@ -154,8 +157,12 @@ class KernelBody:
             value = f"{value}.to({TL_TYPES[dtype]})"
         name = self.outputs[store.output]
         variables = store.index.variables
-        mask = self._mask(bool(variables & {v.name for v in self.plan.domain.rows}), bool(variables & {v.name for v in self.plan.domain.columns}))
+        mask = self._mask(
+            bool(variables & {v.name for v in self.plan.domain.rows}), bool(variables & {v.name for v in self.plan.domain.columns})
+        )
         address = self.addresses.address(store.index, name)
+        if self.by_rows and not variables:  # one element, and a block of one to go there
+            address, mask = f"{address} + row * 0", "in_rows"
         pointer = f"{name}_ptr + {address}" if address != "0" else f"{name}_ptr"
         return f"tl.store({pointer}, {value}{f', mask={mask}' if mask else ''})"
 
@@ -188,9 +195,25 @@ class KernelBody:
     # --- names ---
 
     def _value_names(self) -> list[str]:
-        taken = {"i", "row", "col", "mask", "in_rows", "in_cols", "start", "n", "n_rows", "n_cols", "tl", "triton", "torch", "tanh", "sigmoid"}
+        taken = {
+            "i",
+            "row",
+            "col",
+            "mask",
+            "in_rows",
+            "in_cols",
+            "start",
+            "n",
+            "n_rows",
+            "n_cols",
+            "tl",
+            "triton",
+            "torch",
+            "tanh",
+            "sigmoid",
+        }
         taken |= {v.name for v in (*self.plan.domain.rows, *self.plan.domain.columns)}
-        names = []
+        names: list[str] = []
         for value in self.plan.values:
             hint = self.inputs[value.input] if value.kind == "load" else value.name
             if value.text.startswith("{0}.to("):
@@ -204,7 +227,8 @@ class KernelBody:
 
 
 def unique(hint: str, taken: set[str]) -> str:
-    """`hint`, or with a number where it is taken; adds it to `taken`."""
+    """`hint`, or with a number where it is taken or a keyword; adds it to `taken`."""
+    hint = f"{hint}_" if keyword.iskeyword(hint) else hint
     name, n = hint, 1
     while name in taken:
         n += 1

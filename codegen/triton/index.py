@@ -5,7 +5,7 @@ that no view is ever materialised: `(16 a + b) // 16` is `a` where `b < 16`.
 """
 
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import sympy
 import torch
@@ -50,7 +50,7 @@ class Remainder:
     divisor: Size
 
 
-Atom = Union[Var, Quotient, Remainder]
+Atom = Var | Quotient | Remainder
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ def _expand(size: Size) -> Size:
 
 
 def _divides(divisor: Size, size: Size) -> bool:
+    if divisor == 0:  # of a tensor without elements
+        return False
     if isinstance(divisor, int) and isinstance(size, int):
         return size % divisor == 0
     ratio = sympy.cancel(sympy.sympify(size) / divisor)

@@ -13,7 +13,7 @@ import torch
 
 from ...ir import Node
 from ...ir.infer import tensors_of
-from .index import Index, Size, Var, linear, product, size_of
+from .index import Index, Size, Var, product, size_of
 from .pointwise import NotFusible, Pointwise, arguments_of, pointwise
 from .reductions import REDUCTIONS, Rows, correction, eps_of, keeps_shape, rows_of
 from .views import Indices, broadcast, index_of, is_view, shape_of, source
@@ -37,16 +37,24 @@ MAX_INPUTS = 16
 MAX_PARTIALS = 8  # of merged statistics, a loop unrolled in the text
 
 
-class Ref(NamedTuple):
+@dataclass(frozen=True)
+class Ref:
     """A value of the plan, as an operand."""
 
     id: int
 
 
-class Condition(NamedTuple):
-    """low <= index < high; None where the bound holds anyway."""
+@dataclass(frozen=True)
+class Count:
+    """A number of elements as an operand: known when the kernel runs where a size is symbolic."""
 
-    index: Index
+    size: Size
+
+
+class Condition(NamedTuple):
+    """low <= at < high; None where the bound holds anyway."""
+
+    at: Index
     low: Size | None
     high: Size | None
 
@@ -283,8 +291,8 @@ class _Tracer:
         """The conditions on which `address` depends; under others it is the same element."""
         guard = []
         for condition in self.guard:
-            shared = condition.index.variables & address.variables
-            if shared and shared != condition.index.variables:
+            shared = condition.at.variables & address.variables
+            if shared and shared != condition.at.variables:
                 raise NotFusible("a piece of a concatenation that is read along some of its dims")
             guard += [condition] if shared else []
         return tuple(guard)
@@ -296,7 +304,11 @@ class _Tracer:
         dtype = compute_dtype(value.dtype)
         if rule.compares:
             dtype = compute_dtype(_common_dtype(rule.operands))
-        if not dtype.is_floating_point and (rule.helpers or "tl." in rule.text and "tl.where" not in rule.text) and "tl.abs" not in rule.text:
+        if (
+            not dtype.is_floating_point
+            and (rule.helpers or "tl." in rule.text and "tl.where" not in rule.text)
+            and "tl.abs" not in rule.text
+        ):
             raise NotFusible("a function of floats on integers")
         operands = []
         for position, operand in enumerate(rule.operands):
@@ -321,6 +333,8 @@ class _Tracer:
         return float(value) if dtype.is_floating_point else bool(value) if dtype == torch.bool else value
 
     def cast(self, operand: Any, dtype: torch.dtype, node: Node | None) -> Any:
+        if isinstance(operand, Count):
+            return operand
         if not isinstance(operand, Ref):
             return self.number(operand, dtype)
         value = self.values[operand.id]
@@ -349,7 +363,7 @@ class _Tracer:
         if len(self.values) == MAX_VALUES:
             raise NotFusible(f"more than {MAX_VALUES} values")
         row_names = {v.name for v in self.domain.rows}
-        variables = value.index.variables | frozenset(n for c in value.guard for n in c.index.variables)
+        variables = value.index.variables | frozenset(n for c in value.guard for n in c.at.variables)
         operands = [self.values[o.id] for o in value.operands if isinstance(o, Ref)]
         rows = bool(variables & row_names) or any(o.rows for o in operands)
         columns = bool(variables - row_names) or any(o.columns for o in operands)
@@ -366,7 +380,7 @@ class _Tracer:
         variables = frozenset[str]().union(*(i.variables for i in index))
         if not variables & {v.name for v in self.domain.columns} and self.domain.by_rows:
             return
-        if isinstance(own, int) and isinstance(all_, int) and own * 4 <= all_:
+        if isinstance(own, int) and isinstance(all_, int) and 0 < own * 4 <= all_:
             raise NotFusible(f"{_packet(node)} would be computed {all_ // max(own, 1)} times")
 
     # --- reductions ---
@@ -378,8 +392,10 @@ class _Tracer:
             raise NotFusible("reductions over different columns")
         kept = _kept_index(node, rows, index)
         names = {v.name for v in self.domain.columns}
-        if any(i.variables & names for i in kept) or self.guard:
+        if any(i.variables & names for i in kept):
             raise NotFusible("a reduction whose row depends on the column")
+        if any(c.at.variables & names and not c.at.variables <= names for c in self.guard):
+            raise NotFusible("a piece of a concatenation along rows and columns")
         real = iter([v for v in self.domain.columns if v.size != 1])
         columns = tuple(Index.of(next(real)) if size != 1 else Index() for size in rows.reduced)
         return self._reduced(node, rows, kept, operand_index(rows, kept, columns), index)
@@ -392,24 +408,33 @@ class _Tracer:
         def operand(position: Indices) -> Any:
             return self.cast(self.value(rows.operand, position), dtype, node)
 
+        def row_operand() -> Any:
+            # A row is reduced as a whole, whichever of its columns the result is wanted for.
+            names, guard = {v.name for v in self.domain.columns}, self.guard
+            self.guard = tuple(c for c in guard if not c.at.variables & names)
+            try:
+                return operand(at)
+            finally:
+                self.guard = guard
+
         if not dtype.is_floating_point and node.target not in (aten.sum.dim_IntList, aten.sum.default):
             raise NotFusible("a float reduction of integers")
         name = _packet(node)
         if name == "sum":
-            return self.reduce("sum", operand(at), node, "total")
+            return self.reduce("sum", row_operand(), node, "total")
         if name in ("amax", "amin"):
-            return self._extreme(name[1:], operand(at), node)
+            return self._extreme(name[1:], row_operand(), node)
         if name == "mean":
-            return self._mean(operand(at), count, node)
+            return self._mean(row_operand(), count, node)
         if name == "rms_norm":
             eps = eps_of(node)
-            square = self._mean(self.apply("{0} * {0}", [operand(at)], dtype, node, name="square"), count, node, "mean_square")
+            square = self._mean(self.apply("{0} * {0}", [row_operand()], dtype, node, name="square"), count, node, "mean_square")
             scale = self.apply("tl.rsqrt({0} + {1})", [square, eps], dtype, node, name="rstd")
             return self._affine(node, self.apply("{0} * {1}", [operand(index), scale], dtype, node), index[len(index) - len(rows.dims) :])
         if name in ("softmax", "_softmax", "log_softmax", "_log_softmax"):
-            return self._softmax(node, operand(at), operand(index), dtype, is_log="log" in name)
-        mean = self._mean(operand(at), count, node)
-        centered = self.apply("{0} - {1}", [operand(at), mean], dtype, node, name="centered")
+            return self._softmax(node, row_operand(), operand(index), dtype, is_log="log" in name)
+        mean = self._mean(row_operand(), count, node)
+        centered = self.apply("{0} - {1}", [row_operand(), mean], dtype, node, name="centered")
         squares = self.reduce("sum", self.apply("{0} * {0}", [centered], dtype, node, name="square"), node, "m2")
         if name == "var":
             less = correction(arguments)
@@ -419,9 +444,7 @@ class _Tracer:
             part = index[3].constant if not index[3].terms else None
             if part not in (0, 1, 2):
                 raise NotFusible("statistics in a loop over their parts")
-            if part == 0:
-                return self.apply("{0} * 0 + {1}", [mean, Count(count)], dtype, node, name="count")
-            return mean if part == 1 else squares
+            return (Count(count), mean, squares)[part]
         rstd = self.apply("tl.rsqrt({0} / {1} + {2})", [squares, Count(count), eps_of(node)], dtype, node, name="rstd")
         here = self.apply("{0} - {1}", [operand(index), mean], dtype, node, name="centered")
         normed = self.apply("{0} * {1}", [here, rstd], dtype, node)
@@ -454,12 +477,6 @@ class _Tracer:
             if parameter is not None:
                 normed = self.apply(text, [normed, self.cast(self.value(parameter, index), dtype, node)], dtype, node)
         return normed
-
-
-class Count(NamedTuple):
-    """A number of elements as an operand: known when the kernel runs where a size is symbolic."""
-
-    size: Size
 
 
 def _kept_index(node: Node, rows: Rows, index: Indices) -> Indices:
@@ -508,7 +525,9 @@ def _cat(tracer: _Tracer, node: Node, index: Indices) -> Any:
         is_last = number == len(pieces) - 1
         tracer.guard = (*outer, Condition(index[dim], start if number else None, None if is_last else start + size))
         try:
-            parts.append((index[dim], start + size, tracer.cast(tracer.value(piece, (*index[:dim], position, *index[dim + 1 :])), dtype, node)))
+            parts.append(
+                (index[dim], start + size, tracer.cast(tracer.value(piece, (*index[:dim], position, *index[dim + 1 :])), dtype, node))
+            )
         finally:
             tracer.guard = outer
         start = start + size

@@ -49,10 +49,10 @@ def tanh(x):
     far = (1.0 - e) / (1.0 + e)
     return tl.where(square < 0.0025, near, tl.where(x < 0.0, -far, far))
 ''',
-    "sigmoid": '''@triton.jit
+    "sigmoid": """@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
-''',
+""",
 }
 
 _UNARY = {
@@ -81,7 +81,7 @@ _GELU = {
     "tanh": Pointwise("0.5 * {0} * (1.0 + tanh(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0})))", (), 20, helpers=("tanh",)),
 }
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-_LOGICAL = {"logical_and": "&", "logical_or": "|", "bitwise_and": "&", "bitwise_or": "|"}
+_LOGICAL = {"logical_and": "&", "logical_or": "|", "bitwise_and": "&", "bitwise_or": "|", "__and__": "&", "__or__": "|"}
 _POWERS = {-2: "1.0 / ({0} * {0})", -1: "1.0 / {0}", 0.5: "tl.sqrt({0})", -0.5: "tl.rsqrt({0})", 1: "{0}"}
 
 Rule = Callable[[dict[str, Any]], Pointwise]
@@ -217,11 +217,10 @@ _RULES: dict[Callable[..., Any], Rule] = {
     aten.minimum.default: _extreme("<"),
     aten.logical_and.default: _logical("logical_and"),
     aten.logical_or.default: _logical("logical_or"),
-    aten.bitwise_and.Tensor: _logical("bitwise_and"),
-    aten.bitwise_or.Tensor: _logical("bitwise_or"),
+    **{getattr(aten, name).Tensor: _logical(name) for name in ("bitwise_and", "bitwise_or", "__and__", "__or__")},
     aten.logical_not.default: lambda a: Pointwise("{0} == 0", (a["self"],), compares=True),
     aten.isnan.default: lambda a: Pointwise("{0} != {0}", (a["self"],), compares=True),
-    aten.where.self: _where,
+    **{getattr(aten.where, kind): _where for kind in ("self", "ScalarSelf", "ScalarOther", "Scalar")},
     aten.masked_fill.Scalar: _masked_fill,
     aten.masked_fill.Tensor: _masked_fill,
     aten.addcmul.default: _addcmul,

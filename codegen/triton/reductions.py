@@ -129,5 +129,3 @@ REDUCTIONS: dict[Callable[..., Any], int] = {
     aten.var.correction: 4,
     aten.var.dim: 4,
 }
-
-

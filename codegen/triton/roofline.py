@@ -51,7 +51,7 @@ class Roofline:
         """One line for people."""
         return (
             f"{self.bytes_moved} bytes, {self.flops} flops, {self.flops / max(self.bytes_moved, 1):.2f} flops/byte: "
-            f"bound by {self.bound(machine)}, at least {self.seconds(machine) * 1e6:.2f} us on {machine.name}"
+            f"bound by {self.bound(machine)}, at least {self.seconds(machine) * 1e6:.3g} us on {machine.name}"
         )
 
 
@@ -99,12 +99,16 @@ def _bytes(value: Any) -> int:
 
 def _elements(value: Any) -> int:
     """Distinct elements: dims that a tensor repeats by a stride of 0 count once."""
-    return int(product(hint(size) for size, stride in zip(value.shape, value.stride(), strict=True) if not (isinstance(stride, int) and stride == 0)))
+    return int(
+        product(
+            hint(size) for size, stride in zip(value.shape, value.stride(), strict=True) if not (isinstance(stride, int) and stride == 0)
+        )
+    )
 
 
 def known_sizes(plan: Plan) -> Callable[[Size], int]:
     """Sizes of the domain as numbers: those of symbols are read off the tensors that have them."""
-    hints = {}
+    hints: dict[Any, int] = {}
     for node in (*plan.inputs, *plan.outputs):
         for size in (*node.meta["val"].shape, *node.meta["val"].stride()):
             if isinstance(size, torch.SymInt):
