@@ -98,12 +98,13 @@ class CompiledModel(nn.Module):
         compiled = self.compilation
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         memory = replace(memory, compiled=self._compiled_peak)
-        return Report(compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports, memory, self._measured)
+        kernels = self._present.executor.kernel_calls()
+        return Report(compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports, memory, self._measured, kernels)
 
     def kernels(self) -> "tuple[Kernel, ...]":
         """The Triton kernels that run, each once: `name`, `source` (a file that checks itself), `ir` (the lines that it computes),
         `roofline`. None for other backends."""
-        return self._present.executor.kernels()
+        return tuple({kernel.digest: kernel for kernel in reversed(self._present.executor.kernel_calls())}.values())[::-1]
 
     @property
     def saved(self) -> Saved:

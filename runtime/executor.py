@@ -48,12 +48,11 @@ class Executor:
         memory = None if self.backend == "aten" else lowered_profile(self._lowered)
         return None if memory is None else memory.peak_bytes
 
-    def kernels(self) -> "tuple[Kernel, ...]":
-        """The Triton kernels that the program runs, each once, in the order of their first calls."""
+    def kernel_calls(self) -> "list[Kernel]":
+        """The Triton kernel of each call of one, in order."""
         from ..codegen.triton.launch import Launch
 
-        found = [node.target.kernel for node in self._lowered.nodes if isinstance(node.target, Launch)]
-        return tuple({kernel.digest: kernel for kernel in reversed(found)}.values())[::-1]
+        return [node.target.kernel for node in self._lowered.nodes if isinstance(node.target, Launch)]
 
     def __call__(
         self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None

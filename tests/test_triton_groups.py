@@ -215,6 +215,9 @@ def test_kernels_are_listed_with_their_sources():
     assert "layer_norm" in kernel.name and "@triton.jit" in kernel.source
     assert [line.partition(" = ")[2].partition("(")[0] for line in kernel.ir] == ["aten.add.Tensor", "aten.layer_norm.default"]
     assert kernel.roofline.bytes_moved == 2 * 4 * 16 * 4 and kernel.roofline.bound() == "memory"
+    report = str(compiled.report())
+    assert "kernels: 1 calls of 1, which move 512 B where their operations move 1.00 KiB" in report
+    assert f"1 x {kernel.name}: 512 bytes" in report
     assert CompiledModel(Compilation(program, "aten")).kernels() == ()
 
 

@@ -158,6 +158,7 @@ STRUCTURES = {
     "rotary": (rotated, [(2, 3, 7, 16), (7, 16), (7, 16)]),
     "rotary of heads": (lambda x, c, s: rotated(x.view(2, 7, 3, 16).transpose(1, 2), c, s), [(2, 7, 48), (7, 16), (7, 16)]),
     "norm, then rotary": (lambda x, c, s, w: rotated(F.rms_norm(x, (16,), w, 1e-6), c, s), [(2, 3, 7, 16), (7, 16), (7, 16), (16,)]),
+    "rotary of neighbours": (interleaved, [(2, 3, 7, 16), (7, 16), (7, 16)]),
     "rotary table": (lambda x: (torch.cat([x, x], -1).cos(), torch.cat([x, x], -1).sin()), [(7, 8)]),
     "concatenation": (lambda x, y, z: torch.cat([x, y * 2, z], 1) + 1, [(2, 3, 5), (2, 1, 5), (2, 4, 5)]),
     "transposed": (lambda x, y: x.transpose(1, 2) + y, [(2, 5, 7), (7, 5)]),

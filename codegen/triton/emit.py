@@ -21,7 +21,7 @@ from .index import Size, size_of
 from .plan import Plan
 from .pointwise import HELPERS, NotFusible
 from .reference import gw_functions, reference_lines
-from .roofline import Roofline, known_sizes, roofline
+from .roofline import Roofline, bytes_before, known_sizes, roofline
 from .tiles import Tile, default_tile
 
 _WIDTH = 120
@@ -79,12 +79,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as text: `source` is the file, `digest` the content hash of what is below its header, `ir` the lines that it computes."""
+    """A kernel as text: `source` is the file, `digest` the content hash of what is below its header, `ir` the lines that it computes.
+
+    `bytes_before` is what its operations would move one by one, `roofline` what it moves and how long that takes at least.
+    """
 
     name: str
     source: str
     digest: str
     ir: tuple[str, ...]
+    bytes_before: int
     roofline: Roofline
     tile: Tile
     plan: Plan
@@ -107,7 +111,7 @@ def emit(plan: Plan, symbols: SymbolTable, ir_lines: Mapping[Node, str] | None =
     ir = tuple((ir_lines or {}).get(node, str(node)).strip() for node in plan.nodes)
     cost = roofline(plan)
     header = _header(writer, plan, ir, digest, cost)
-    return Kernel(writer.name, header + body, digest, ir, cost, writer.tile, plan, writer.parameters())
+    return Kernel(writer.name, header + body, digest, ir, bytes_before(plan.nodes), cost, writer.tile, plan, writer.parameters())
 
 
 def _header(writer: "_File", plan: Plan, ir: Sequence[str], digest: str, cost: Roofline) -> str:

@@ -209,6 +209,8 @@ class _Tracer:
         self.device = tensors_of(nodes[0].meta["val"])[0].device
 
     def plan(self, outputs: Sequence[Node]) -> Plan:
+        if any(tensor.device != self.device for node in self.nodes for tensor in tensors_of(node.meta["val"])):
+            raise NotFusible("results on several devices")
         stores = [store for n, output in enumerate(outputs) for store in self._stores(n, output)]
         if not self.inputs:
             raise NotFusible("no input to read")
@@ -510,29 +512,43 @@ def _packet(node: Node) -> str:
 # --- what is neither pointwise nor a reduction ---
 
 
-def _cat(tracer: _Tracer, node: Node, index: Indices) -> Any:
-    """Each piece is loaded where the position falls in it, and nowhere else."""
+def _stack(tracer: _Tracer, node: Node, index: Indices) -> Any:
+    """A concatenation of pieces that have one element along the new dim."""
     arguments = arguments_of(node)
-    dim, dtype = arguments["dim"] % len(index), compute_dtype(node.meta["val"].dtype)
-    pieces = [piece for piece in arguments["tensors"] if piece.meta["val"].dim() == len(index)]
+    dim = arguments["dim"] % len(index)
+    pieces = [(1, lambda position, piece=piece: (piece, (*index[:dim], *index[dim + 1 :]))) for piece in arguments["tensors"]]
+    return _joined(tracer, node, index[dim], pieces)
+
+
+def _cat(tracer: _Tracer, node: Node, index: Indices) -> Any:
+    arguments = arguments_of(node)
+    dim = arguments["dim"] % len(index)
+    pieces = [
+        (shape_of(piece)[dim], lambda position, piece=piece: (piece, (*index[:dim], position, *index[dim + 1 :])))
+        for piece in arguments["tensors"]
+        if piece.meta["val"].dim() == len(index)
+    ]
+    return _joined(tracer, node, index[dim], pieces)
+
+
+def _joined(tracer: _Tracer, node: Node, at: Index, pieces: Sequence[tuple[Size, Any]]) -> Any:
+    """The piece that the position `at` falls in: each is loaded there, and nowhere else."""
+    dtype = compute_dtype(node.meta["val"].dtype)
     if len(pieces) > 8:
         raise NotFusible("a concatenation of more than 8")
     start: Size = 0
-    parts: list[tuple[Index, Size, Any]] = []
+    parts: list[tuple[Size, Any]] = []
     outer = tracer.guard
-    for number, piece in enumerate(pieces):
-        size, position = shape_of(piece)[dim], index[dim] + (start * -1)
+    for number, (size, locate) in enumerate(pieces):
         is_last = number == len(pieces) - 1
-        tracer.guard = (*outer, Condition(index[dim], start if number else None, None if is_last else start + size))
+        tracer.guard = (*outer, Condition(at, start if number else None, None if is_last else start + size))
         try:
-            parts.append(
-                (index[dim], start + size, tracer.cast(tracer.value(piece, (*index[:dim], position, *index[dim + 1 :])), dtype, node))
-            )
+            parts.append((start + size, tracer.cast(tracer.value(*locate(at + (start * -1))), dtype, node)))
         finally:
             tracer.guard = outer
         start = start + size
-    result = parts[-1][2]
-    for at, end, value in reversed(parts[:-1]):
+    result = parts[-1][1]
+    for end, value in reversed(parts[:-1]):
         before = tracer.add(Value("inside", torch.bool, guard=(Condition(at, None, end),), name="before", node=node))
         result = tracer.apply("tl.where({0}, {1}, {2})", [before, value, result], dtype, node)
     return result
@@ -591,6 +607,7 @@ def _norm_apply(tracer: _Tracer, node: Node, index: Indices) -> Any:
 
 _SPECIAL: dict[Any, Any] = {
     aten.cat.default: _cat,
+    aten.stack.default: _stack,
     aten.arange.default: _arange,
     aten.arange.start: _arange,
     aten.arange.start_step: _arange,
