@@ -53,7 +53,8 @@ class Report:
             return []
         calls = Counter(kernel.digest for kernel in self.kernels)
         before, after = sum(k.bytes_before for k in self.kernels), sum(k.roofline.bytes_moved for k in self.kernels)
-        head = f"kernels: {len(self.kernels)} calls of {len(calls)}, which move {format_bytes(after)} where their operations move {format_bytes(before)}"
+        moved = f"{format_bytes(after)} where their operations move {format_bytes(before)}"
+        head = f"kernels: {len(self.kernels)} calls of {len(calls)}, which move {moved}"
         distinct = {kernel.digest: kernel for kernel in self.kernels}
         return [head, *(f"  {calls[digest]} x {kernel.name}: {kernel.roofline.line()}" for digest, kernel in distinct.items())]
 
