@@ -4,6 +4,7 @@ Blocks are [ROWS, COLS]; what varies along one axis alone is [ROWS, 1] or [1, CO
 is a loop over its blocks, and what later loops need of the columns is loaded and computed again.
 """
 
+import itertools
 import keyword
 import math
 import re
@@ -35,7 +36,7 @@ class KernelBody:
         body = self._looped() if self.tile.looped else self._straight()
         wide = self.addresses.needs_int64([v.index for v in self.plan.values] + [s.index for s in self.plan.stores])
         head = self._rows_head(wide) if self.by_rows else self._pointwise_head(wide)
-        return ["    " + line if line else "" for line in [*head, *body]]
+        return ["    " + line if line else "" for line in _single_blanks([*head, *body])]
 
     # --- positions ---
 
@@ -58,12 +59,13 @@ class KernelBody:
 
     def _straight(self) -> list[str]:
         lines: list[str] = []
-        node = None
-        for number, value in enumerate(self.plan.values):
-            if value.node is not None and value.node is not node:
-                node = value.node
-                lines += ["", f"# {node.target}"]
-            lines.append(self._define(number, value))
+        loads = [n for n, value in enumerate(self.plan.values) if value.kind == "load"]
+        lines += ["", *(self._define(n, self.plan.values[n]) for n in loads), ""]
+        rest = [n for n, value in enumerate(self.plan.values) if value.kind != "load"]
+        for node, numbers in itertools.groupby(rest, key=lambda n: self.plan.values[n].node):
+            statements = [self._define(n, self.plan.values[n]) for n in numbers]
+            # One statement has the operation's name already.
+            lines += ["", f"# {node.target}", *statements, ""] if node is not None and len(statements) > 1 else statements
         lines.append("")
         return lines + [self._store(store) for store in self.plan.stores]
 
@@ -123,7 +125,7 @@ class KernelBody:
         if value.kind == "index":
             return self.addresses.position(value.index)
         if value.kind == "inside":
-            return self._conditions(value.guard)
+            return self._conditions(value.guard)[1:-1]
         if value.kind == "reduce":
             return f"tl.{value.text}({self._masked(value)}, 1, keep_dims=True)"
         return _format(value.text, [self._operand(o) for o in value.operands])
@@ -177,7 +179,7 @@ class KernelBody:
             position = self.addresses.position(index)
             parts += [f"({position} >= {self.addresses.size(low)})"] if low is not None else []
             parts += [f"({position} < {self.addresses.size(high)})"] if high is not None else []
-        return " & ".join(parts) if len(parts) != 1 else parts[0]
+        return " & ".join(parts)
 
     def _masked(self, value: Value) -> str:
         neutral = _NEUTRAL[value.text] if value.dtype.is_floating_point else "0"
@@ -224,6 +226,11 @@ class KernelBody:
     def _hint_of_cast(self, value: Value, names: Sequence[str]) -> str:
         operand = value.operands[0] if value.operands else None
         return re.sub(r"_\d+$", "", names[operand.id]) if isinstance(operand, Ref) else "value"
+
+
+def _single_blanks(lines: Sequence[str]) -> list[str]:
+    """`lines` without blank ones that follow another."""
+    return [line for before, line in zip(["", *lines], lines, strict=False) if before or line]
 
 
 def unique(hint: str, taken: set[str]) -> str:

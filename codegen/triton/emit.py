@@ -20,7 +20,7 @@ from .body import KernelBody, unique
 from .index import Size, size_of
 from .plan import Plan
 from .pointwise import HELPERS, NotFusible
-from .reference import gw_functions, reference_lines
+from .reference import gw_functions, in_order, reference_lines
 from .roofline import Roofline, bytes_before, known_sizes, roofline
 from .tiles import Tile, default_tile
 
@@ -79,7 +79,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as text: `source` is the file, `digest` the content hash of what is below its header, `ir` the lines that it computes.
+    """A kernel as text: `source` is the file, `digest` the content hash of what is below its header, `ir` the lines that it
+    computes, views among them.
 
     `bytes_before` is what its operations would move one by one, `roofline` what it moves and how long that takes at least.
     """
@@ -100,7 +101,7 @@ class Kernel:
 
 
 def emit(plan: Plan, symbols: SymbolTable, ir_lines: Mapping[Node, str] | None = None) -> Kernel:
-    """The kernel of `plan`. `ir_lines` are the lines of its nodes as the program's text has them.
+    """The kernel of `plan`. `ir_lines` are the lines of its nodes, and of the views between them, as the program's text has them.
 
     Raises:
         NotFusible: a size is known from no input.
@@ -108,7 +109,7 @@ def emit(plan: Plan, symbols: SymbolTable, ir_lines: Mapping[Node, str] | None =
     writer = _File(plan, symbols)
     body = writer.body()
     digest = hashlib.sha256(body.encode()).hexdigest()[:16]
-    ir = tuple((ir_lines or {}).get(node, str(node)).strip() for node in plan.nodes)
+    ir = tuple((ir_lines or {}).get(node, str(node)).strip() for node in in_order(plan.nodes, plan.outputs))
     cost = roofline(plan)
     header = _header(writer, plan, ir, digest, cost)
     return Kernel(writer.name, header + body, digest, ir, bytes_before(plan.nodes), cost, writer.tile, plan, writer.parameters())
