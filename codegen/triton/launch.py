@@ -32,7 +32,8 @@ class Launch:
         self._run: Callable[..., tuple[torch.Tensor, ...]] = load(kernel).run
 
     def __call__(self, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        return self._run(*inputs)
+        with torch.cuda.device_of(inputs[0]):  # triton launches on the current device; this does nothing for CPU tensors
+            return self._run(*inputs)
 
     def __str__(self) -> str:
         return f"kernel {self.kernel.name}"
