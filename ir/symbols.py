@@ -87,9 +87,10 @@ class SymbolTable:
             return str(size)
         return _expression_text(self.env.simplify(size.node.expr), self._names)
 
-    def expression(self, expr: sympy.Basic) -> str:
-        """A sympy expression of sizes, over symbol names."""
-        return _expression_text(expr, self._names)
+    def expression(self, expr: sympy.Basic, renamed: dict[str, str] | None = None) -> str:
+        """A sympy expression of sizes over symbol names, some of them `renamed`."""
+        renamed = renamed or {}
+        return _expression_text(expr, {symbol: renamed.get(name, name) for symbol, name in self._names.items()})
 
     def stride_text(self, step: "int | torch.SymInt") -> str:
         """The stride as an expression, Max(1, n) written n."""

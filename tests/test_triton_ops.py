@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from triton_kernels import TOLERANCE, assert_close, capture, check, double, kernel_of, run  # noqa: E402
 
+from graphwright import ir  # noqa: E402
 from graphwright.codegen.triton import NotFusible, plan  # noqa: E402
 from graphwright.codegen.triton.views import base, is_view  # noqa: E402
 
@@ -275,8 +276,29 @@ def test_addresses_beyond_2_to_31_elements():
     x.copy_(torch.randint(-9, 9, (3, 64)))
     kernel = check(lambda x: x * 2 + 1, [x])
     assert "to(tl.int64)" in kernel.source
-    kernel = check(lambda x: (x.float() * 2).sum(-1), [x])
-    assert "to(tl.int64)" in kernel.source
+    for dim in (0, 1):
+        kernel = check(lambda x, dim=dim: (x.float() * 2).sum(dim), [x])
+        assert kernel.source.count("to(tl.int64)") == 2
+
+
+class Names(torch.nn.Module):
+    """Arguments and sizes named as generated code names other things."""
+
+    def forward(self, n, row, x, x_row, mask):
+        return F.layer_norm(n * x_row + row, (n.shape[-1],)) + x, torch.where(mask, n, row).mean(-1)
+
+
+def test_names_of_users_do_not_clash_with_those_of_the_file():
+    n, total = torch.export.Dim("n", min=1, max=64), torch.export.Dim("total", min=1, max=512)
+    both, one = {0: n, 1: total}, {0: total}
+    args = (torch.randn(4, 63), torch.randn(63), torch.randn(63), torch.randn(4, 63), torch.rand(4, 63) > 0.5)
+    program = ir.capture(Names(), args, {}, dynamic_shapes={"n": both, "row": one, "x": one, "x_row": both, "mask": both})
+    kernel = kernel_of(program)
+    for y, exact in zip(run(kernel, program, args), Names()(*double(args)), strict=True):
+        assert_close(y, exact, TOLERANCE[torch.float32])
+    static = ir.capture(Names(), args, {})
+    for y, exact in zip(run(kernel_of(static), static, args), Names()(*double(args)), strict=True):
+        assert_close(y, exact, TOLERANCE[torch.float32])
 
 
 def test_equal_programs_give_equal_text():

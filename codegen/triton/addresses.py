@@ -5,6 +5,7 @@ are arguments. Sizes that divide positions are compile-time constants where the 
 multiplication) and arguments where it does not.
 """
 
+import keyword
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,12 @@ from .plan import Domain
 
 _NARROW = 2**31
 
+# Names that generated files give a meaning of their own; a symbol or an input of that name gets another.
+RESERVED = frozenset(
+    """n i row col mask n_rows n_cols in_rows in_cols start tl triton torch os aten run reference check laid_out example_inputs device
+    ROWS COLS BLOCK NUM_WARPS TOLERANCE norm_stats norm_apply tanh sigmoid""".split()
+)
+
 
 @dataclass
 class Arguments:
@@ -23,11 +30,12 @@ class Arguments:
 
     sizes: dict[str, Size] = field(default_factory=dict)
     constants: set[str] = field(default_factory=set)
+    taken: set[str] = field(default_factory=set)
 
     def add(self, name: str, size: Size, constant: bool = False) -> str:
-        """`name`, or `name_2` and so on where another size has it."""
+        """`name`, or `name_2` and so on where another size, or a value, has it."""
         unique, n = name, 1
-        while unique in self.sizes and self.sizes[unique] != size:
+        while unique in self.taken or self.sizes.get(unique, size) != size:
             n += 1
             unique = f"{name}_{n}"
         self.sizes[unique] = size
@@ -43,6 +51,7 @@ class Addresses:
         self.domain = domain
         self.symbols = symbols
         self.arguments = Arguments()
+        self.symbol_names = {s.name: f"{s.name}_size" if s.name in RESERVED or keyword.iskeyword(s.name) else s.name for s in symbols}
         self.row_variables: dict[str, str] = {}
         self.column_variables: dict[str, str] = {}
 
@@ -70,8 +79,8 @@ class Addresses:
             return str(size)
         if in_kernel:
             for symbol in sorted(size.free_symbols, key=str):
-                self.arguments.add(self.symbols.named(str(symbol)), symbol)
-        return self.symbols.expression(size)
+                self.arguments.add(self.symbol_names[self.symbols.named(str(symbol))], symbol)
+        return self.symbols.expression(size, self.symbol_names)
 
     def _text(self, index: Index, tensor: str | None) -> str:
         terms = []

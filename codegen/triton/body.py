@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .addresses import Addresses
+from .addresses import RESERVED, Addresses
 from .plan import TL_TYPES, Condition, Count, Plan, Ref, Store, Value
 from .tiles import Tile
 
@@ -29,30 +29,33 @@ class KernelBody:
         self.inputs = inputs
         self.outputs = outputs
         self.by_rows = plan.domain.by_rows
+        self.is_wide = addresses.needs_int64([v.index for v in plan.values] + [s.index for s in plan.stores])
         self.names = self._value_names()
+        addresses.arguments.taken |= {*self.names, *(f"{name}_block" for name in self.names)}
 
     def lines(self) -> list[str]:
         """The statements of the kernel, indented by four."""
         body = self._looped() if self.tile.looped else self._straight()
-        wide = self.addresses.needs_int64([v.index for v in self.plan.values] + [s.index for s in self.plan.stores])
-        head = self._rows_head(wide) if self.by_rows else self._pointwise_head(wide)
+        head = self._rows_head() if self.by_rows else self._pointwise_head()
         return ["    " + line if line else "" for line in _single_blanks([*head, *body])]
 
     # --- positions ---
 
-    def _pointwise_head(self, wide: bool) -> list[str]:
-        program = "tl.program_id(0).to(tl.int64)" if wide else "tl.program_id(0)"
+    def _pointwise_head(self) -> list[str]:
+        program = "tl.program_id(0).to(tl.int64)" if self.is_wide else "tl.program_id(0)"
         lines = [f"i = {program} * BLOCK + tl.arange(0, BLOCK)", "mask = i < n"]
         return [*lines, *(f"{name} = {text}" for name, text in self.addresses.column_variables.items())]
 
-    def _rows_head(self, wide: bool) -> list[str]:
-        program = "tl.program_id(0).to(tl.int64)" if wide else "tl.program_id(0)"
+    def _rows_head(self) -> list[str]:
+        program = "tl.program_id(0).to(tl.int64)" if self.is_wide else "tl.program_id(0)"
         lines = [f"row = {program} * ROWS + tl.arange(0, ROWS)[:, None]", "in_rows = row < n_rows"]
         lines += [f"{name} = {text}" for name, text in self.addresses.row_variables.items()]
         return lines if self.tile.looped else [*lines, *self._columns_head("")]
 
     def _columns_head(self, start: str) -> list[str]:
-        lines = [f"col = {start}tl.arange(0, COLS)[None, :]", "in_cols = col < n_cols", "mask = in_rows & in_cols"]
+        column = f"{start}tl.arange(0, COLS)[None, :]"
+        column = f"({column}).to(tl.int64)" if self.is_wide else column
+        lines = [f"col = {column}", "in_cols = col < n_cols", "mask = in_rows & in_cols"]
         return [*lines, *(f"{name} = {text}" for name, text in self.addresses.column_variables.items())]
 
     # --- order of statements ---
@@ -197,24 +200,7 @@ class KernelBody:
     # --- names ---
 
     def _value_names(self) -> list[str]:
-        taken = {
-            "i",
-            "row",
-            "col",
-            "mask",
-            "in_rows",
-            "in_cols",
-            "start",
-            "n",
-            "n_rows",
-            "n_cols",
-            "tl",
-            "triton",
-            "torch",
-            "tanh",
-            "sigmoid",
-        }
-        taken |= {v.name for v in (*self.plan.domain.rows, *self.plan.domain.columns)}
+        taken = {*RESERVED, *self.addresses.symbol_names.values(), *(v.name for v in (*self.plan.domain.rows, *self.plan.domain.columns))}
         names: list[str] = []
         for value in self.plan.values:
             hint = self.inputs[value.input] if value.kind == "load" else value.name

@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from ...ir import Node, SymbolTable
-from .addresses import Addresses
+from .addresses import RESERVED, Addresses
 from .body import KernelBody, unique
 from .index import Size, size_of
 from .plan import Plan
@@ -137,11 +137,10 @@ class _File:
         self.symbols = symbols
         self.tile = default_tile(plan)
         self.name = kernel_name(plan.nodes)
-        taken = {"tl", "triton", "torch", "os", "aten", "run", "reference", "check", "laid_out", self.name, *HELPERS}
-        taken |= {symbol.name for symbol in symbols}
+        self.addresses = Addresses(plan.domain, symbols)
+        taken = {*RESERVED, self.name, *self.addresses.symbol_names.values()}
         self.inputs = [unique(_input_name(node), taken) for node in plan.inputs]
         self.outputs = [unique("y" if len(plan.outputs) == 1 else f"y{n}", taken) for n in range(len(plan.outputs))]
-        self.addresses = Addresses(plan.domain, symbols)
 
     def body(self) -> str:
         writer = KernelBody(self.plan, self.tile, self.addresses, self.inputs, self.outputs)
@@ -226,9 +225,10 @@ class _File:
         used = set(re.findall(r"[A-Za-z_]\w*", "\n".join(texts)))
         lines = []
         for symbol in self.symbols:
-            if symbol.name in used:
+            name = self.addresses.symbol_names[symbol.name]
+            if name in used:
                 expr: Any = self.symbols.size(symbol.name).node.expr
-                lines.append(f"    {symbol.name} = {self._place(expr)}")
+                lines.append(f"    {name} = {self._place(expr)}")
         return lines
 
     def _place(self, symbol: sympy.Symbol) -> str:
@@ -246,7 +246,7 @@ class _File:
 
     def _example_inputs(self) -> str:
         lines = ["def example_inputs(device):", '    """Random tensors of the types that the program has."""']
-        hints = [f"    {s.name} = {s.hint}" for s in self.symbols]
+        hints = [f"    {self.addresses.symbol_names[s.name]} = {s.hint}" for s in self.symbols]
         makes = []
         for name, node in self._tensors():
             value = node.meta["val"]

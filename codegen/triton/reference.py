@@ -9,7 +9,7 @@ from torch import fx
 from ...ir import Node
 from ...ir.calls import GETITEM
 from ...ir.float64 import widened
-from .addresses import Addresses
+from .addresses import RESERVED, Addresses
 from .body import number_text, unique
 from .index import size_of
 from .pointwise import NotFusible
@@ -57,7 +57,7 @@ def in_order(nodes: Sequence[Node], outputs: Sequence[Node]) -> list[Node]:
 
 def reference_lines(nodes: Sequence[Node], outputs: Sequence[Node], inputs: Mapping[Node, str], addresses: Addresses) -> list[str]:
     """The body of `reference(*inputs)`, which returns the outputs as a tuple."""
-    names, taken, lines = dict(inputs), {*inputs.values(), "torch", "aten"}, []
+    names, taken, lines = dict(inputs), {*RESERVED, *inputs.values(), *addresses.symbol_names.values()}, []
     first = next(iter(inputs.values()))
 
     def argument(value: Any) -> str:
