@@ -4,7 +4,8 @@ Nothing here imports triton until a kernel is loaded or compiled.
 """
 
 from .emit import Kernel, emit
-from .plan import Plan, plan
+from .plan import plan
 from .pointwise import NotFusible
+from .values import Plan
 
 __all__ = ["Kernel", "NotFusible", "Plan", "emit", "plan"]

@@ -13,7 +13,7 @@ import sympy
 
 from ...ir.symbols import UNBOUNDED, SymbolTable
 from .index import Index, Quotient, Remainder, Size, Var, product
-from .plan import Domain
+from .values import Domain
 
 _NARROW = 2**31
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .addresses import RESERVED, Addresses
-from .plan import TL_TYPES, Condition, Count, Plan, Ref, Store, Value
 from .tiles import Tile
+from .values import TL_TYPES, Condition, Count, Plan, Ref, Store, Value
 
 _NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
 _ACCUMULATE = {"sum": "{0} + {1}", "max": "tl.maximum({0}, {1})", "min": "tl.minimum({0}, {1})"}

@@ -18,11 +18,11 @@ from ...ir import Node, SymbolTable
 from .addresses import RESERVED, Addresses
 from .body import KernelBody, unique
 from .index import Size, size_of
-from .plan import Plan
 from .pointwise import HELPERS, NotFusible
 from .reference import gw_functions, in_order, reference_lines
 from .roofline import Roofline, bytes_before, known_sizes, roofline
 from .tiles import Tile, default_tile
+from .values import Plan
 
 _WIDTH = 120
 _IMPORTS = """import os

@@ -12,9 +12,10 @@ import torch
 from torch import fx
 
 from ...ir import Node
-from .plan import Plan, is_known, plan
+from .plan import is_known, plan
 from .pointwise import NotFusible
 from .roofline import bytes_after, bytes_before
+from .values import Plan
 from .views import base, is_split, is_view
 
 # ATen runs these in more than one pass, so that even one alone is worth a kernel.

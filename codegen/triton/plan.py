@@ -6,8 +6,8 @@ nodes that has no such kernel raises `NotFusible` with the reason, which is how 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,117 +16,14 @@ from ...ir.infer import tensors_of
 from .index import Index, Size, Var, product, size_of
 from .pointwise import NotFusible, Pointwise, arguments_of, pointwise
 from .reductions import REDUCTIONS, Rows, correction, eps_of, keeps_shape, rows_of
+from .special import SPECIAL
+from .values import TL_TYPES, Condition, Count, Domain, Plan, Ref, Store, Value, compute_dtype, packet_of
 from .views import Indices, broadcast, index_of, is_view, shape_of, source
 
 aten, gw = torch.ops.aten, torch.ops.gw
 
-TL_TYPES = {
-    torch.float64: "tl.float64",
-    torch.float32: "tl.float32",
-    torch.bfloat16: "tl.bfloat16",
-    torch.float16: "tl.float16",
-    torch.int64: "tl.int64",
-    torch.int32: "tl.int32",
-    torch.int16: "tl.int16",
-    torch.int8: "tl.int8",
-    torch.uint8: "tl.uint8",
-    torch.bool: "tl.int1",
-}
 MAX_VALUES = 160  # of one kernel; more would spill registers, and rotations of rotations double what they read
 MAX_INPUTS = 16
-MAX_PARTIALS = 8  # of merged statistics, a loop unrolled in the text
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A value of the plan, as an operand."""
-
-    id: int
-
-
-@dataclass(frozen=True)
-class Count:
-    """A number of elements as an operand: known when the kernel runs where a size is symbolic."""
-
-    size: Size
-
-
-class Condition(NamedTuple):
-    """low <= at < high; None where the bound holds anyway."""
-
-    at: Index
-    low: Size | None
-    high: Size | None
-
-
-@dataclass(frozen=True)
-class Value:
-    """One block: loaded, computed from others (`text` with `{0}` for the first operand), or reduced over the columns.
-
-    `rows` and `columns` say along which axes it varies. `stage` is how many reductions must have ended before it is known.
-    """
-
-    kind: str  # "load", "index", "inside", "apply", "reduce"
-    dtype: torch.dtype
-    operands: tuple[Any, ...] = ()
-    text: str = ""
-    input: int = -1
-    index: Index = Index()
-    guard: tuple[Condition, ...] = ()
-    rows: bool = field(default=False, compare=False)
-    columns: bool = field(default=False, compare=False)
-    stage: int = field(default=0, compare=False)
-    name: str = field(default="", compare=False)
-    node: Node | None = field(default=None, compare=False)
-    helpers: tuple[str, ...] = field(default=(), compare=False)
-
-
-@dataclass(frozen=True)
-class Store:
-    """Value `ref` goes to `index` (in elements) of output number `output`; `columns` is False for one element a row."""
-
-    output: int
-    index: Index
-    ref: Any
-    columns: bool
-
-
-@dataclass(frozen=True)
-class Domain:
-    """The positions that a kernel visits: all pairs of a row and a column. A pointwise kernel has columns alone."""
-
-    rows: tuple[Var, ...]
-    columns: tuple[Var, ...]
-    by_rows: bool
-
-    @property
-    def num_rows(self) -> Size:
-        return product(v.size for v in self.rows)
-
-    @property
-    def num_columns(self) -> Size:
-        return product(v.size for v in self.columns)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One kernel: `inputs` and `outputs` are nodes, `values` in an order in which each follows its operands."""
-
-    nodes: tuple[Node, ...]
-    inputs: tuple[Node, ...]
-    outputs: tuple[Node, ...]
-    domain: Domain
-    values: tuple[Value, ...]
-    stores: tuple[Store, ...]
-
-    @property
-    def num_stages(self) -> int:
-        return max((value.stage for value in self.values), default=0) + 1
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What elements of `dtype` are computed in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> Plan:
@@ -138,7 +35,7 @@ def plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> Plan:
     reason: NotFusible | None = None
     for domain, root in _domains(nodes, outputs):
         try:
-            return _Tracer(nodes, domain, root).plan(outputs)
+            return Tracer(nodes, domain, root).plan(outputs)
         except NotFusible as error:
             reason = reason or error
     raise reason or NotFusible("no output spans a domain")
@@ -193,7 +90,7 @@ def _without_ones(sizes: Sequence[Size]) -> tuple[Size, ...]:
     return tuple(size for size in sizes if size != 1)
 
 
-class _Tracer:
+class Tracer:
     """Follows outputs back to loads, one domain at a time."""
 
     def __init__(self, nodes: Sequence[Node], domain: Domain, root: _Root):
@@ -258,8 +155,8 @@ class _Tracer:
             return self.value(source(node), index_of(node, index))
         if node not in self.inside:
             return self._load(node, index)
-        if node.target in _SPECIAL:
-            result = _SPECIAL[node.target](self, node, index)
+        if node.target in SPECIAL:
+            result = SPECIAL[node.target](self, node, index)
         elif node.target in REDUCTIONS:
             result = self._reduction(node, index)
         else:
@@ -350,7 +247,7 @@ class _Tracer:
         self, text: str, operands: Sequence[Any], dtype: torch.dtype, node: Node | None, name: str = "", helpers: tuple[str, ...] = ()
     ) -> Ref:
         """The value `text` of `operands`."""
-        name = name or (_packet(node).strip("_") if node is not None else "value")
+        name = name or (packet_of(node).strip("_") if node is not None else "value")
         return self.add(Value("apply", dtype, tuple(operands), text, name=name, node=node, helpers=helpers))
 
     def reduce(self, kind: str, operand: Any, node: Node, name: str) -> Ref:
@@ -383,7 +280,7 @@ class _Tracer:
         if not variables & {v.name for v in self.domain.columns} and self.domain.by_rows:
             return
         if isinstance(own, int) and isinstance(all_, int) and 0 < own * 4 <= all_:
-            raise NotFusible(f"{_packet(node)} would be computed {all_ // max(own, 1)} times")
+            raise NotFusible(f"{packet_of(node)} would be computed {all_ // max(own, 1)} times")
 
     # --- reductions ---
 
@@ -421,7 +318,7 @@ class _Tracer:
 
         if not dtype.is_floating_point and node.target not in (aten.sum.dim_IntList, aten.sum.default):
             raise NotFusible("a float reduction of integers")
-        name = _packet(node)
+        name = packet_of(node)
         if name == "sum":
             return self.reduce("sum", row_operand(), node, "total")
         if name in ("amax", "amin"):
@@ -505,128 +402,12 @@ def _common_dtype(operands: Sequence[Any]) -> torch.dtype:
     return torch.result_type(values[0], values[1])
 
 
-def _packet(node: Node) -> str:
-    return str(node.target._schema.name).partition("::")[2]  # type: ignore[union-attr]
-
-
-# --- what is neither pointwise nor a reduction ---
-
-
-def _stack(tracer: _Tracer, node: Node, index: Indices) -> Any:
-    """A concatenation of pieces that have one element along the new dim."""
-    arguments = arguments_of(node)
-    dim = arguments["dim"] % len(index)
-    pieces = [(1, lambda position, piece=piece: (piece, (*index[:dim], *index[dim + 1 :]))) for piece in arguments["tensors"]]
-    return _joined(tracer, node, index[dim], pieces)
-
-
-def _cat(tracer: _Tracer, node: Node, index: Indices) -> Any:
-    arguments = arguments_of(node)
-    dim = arguments["dim"] % len(index)
-    pieces = [
-        (shape_of(piece)[dim], lambda position, piece=piece: (piece, (*index[:dim], position, *index[dim + 1 :])))
-        for piece in arguments["tensors"]
-        if piece.meta["val"].dim() == len(index)
-    ]
-    return _joined(tracer, node, index[dim], pieces)
-
-
-def _joined(tracer: _Tracer, node: Node, at: Index, pieces: Sequence[tuple[Size, Any]]) -> Any:
-    """The piece that the position `at` falls in: each is loaded there, and nowhere else."""
-    dtype = compute_dtype(node.meta["val"].dtype)
-    if len(pieces) > 8:
-        raise NotFusible("a concatenation of more than 8")
-    start: Size = 0
-    parts: list[tuple[Size, Any]] = []
-    outer = tracer.guard
-    for number, (size, locate) in enumerate(pieces):
-        is_last = number == len(pieces) - 1
-        tracer.guard = (*outer, Condition(at, start if number else None, None if is_last else start + size))
-        try:
-            parts.append((start + size, tracer.cast(tracer.value(*locate(at + (start * -1))), dtype, node)))
-        finally:
-            tracer.guard = outer
-        start = start + size
-    result = parts[-1][1]
-    for end, value in reversed(parts[:-1]):
-        before = tracer.add(Value("inside", torch.bool, guard=(Condition(at, None, end),), name="before", node=node))
-        result = tracer.apply("tl.where({0}, {1}, {2})", [before, value, result], dtype, node)
-    return result
-
-
-def _arange(tracer: _Tracer, node: Node, index: Indices) -> Any:
-    arguments = arguments_of(node)
-    start, step = arguments.get("start", 0), arguments.get("step", 1)
-    dtype = node.meta["val"].dtype
-    if isinstance(start, Node) or isinstance(step, Node) or not index[0].terms:
-        raise NotFusible("a range that starts at a size")
-    position = tracer.add(Value("index", torch.int64, index=index[0], name="position", node=node))
-    wide = compute_dtype(dtype)
-    value = tracer.cast(position, wide, node)
-    if (start, step) == (0, 1):
-        return value
-    return tracer.apply("{1} + {2} * {0}", [value, tracer.number(start, wide), tracer.number(step, wide)], wide, node)
-
-
-def _full(tracer: _Tracer, node: Node, index: Indices) -> Any:
-    arguments = arguments_of(node)
-    value = arguments.get("fill_value", 0 if "zeros" in _packet(node) else 1)
-    return tracer.number(value, compute_dtype(node.meta["val"].dtype))
-
-
-def _norm_apply(tracer: _Tracer, node: Node, index: Indices) -> Any:
-    """(x - mean) * rsqrt(M2 / k + eps) * weight + bias; the partial statistics are merged as `ir.ops.norm.merge_stats` does."""
-    x, stats, weight, bias, groups, eps = (arguments_of(node)[n] for n in ("x", "stats", "weight", "bias", "groups", "eps"))
-    channels, partials = shape_of(x)[1], shape_of(stats)[0]
-    if not isinstance(channels, int) or not isinstance(partials, int) or partials > MAX_PARTIALS:
-        raise NotFusible("statistics of unknown number")
-    group = index[1].divided(channels // groups)[0]
-    dtype = stats.meta["val"].dtype
-
-    def part(p: int, which: int) -> Any:
-        return tracer.cast(tracer.value(stats, (Index((), p), index[0], group, Index((), which))), dtype, node)
-
-    def apply(text: str, operands: list[Any], name: str = "") -> Any:
-        return tracer.apply(text, operands, dtype, node, name=name)
-
-    count, mean, m2 = (part(0, which) for which in range(3))
-    for p in range(1, partials):
-        count_b, mean_b, m2_b = (part(p, which) for which in range(3))
-        total = apply("{0} + {1}", [count, count_b], "count")
-        delta = apply("{0} - {1}", [mean_b, mean], "delta")
-        m2 = apply("{0} + {1} + {2} * {2} * ({3} * {4} / {5})", [m2, m2_b, delta, count, count_b, total], "m2")
-        mean = apply("{0} + {1} * ({2} / {3})", [mean, delta, count_b, total], "mean")
-        count = total
-    rstd = apply("tl.rsqrt({0} / {1} + {2})", [m2, count, float(eps)], "rstd")
-    result = apply("({0} - {1}) * {2}", [tracer.cast(tracer.value(x, index), dtype, node), mean, rstd])
-    for parameter, text in ((weight, "{0} * {1}"), (bias, "{0} + {1}")):
-        if parameter is not None:
-            result = apply(text, [result, tracer.cast(tracer.value(parameter, index[1:2]), dtype, node)])
-    return tracer.cast(result, compute_dtype(node.meta["val"].dtype), node)
-
-
-_SPECIAL: dict[Any, Any] = {
-    aten.cat.default: _cat,
-    aten.stack.default: _stack,
-    aten.arange.default: _arange,
-    aten.arange.start: _arange,
-    aten.arange.start_step: _arange,
-    aten.full.default: _full,
-    aten.zeros.default: _full,
-    aten.ones.default: _full,
-    aten.zeros_like.default: _full,
-    aten.ones_like.default: _full,
-    aten.full_like.default: _full,
-    gw.norm_apply.default: _norm_apply,
-}
-
-
 def is_known(node: Node) -> bool:
     """Whether `node` is of a kind that kernels compute."""
     if node.op != "call_function" or is_view(node):
         return False
     try:
-        return node.target in _SPECIAL or node.target in REDUCTIONS or pointwise(node) is not None
+        return node.target in SPECIAL or node.target in REDUCTIONS or pointwise(node) is not None
     except NotFusible:
         return False
 
@@ -637,5 +418,5 @@ def flops_of(node: Node) -> int:
         return REDUCTIONS[node.target]
     if node.target is gw.norm_apply.default:
         return 6
-    rule = None if node.target in _SPECIAL else pointwise(node)
+    rule = None if node.target in SPECIAL else pointwise(node)
     return rule.flops if rule is not None else 0

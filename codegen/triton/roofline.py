@@ -14,8 +14,9 @@ from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.symbols import hint
 from .index import Size, product
-from .plan import Plan, flops_of
+from .plan import flops_of
 from .tiles import default_tile
+from .values import Plan
 
 _CACHED_ROW = 2**18  # bytes: 50 MB of L2 for 132 multiprocessors with one row each is 380 KB
 

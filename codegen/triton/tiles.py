@@ -6,7 +6,7 @@ reduction. 8192 float32 on 16 warps are 16 registers a thread and value, which l
 
 from dataclasses import dataclass
 
-from .plan import Plan
+from .values import Plan
 
 LONGEST_ROW = 8192
 _POINTWISE_BLOCK = 1024
