@@ -87,11 +87,16 @@ class SymbolTable:
             return str(size)
         return _expression_text(self.env.simplify(size.node.expr), self._names)
 
+    def expression(self, expr: sympy.Basic, renamed: dict[str, str] | None = None) -> str:
+        """A sympy expression of sizes over symbol names, some of them `renamed`."""
+        renamed = renamed or {}
+        return _expression_text(expr, {symbol: renamed.get(name, name) for symbol, name in self._names.items()})
+
     def stride_text(self, step: "int | torch.SymInt") -> str:
         """The stride as an expression, Max(1, n) written n."""
         if not isinstance(step, torch.SymInt):
             return str(step)
-        return _expression_text(_without_clamps(self.env.simplify(step.node.expr)), self._names)
+        return _expression_text(without_clamps(self.env.simplify(step.node.expr)), self._names)
 
     def named(self, text: str) -> str:
         """`text` in which sizes stand as torch writes them, with the names that users gave."""
@@ -129,12 +134,12 @@ def same_size(a: Any, b: Any, *, exact: bool = False) -> bool:
             return bool(free_unbacked_symbols(a)) == bool(free_unbacked_symbols(b))
         left, right = a.node.expr, b.node.expr
         if not exact:
-            left, right = _without_clamps(left), _without_clamps(right)
+            left, right = without_clamps(left), without_clamps(right)
         return left == right or sympy.expand(left - right) == 0
     return False
 
 
-def _without_clamps(expr: sympy.Basic) -> sympy.Basic:
+def without_clamps(expr: sympy.Basic) -> sympy.Basic:
     """Strides count a dim of size 0 as 1, so torch writes Max(1, s0) for s0; where that differs there is no element to address."""
     if not expr.has(Max):
         return expr

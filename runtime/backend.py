@@ -1,6 +1,7 @@
 """Which backend runs a program: what was asked for, if it can run here."""
 
 import functools
+import importlib.util
 import os
 import shutil
 
@@ -26,7 +27,8 @@ def choose_backend(name: str) -> str:
     if name == "triton":
         if not torch.cuda.is_available():
             raise TargetError("backend triton needs a GPU and found none: use backend='inductor' or 'aten'")
-        raise TargetError("backend triton is not built yet: use backend='inductor'")
+        if importlib.util.find_spec("triton") is None:
+            raise TargetError("backend triton needs the package triton and found none: pip install 'graphwright[triton]'")
     return name
 
 

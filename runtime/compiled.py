@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,6 +20,9 @@ from .calling import Call, Parameter
 from .executor import Executor
 from .memory import Measurement, measure_peak
 from .report import Report, predicted
+
+if TYPE_CHECKING:
+    from ..codegen.triton import Kernel
 
 Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 
@@ -96,7 +99,12 @@ class CompiledModel(nn.Module):
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         memory = replace(memory, compiled=self._compiled_peak)
         promised = (compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports)
-        return Report(*promised, memory, self._measured, compiled.training)
+        return Report(*promised, memory, self._measured, compiled.training, self._present.executor.kernel_calls())
+
+    def kernels(self) -> "tuple[Kernel, ...]":
+        """The Triton kernels that run, each once: `name`, `source` (a file that checks itself), `ir` (the lines that it computes),
+        `roofline`. None for other backends."""
+        return tuple({kernel.digest: kernel for kernel in reversed(self._present.executor.kernel_calls())}.values())[::-1]
 
     @property
     def saved(self) -> Saved:

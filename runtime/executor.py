@@ -4,7 +4,7 @@ Values that a call made die inside it; inputs stay with the caller. Outputs are 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from ..ir.errors import InputError
 from .flat import FlatGraph
 from .lowering import Backend, lower
 from .prediction import lowered_profile
+
+if TYPE_CHECKING:
+    from ..codegen.triton import Kernel
 
 # A view would keep the tensor that it was made from, and so its storage in use by two.
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -44,6 +47,12 @@ class Executor:
         profiler is running."""
         memory = None if self.backend == "aten" else lowered_profile(self._lowered)
         return None if memory is None else memory.peak_bytes
+
+    def kernel_calls(self) -> "list[Kernel]":
+        """The Triton kernel of each call of one, in order."""
+        from ..codegen.triton.launch import Launch
+
+        return [node.target.kernel for node in self._lowered.nodes if isinstance(node.target, Launch)]
 
     def __call__(
         self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None

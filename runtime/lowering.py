@@ -6,7 +6,7 @@ out convolutions anew and may keep what the plan frees.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -21,11 +21,18 @@ from .flat import Boxed, FlatGraph
 from .prediction import lowered_profile
 from .sliced import Body, SlicedRun
 
+if TYPE_CHECKING:
+    from .triton_lowering import TritonLowering
+
 Backend = str
 
 
 def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend) -> fx.Graph:
-    """The runnable form of `graph` for `backend`, "aten" or "inductor"."""
+    """The runnable form of `graph` for `backend`: "aten", "inductor" or "triton" ("triton_interpreter" is for tests alone)."""
+    if backend in ("triton", "triton_interpreter"):
+        from .triton_lowering import TritonLowering
+
+        return _lowered(graph, TritonLowering(graph, symbols, interpreted=backend != "triton"), {})
     if backend != "inductor":
         return _lowered(graph, _Aten(), {})
     lowering = _Inductor(symbols)
@@ -42,7 +49,7 @@ def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend) -> fx.Graph:
     return _lowered(graph, lowering, {}) if lowering.left else lowered
 
 
-def _lowered(graph: fx.Graph, lowering: "_Aten | _Inductor", pieces: dict[Node, Node]) -> fx.Graph:
+def _lowered(graph: fx.Graph, lowering: "_Aten | _Inductor | TritonLowering", pieces: dict[Node, Node]) -> fx.Graph:
     """`pieces` receives, for each call of the result that may be compiled, the node of `graph` that it begins with."""
     donors = plan_donations(graph)
     lowered = fx.Graph()

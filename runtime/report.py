@@ -1,5 +1,6 @@
 """What `compiled.report()` says: the pipeline's promise, what each pass did and left alone, memory and time."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,8 @@ def predicted(captured: Program | None, program: Program, passes: Sequence[Any] 
 
 @dataclass(frozen=True)
 class Report:
-    """`str(report)` is what users read. `passes` are the pass manager's reports, in order."""
+    """`str(report)` is what users read. `passes` are the pass manager's reports, `kernels` the Triton kernel of each call of one, in
+    order."""
 
     pipeline: str
     contract: Contract
@@ -41,12 +43,25 @@ class Report:
     memory: Memory = Memory()
     measured: Measurement | None = None
     training: bool = False
+    kernels: Sequence[Any] = ()
 
     def __str__(self) -> str:
         head = f"pipeline: {self.pipeline or 'no passes'}\ncontract: {self.contract}. {self.contract.promise}\nbackend: {self.backend}"
         if self.training:
             head += "\ncaptured in train mode: dropout draws on each call, and this model keeps running statistics of its own"
-        return "\n".join([head, *(_pass_text(report) for report in self.passes), *self._memory_lines(), *self._time_lines()]) + "\n"
+        passes = [_pass_text(report) for report in self.passes]
+        return "\n".join([head, *passes, *self._kernel_lines(), *self._memory_lines(), *self._time_lines()]) + "\n"
+
+    def _kernel_lines(self) -> list[str]:
+        """Bytes that the groups move, before and after, and for each kernel how often it runs and its roofline."""
+        if not self.kernels:
+            return []
+        calls = Counter(kernel.digest for kernel in self.kernels)
+        before, after = sum(k.bytes_before for k in self.kernels), sum(k.roofline.bytes_moved for k in self.kernels)
+        moved = f"{format_bytes(after)} where their operations move {format_bytes(before)}"
+        head = f"kernels: {len(self.kernels)} calls of {len(calls)}, which move {moved}"
+        distinct = {kernel.digest: kernel for kernel in self.kernels}
+        return [head, *(f"  {calls[digest]} x {kernel.name}: {kernel.roofline.line()}" for digest, kernel in distinct.items())]
 
     def _memory_lines(self) -> list[str]:
         figures = {

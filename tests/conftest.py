@@ -1,10 +1,15 @@
 """What holds for every test: the checkout root is never imported as a package of another name, and no test has a deadline."""
 
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+# Triton settles when it is first imported whether it compiles or interprets, and some test may import it through torch. What compiles
+# for GPUs runs in processes of its own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 

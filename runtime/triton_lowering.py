@@ -1,0 +1,116 @@
+"""Segments of a program as Triton kernels: a call for each group, and every other operation by its own kernel.
+
+Views that only groups look through are not made. Region bodies stay with library kernels.
+"""
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from ..ir import Function, Node, SymbolTable
+from ..ir.calls import GETITEM
+from ..ir.infer import tensors_of
+from ..ir.printer import node_lines
+from ..ir.tree import LEAF
+from .sliced import SlicedRun
+
+if TYPE_CHECKING:
+    from ..codegen.triton.groups import Group
+
+
+class TritonLowering:
+    """Lowers `graph` for a GPU; `interpreted` runs the kernels on CPU tensors in Triton's interpreter, for tests.
+
+    Raises:
+        TargetError: `interpreted`, and triton compiles in this process.
+    """
+
+    def __init__(self, graph: fx.Graph, symbols: SymbolTable, interpreted: bool):
+        from ..codegen.triton.launch import require_interpreter
+
+        if interpreted:
+            require_interpreter()
+        self.graph = graph
+        self.symbols = symbols
+        self.device = "cpu" if interpreted else "cuda"
+        self._lines = node_lines(Function("main", graph, LEAF, LEAF), symbols)
+
+    def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
+        return SlicedRun(node, donors)
+
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> Node | None:
+        """Adds a run of calls to `lowered`."""
+        from ..codegen.triton import NotFusible, emit
+        from ..codegen.triton.groups import find_groups
+        from ..codegen.triton.launch import Launch
+
+        launches: dict[Node, tuple[Group, Launch]] = {}
+        for group in find_groups(self.graph, nodes):
+            if tensors_of(group.outputs[0].meta["val"])[0].device.type != self.device:
+                continue
+            try:
+                launch = Launch(emit(group.plan, self.symbols, self._lines))
+            except NotFusible:  # a size that no input of the group tells
+                continue
+            launches |= dict.fromkeys(group.nodes, (group, launch))
+        for node in _schedule(nodes, {node: group for node, (group, _) in launches.items()}):
+            if node not in launches:
+                copies[node] = lowered.node_copy(node, copies.__getitem__)
+                continue
+            group, launch = launches[node]
+            operands = tuple(map(copies.__getitem__, group.inputs))
+            call = lowered.create_node("call_function", launch, operands, name=launch.kernel.name)
+            call.meta = {"val": tuple(output.meta["val"] for output in group.outputs), "where": node.meta.get("where")}
+            for index, output in enumerate(group.outputs):
+                copies[output] = lowered.call_function(GETITEM, (call, index))
+                copies[output].meta = output.meta
+        return None
+
+
+def _schedule(nodes: Sequence[Node], group_of: "Mapping[Node, Group]") -> Iterable[Node]:
+    """The calls of a segment in an order in which each follows its operands; a group counts as one call, named by its first node.
+    A call that gives only what groups look through is left out."""
+    position = {node: n for n, node in enumerate(nodes)}
+    first = {node: group_of[node].nodes[0] if node in group_of else node for node in nodes}
+    reads = {node: _reads(node, group_of) for node in nodes}
+    needed = _needed(nodes, reads, group_of)
+    waiting: dict[Node, set[Node]] = {}
+    for node in nodes:
+        if node in needed:
+            waiting.setdefault(first[node], set()).update(first[o] for o in reads[node] if o in position)
+    for unit, operands in waiting.items():
+        operands.discard(unit)
+    followers: dict[Node, list[Node]] = {}
+    for unit, operands in waiting.items():
+        for operand in operands:
+            followers.setdefault(operand, []).append(unit)
+    ready = [(position[unit], unit) for unit, operands in waiting.items() if not operands]
+    heapq.heapify(ready)
+    done = 0
+    while ready:
+        _, unit = heapq.heappop(ready)
+        done += 1
+        yield unit
+        for follower in followers.get(unit, ()):
+            waiting[follower].discard(unit)
+            if not waiting[follower]:
+                heapq.heappush(ready, (position[follower], follower))
+    assert done == len(waiting), "groups are convex together"
+
+
+def _reads(node: Node, group_of: "Mapping[Node, Group]") -> Sequence[Node]:
+    """What has to exist before a call: the inputs of its group, or its own operands."""
+    return group_of[node].inputs if node in group_of else node.all_input_nodes
+
+
+def _needed(nodes: Sequence[Node], reads: Mapping[Node, Sequence[Node]], group_of: "Mapping[Node, Group]") -> set[Node]:
+    """The members of groups, and what is read by a call that is needed or by one outside the segment, or has an effect."""
+    inside, needed = set(nodes), set(group_of)
+    needed |= {value for group in group_of.values() for value in group.inputs}
+    for node in reversed(nodes):
+        is_read = any(user not in inside or (user in needed and node in reads[user]) for user in node.users)
+        if is_read or node in needed or not node.users:
+            needed.add(node)
+    return needed
