@@ -382,16 +382,17 @@ class Planner:
 
     def _reason(self, layout: Layout, node: Node, at: int) -> str:
         """Why `node` is live in full at item `at`: who needs it there, and what keeps that from reading it slice by slice."""
-        users = [u for u in self._readers(node) if layout.at(u) >= at]
+        readers, views = self._readers(node)
+        users = [u for u in readers if layout.at(u) >= at]
         if any(u.op == "output" for u in users):
             return "it is an output"
         here = [u for u in users if layout.at(u) == at]
         if not here:
             last = max(users, key=lambda u: layout.at(u))
-            stop = next((self.stops[u] for u in users if u in self.stops), None)
+            stop = next((self.stops[u] for u in (*users, *views) if u in self.stops), None)
             why = f"; {stop.reason}: {stop.detail}" if stop is not None else ""
             return f"kept for {last.target} at {last.meta.get('where') or '?'}, {layout.at(last) - at} calls later{why}"
-        stop = next((self.stops[u] for u in (node, *here) if u in self.stops), None)
+        stop = next((self.stops[u] for u in (node, *here, *views) if u in self.stops), None)
         if isinstance(layout.items[at], PlannedRegion):
             why = f"; {stop.reason}: {stop.detail}" if stop is not None else ""
             return f"a region reads its slices, and it is made outside of it{why}"
@@ -400,9 +401,10 @@ class Planner:
         why = f"; {stop.reason}: {stop.detail}" if stop is not None else ", which no region made cheaper"
         return f"read by {user.target} at {user.meta.get('where') or '?'}{why}"
 
-    def _readers(self, node: Node) -> list[Node]:
-        """Who reads the memory of a value, through views of it too; itself if nobody does."""
-        readers: dict[Node, None] = {}
+    def _readers(self, node: Node) -> tuple[list[Node], list[Node]]:
+        """Who reads the memory of a value (itself if nobody does), and the views through which it is read."""
+        readers: list[Node] = []
+        views: list[Node] = []
         pending, seen = [node], {node}
         while pending:
             for user in self.scene.users[pending.pop()]:
@@ -411,9 +413,10 @@ class Planner:
                 seen.add(user)
                 if user.op == "call_function" and self._is_view(user, node) and self.scene.users[user]:
                     pending.append(user)
+                    views.append(user)
                 else:
-                    readers[user] = None
-        return sorted(readers, key=self.scene.at) or [node]
+                    readers.append(user)
+        return sorted(readers, key=self.scene.at) or [node], views
 
     def _is_view(self, user: Node, node: Node) -> bool:
         return not self.scene.makes[user] and not set(self.scene.keys[node]).isdisjoint(self.scene.keys[user])
