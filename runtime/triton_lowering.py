@@ -3,10 +3,10 @@
 Views that only groups look through are not made. Region bodies stay with library kernels.
 """
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import networkx
 from torch import fx
 
 from ..ir import Function, Node, SymbolTable
@@ -80,24 +80,11 @@ def _schedule(nodes: Sequence[Node], group_of: "Mapping[Node, Group]") -> Iterab
     for node in nodes:
         if node in needed:
             waiting.setdefault(first[node], set()).update(first[o] for o in reads[node] if o in position)
-    for unit, operands in waiting.items():
-        operands.discard(unit)
-    followers: dict[Node, list[Node]] = {}
-    for unit, operands in waiting.items():
-        for operand in operands:
-            followers.setdefault(operand, []).append(unit)
-    ready = [(position[unit], unit) for unit, operands in waiting.items() if not operands]
-    heapq.heapify(ready)
-    done = 0
-    while ready:
-        _, unit = heapq.heappop(ready)
-        done += 1
-        yield unit
-        for follower in followers.get(unit, ()):
-            waiting[follower].discard(unit)
-            if not waiting[follower]:
-                heapq.heappush(ready, (position[follower], follower))
-    assert done == len(waiting), "groups are convex together"
+    order = networkx.DiGraph()
+    order.add_nodes_from(waiting)
+    order.add_edges_from((operand, unit) for unit, operands in waiting.items() for operand in operands - {unit})
+    # Groups are convex together, so there is no cycle.
+    yield from networkx.lexicographical_topological_sort(order, key=position.__getitem__)
 
 
 def _reads(node: Node, group_of: "Mapping[Node, Group]") -> Sequence[Node]:
