@@ -59,6 +59,7 @@ X1, X2, X3 = (2, 32, 4096), (2, 32, 48, 48), (1, 32, 16, 32, 32)  # the video ha
 CONVOLUTIONS = {
     "conv1d": (nn.Conv1d(32, 32, 3, padding=1), X1),
     "conv1d, one short row": (nn.Conv1d(32, 32, 3, padding=1), (1, 32, 640)),
+    "conv1d, pointwise": (nn.Conv1d(32, 64, 1), X1),
     "conv1d, pointwise with a stride": (nn.Conv1d(32, 32, 1, stride=2), (1, 32, 8192)),
     "conv2d": (nn.Conv2d(32, 32, 3, padding=1), X2),
     "conv2d to more channels": (nn.Conv2d(32, 96, 3, padding=1), X2),
@@ -93,7 +94,7 @@ def test_convolutions(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["conv1d", "conv2d", "conv2d, one small image", "conv_transpose2d", "conv3d, two videos"]
+    ["conv1d", "conv1d, pointwise", "conv2d", "conv2d, pointwise", "conv2d, one small image", "conv_transpose2d", "conv3d, two videos"]
     + ["conv3d, one video" + form for form in ("", ", temporal", ", pointwise", ", padding by name")],
 )
 def test_convolutions_of_strided_operands(name: str) -> None:

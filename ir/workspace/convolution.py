@@ -49,8 +49,11 @@ def transposed_convolution(a: dict[str, Any], node: Node, threads: int, part: Pa
 
 
 def _is_ours(node: Node, call: "_Call") -> bool:
-    """Whether `codegen.cpu_kernels.conv3d` serves the call, and not as ATen would."""
-    return node.target is torch.ops.aten.conv3d.default and call.dtype is torch.float32 and call.is_batched and not call.is_channels_last
+    """Whether `codegen.cpu_convolutions` serves the call, and not as ATen would."""
+    aten = torch.ops.aten
+    is_matrix = call.is_pointwise and call.groups == 1 and node.target in (aten.conv1d.default, aten.conv2d.default)
+    is_float = call.dtype is torch.float32 and call.is_batched and not call.is_channels_last
+    return is_float and (is_matrix or node.target is aten.conv3d.default)
 
 
 class _Call:
