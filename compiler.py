@@ -1,6 +1,8 @@
 """`compile`: capture, passes, lowering, and a model that is called like the original."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ def compile(
         TargetError: the backend cannot run here.
     """
     _check_examples(example_inputs, example_kwargs)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress is a function of (passes done, passes in all, name of the next), not {progress!r}")
     backend = choose_backend(backend)
     pipeline = parse_pipeline([*(CLEANUPS if cleanups else ()), *parse_pipeline(passes)])
     PassManager(pipeline, verify=verify)  # refuses them now, not on the first call
@@ -114,11 +118,23 @@ def _read(path: Path, trusted: bool) -> Saved:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist")
     try:
-        return Saved(from_exported(torch.export.load(path)))
+        with _quiet(torch.export.__name__):  # it logs what it raises, traceback and all
+            return Saved(from_exported(torch.export.load(path)))
     except GraphwrightError:
         raise
     except Exception as error:
         raise ArtifactError(f"{path} is not read by torch.export ({type(error).__name__}): export it again with this torch") from error
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_examples(args: Any, kwargs: Any) -> None:

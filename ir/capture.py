@@ -25,6 +25,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
@@ -501,9 +502,19 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 # --- failures --------------------------------------------------------------------------------------------------------------
 
 
+def _unready(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """What must be done to the model or its inputs before any capture; a call to find out more would give lazy weights their sizes."""
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        return f"weight {lazy[0]} has no shape before the model's first call: call the model once, then compile it"
+    if any(isinstance(leaf, torch.Tensor) and leaf.is_nested for leaf in pytree.tree_leaves((args, kwargs))):
+        return "an input is a nested tensor, which no program can hold: pad it, and pass lengths or a mask"
+    return None
+
+
 def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exception:
     """What stopped torch.export: `dynamic_shapes` or the example inputs if they do not fit, else every blocker."""
-    wrong = misfit(model, args, kwargs, dynamic_shapes)
+    wrong = misfit(model, args, kwargs, dynamic_shapes) or _unready(model, args, kwargs)
     if wrong is not None:
         return InputError(wrong)
     try:

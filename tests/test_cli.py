@@ -252,7 +252,7 @@ def test_help_documents_the_exit_codes(capsys):
 
 
 def test_a_pipe_gets_nothing_on_stderr_and_may_close_early(folder):
-    command = f"{sys.executable} -m graphwright.cli dump before.txt | head -c 1; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m graphwright dump before.txt | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert (done.returncode, len(done.stdout), done.stderr) == (0, 1, "")
 

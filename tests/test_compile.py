@@ -359,7 +359,7 @@ def test_an_exported_program_a_program_and_files_are_compiled_too(tmp_path):
         gw.compile(tmp_path / "net.pt2")
 
 
-def test_what_is_no_model_is_refused(tmp_path):
+def test_what_is_no_model_is_refused(tmp_path, capfd):
     with pytest.raises(gw.InputError, match="not a int"):
         gw.compile(3)
     with pytest.raises(gw.InputError, match="net.onnx is no model file"):
@@ -367,6 +367,25 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "bad.pt2").write_bytes(b"nothing")
     with pytest.raises(gw.ArtifactError, match="bad.pt2 is not read by torch.export"):
         gw.compile(tmp_path / "bad.pt2", trusted=True)
+    assert capfd.readouterr().err == ""
+
+
+def test_weights_without_a_shape_are_told_before_anything_gives_them_one():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2)).eval()
+    with pytest.raises(gw.InputError, match="weight 1.weight has no shape before the model's first call: call the model once"):
+        gw.compile(net, example_inputs=(torch.ones(3, 4),))
+    assert nn.parameter.is_lazy(net[1].weight)
+
+
+def test_a_nested_tensor_is_told_what_to_be_instead():
+    ragged = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=torch.jagged)
+    with pytest.raises(gw.InputError, match="an input is a nested tensor, which no program can hold: pad it"):
+        gw.compile(nn.Linear(4, 4).eval(), example_inputs=(ragged,))
+
+
+def test_progress_is_a_function():
+    with pytest.raises(gw.InputError, match="progress is a function of .*, not 3"):
+        gw.compile(Net(), example_inputs=(X,), progress=3)
 
 
 @pytest.mark.parametrize(
