@@ -57,6 +57,8 @@ def capture(
         CaptureError: with every blocker found, the user's line for each, and what to do.
         InputError: the example inputs do not fit the module.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise CaptureError(f"only an nn.Module is captured, not {_kind(model)}: wrap a function in a module whose forward calls it")
     if not isinstance(args, tuple):
         raise InputError(f"example inputs are a tuple of positional arguments, not a {type(args).__name__}: write (x,)")
     args, kwargs = _told_apart(args, kwargs or {})
@@ -500,6 +502,10 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 # --- failures --------------------------------------------------------------------------------------------------------------
+
+
+def _kind(model: object) -> str:
+    return f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
 
 
 def _unready(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

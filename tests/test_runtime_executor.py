@@ -10,6 +10,7 @@ from torch import nn
 
 from graphwright import ir
 from graphwright.ir.errors import InputError
+from graphwright.ir.float64 import to_float64
 from graphwright.ir.run import run as reference_run
 from graphwright.runtime.bindings import BINDINGS
 from graphwright.runtime.executor import Executor
@@ -202,12 +203,20 @@ def shares(a, b):
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def test_the_zoo_runs_as_the_reference_does():
+@pytest.mark.parametrize("name", ["video_unet", "decoder"])
+def test_the_zoo_runs_as_exactly_as_the_reference_does(name):
+    """Not bit for bit: convolutions and linear layers of ours add in the order of a product of matrices, as that CPU's library does it."""
     from graphwright import models
 
-    for name in ("video_unet", "decoder"):
-        module, args, kwargs = models.load(name, "tiny")
-        program = ir.capture(module, args, kwargs)
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        outputs, expected = Executor(program)(leaves)[0], reference_run(program, leaves)[0]
-        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True)), name
+    module, args, kwargs = models.load(name, "tiny")
+    program = ir.capture(module, args, kwargs)
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    wide = [leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf for leaf in leaves]
+    exact = reference_run(to_float64(program), wide)[0]
+    ours, reference = (distance(outputs, exact) for outputs in (Executor(program)(leaves)[0], reference_run(program, leaves)[0]))
+    assert ours <= 4 * reference  # the exact contract's own factor
+
+
+def distance(outputs, exact):
+    """The greatest relative error (2-norm) of an output."""
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(outputs, exact, strict=True))
