@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.infer import is_channels_last
+
 
 def conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
@@ -92,7 +94,10 @@ def _triple(value: Any) -> tuple[int, ...]:
 
 
 def _is_channels_last(weight: Tensor) -> bool:
-    return weight.stride(1) == 1 < weight.stride(-1)
+    """ATen's rule; the strides of a single channel may say either, or both."""
+    if weight.size(1) > 1:
+        return weight.stride(1) == 1 < weight.stride(-1)
+    return is_channels_last(weight.shape, weight.stride())
 
 
 def _has_onednn() -> bool:

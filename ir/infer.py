@@ -53,6 +53,19 @@ def contiguous_stride(shape: Any) -> tuple[Any, ...]:
     return tuple(reversed(strides))
 
 
+def is_channels_last(shape: Any, stride: Any) -> bool:
+    """Whether ATen takes the channels, dim 1, to lie innermost: its rule, `suggest_memory_format`, for sizes that are numbers. Strides
+    of dims of size 1 count, although they address nothing."""
+    if len(shape) not in (4, 5) or not all(isinstance(n, int) for n in (*shape, *stride)) or stride[1] == 0:
+        return False
+    least = 0
+    for dim in (1, *reversed(range(2, len(shape))), 0):
+        if shape[dim] == 0 or stride[dim] < least or (dim == 0 and least == stride[1]):
+            return False
+        least = stride[dim] * max(shape[dim], 1)
+    return True
+
+
 def has_gaps(shape: Iterable[int], stride: Iterable[int]) -> bool:
     """Whether a tensor's elements, taken in order of their addresses, do not follow one another without a gap or an overlap."""
     expected, gaps = 1, False

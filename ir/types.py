@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .infer import contiguous_stride, same_size
+from .infer import contiguous_stride, is_channels_last, same_size
 from .symbols import SymbolTable
 
 DTYPES: dict[str, torch.dtype] = {
@@ -73,22 +73,10 @@ def _settled(shape: Any, stride: Any) -> tuple[Any, ...]:
     if not ones:
         return tuple(stride)
     result, step = list(stride), 1
-    channels_last = _is_channels_last(shape, stride)
+    channels_last = is_channels_last(shape, stride)
     outermost_first = (0, *range(2, len(shape)), 1) if channels_last else range(len(shape))
     for dim in reversed(outermost_first):
         if dim in ones:
             result[dim] = step
         step = result[dim] * shape[dim]
-    return tuple(result) if _is_channels_last(shape, result) == channels_last else tuple(stride)
-
-
-def _is_channels_last(shape: Any, stride: Any) -> bool:
-    """ATen's rule, `suggest_memory_format`, for sizes that are numbers."""
-    if len(shape) not in (4, 5) or not all(isinstance(n, int) for n in (*shape, *stride)) or stride[1] == 0:
-        return False
-    least = 0
-    for dim in (1, *reversed(range(2, len(shape))), 0):
-        if shape[dim] == 0 or stride[dim] < least or (dim == 0 and least == stride[1]):
-            return False
-        least = stride[dim] * max(shape[dim], 1)
-    return True
+    return tuple(result) if is_channels_last(shape, result) == channels_last else tuple(stride)

@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..ir import Node
+from ..ir.infer import is_channels_last
 from ..ir.liveness import last_uses
+from ..ir.symbols import hint
 from .bindings import binding
 
 Slots = list[Any]
@@ -132,7 +135,7 @@ class FlatGraph:
     def _call(self, node: Node) -> tuple[Callable[..., Any], Operands]:
         """The operation as a function of positional operands, and how to pick these."""
         target: Any = node.target
-        operation = binding(target)
+        operation = binding(target) if not _may_unsettle(node) else functools.partial(_settled, binding(target))
         if not node.kwargs:
             return operation, self._pick(node.args)
         if not any(_has_node(value) for value in node.kwargs.values()):
@@ -148,6 +151,26 @@ class FlatGraph:
         if isinstance(argument, list | tuple) and _has_node(argument):
             return _picker(self._pick(argument))
         return operator.itemgetter(self._slot(argument))
+
+
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.unflatten.int}
+
+
+def _may_unsettle(node: Node) -> bool:
+    """Whether a call's result may be a view of images whose channels lie innermost."""
+    if node.target not in _VIEWS:
+        return False
+    value = node.meta["val"]
+    return is_channels_last([hint(n) for n in value.shape], [hint(n) for n in value.stride()])
+
+
+def _settled(view: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    """The view, one image with the batch stride that its type says. ATen may give it another, which addresses nothing, but by which a
+    convolution takes the channels for outermost, and copies its input and its result."""
+    y = view(*arguments)
+    if y.size(0) != 1 or y.stride(0) >= y.numel():
+        return y
+    return y.as_strided(y.shape, (y.numel(), *y.stride()[1:]))
 
 
 def _picker(operands: Operands) -> Picker:

@@ -62,6 +62,20 @@ def test_convolutions_of_a_video_are_conv3d(kernel: tuple[int, int, int], stride
     assert y.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (3, 3, 1), (1, 1, 3), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("of_input", [torch.contiguous_format, torch.channels_last_3d], ids=["", "input"])
+@pytest.mark.parametrize("of_weight", [torch.contiguous_format, torch.channels_last_3d], ids=["", "weight"])
+def test_one_channel_lies_where_aten_takes_it_to_lie(
+    kernel: tuple[int, int, int], of_input: torch.memory_format, of_weight: torch.memory_format
+) -> None:
+    x = torch.randn(2, 1, 5, 4, 8).contiguous(memory_format=of_input)
+    weight = torch.randn(6, 1, *kernel).contiguous(memory_format=of_weight)
+    expected = torch.conv3d(x, weight)
+    y = conv3d(x, weight)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected)
+
+
 def test_convolutions_keep_to_a_user_who_turns_onednn_off() -> None:
     x, weight = torch.randn(1, 4, 4, 6, 6), torch.randn(4, 4, 3, 3, 3)
     with torch.backends.mkldnn.flags(enabled=False):

@@ -54,6 +54,11 @@ def strided(x: Tensor) -> Tensor:
     return x.mT.contiguous().mT if x.dim() > 1 and x.is_floating_point() else x
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same values with dim 1 innermost in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 X1, X2, X3 = (2, 32, 4096), (2, 32, 48, 48), (1, 32, 16, 32, 32)  # the video has 16384 = 1 * 32 * 16 * 32, below the cliff
 
 CONVOLUTIONS = {
@@ -100,6 +105,12 @@ def test_convolutions(name: str) -> None:
 def test_convolutions_of_strided_operands(name: str) -> None:
     convolution, shape = CONVOLUTIONS[name]
     assert_foreseen(convolution, (strided(torch.randn(shape)),))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, shape) in CONVOLUTIONS.items() if len(shape) > 3])
+def test_convolutions_of_channels_that_lie_innermost(name: str) -> None:
+    convolution, shape = CONVOLUTIONS[name]
+    assert_foreseen(convolution, (channels_last(torch.randn(shape)),))
 
 
 @needs_wide_vectors
@@ -223,6 +234,9 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "matmul of heads": (lambda x: x.unflatten(2, (4, -1)).transpose(1, 2) @ x.unflatten(2, (4, -1)).transpose(1, 2).mT, (4, 128, 256)),
     "matmul of shared heads": (lambda x: x.unflatten(1, (4, -1)) @ x.unflatten(1, (4, -1))[:, :1].mT, (4, 512, 128)),
     "linear": (nn.Linear(1024, 512), ROWS),
+    "roll": (lambda x: x.roll(1, 0), ROWS),
+    "roll of two dims": (lambda x: x.roll((1, 2), (0, 1)), ROWS),
+    "pixel_shuffle": (lambda x: F.pixel_shuffle(x, 2), X2),
 }
 
 
@@ -244,3 +258,39 @@ def test_operations(name: str) -> None:
 )
 def test_operations_on_strided_operands(name: str) -> None:
     run(name, strided)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, shape) in OPERATIONS.items() if len(shape) > 3])
+def test_operations_on_channels_that_lie_innermost(name: str) -> None:
+    run(name, channels_last)
+
+
+class TokensAsImages(nn.Module):
+    """[B, N, C_in] -> [B, C, H, W]: tokens become the places of an image, whose channels lie innermost; any batch stride serves one image."""
+
+    def __init__(self, of_image: nn.Module):
+        super().__init__()
+        self.embed, self.of_image = nn.Linear(16, 64), of_image
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.of_image(x.transpose(1, 2).reshape(x.size(0), 64, 24, 24))
+
+
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize(
+    "of_image",
+    [
+        nn.Conv2d(64, 64, 3, padding=1, groups=64),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.GroupNorm(8, 64),
+        nn.MaxPool2d(2),
+        nn.Upsample(scale_factor=2),
+    ],
+    ids=["depthwise", "convolution", "group_norm", "max_pool", "upsample"],
+)
+def test_tokens_that_become_an_image(of_image: nn.Module, images: int) -> None:
+    assert_foreseen(TokensAsImages(of_image), (torch.randn(images, 576, 16),))
+    slicing = gw.SliceGroups(memory_budget="30%")
+    compiled = assert_foreseen(TokensAsImages(of_image), (torch.randn(images, 576, 16),), [slicing])
+    assert images == 1 or "sliced" in str(compiled.program)

@@ -14,7 +14,21 @@ import torch
 
 from ..program import Node
 from ..symbols import hint
-from .operands import WHOLE, Part, Workspace, is_channels_last, is_contiguous, is_one_dim, nbytes, numel, product, sizes, strides, tensor
+from .operands import (
+    WHOLE,
+    Part,
+    Workspace,
+    is_channels_last,
+    is_contiguous,
+    is_dense_channels_last,
+    is_one_dim,
+    nbytes,
+    numel,
+    product,
+    sizes,
+    strides,
+    tensor,
+)
 
 _BLOCK = 16  # channels of a block where vectors have 512 bits
 _SMALL_INPUT = 20480
@@ -39,9 +53,7 @@ def transposed_convolution(a: dict[str, Any], node: Node, threads: int, part: Pa
     call = _Call(a, node, part)
     call.is_plain = False
     if call.takes_onednn(threads, call.input):
-        source, weight, result = call.input_blocks, call.weight_blocks, call.result_blocks
-        moving = max(source + 2 * result - call.result_bytes, 2 * result)
-        return Workspace(moving + call.copied, weight if source + weight > call.result_bytes else 0)
+        return call.transposed_blocked(threads)
     columns = call.input_places * call.weight_sizes[1] * product(call.kernel) * call.itemsize
     if len(call.kernel) < 3:
         return Workspace(columns + call.copied)
@@ -82,7 +94,7 @@ class _Call:
         self.input_bytes = product(self.input) * self.itemsize
         self.result_bytes = self.places * self.channels * self.itemsize
         self.is_channels_last = len(self.kernel) > 1 and (is_channels_last(x) or is_channels_last(weight))
-        is_as_wanted = is_channels_last(x) if self.is_channels_last else is_contiguous(x)
+        is_as_wanted = is_dense_channels_last(x) if self.is_channels_last else is_contiguous(x)
         self.part = part
         self.copied = 0 if is_as_wanted and not part.is_strided(x) else self.input_bytes
         self.is_plain = self.groups == 1 and self.input[1] < _BLOCK and product(self.kernel) > 1
@@ -135,17 +147,34 @@ class _Call:
             source += threads * (self.places // self.input[0]) * self.input[1] * self.itemsize
         source += 0 if holds_copy else self.copied
         dense = 2 if self.is_depthwise and len(self.kernel) == 3 and self.channels == self.input[1] else 1
-        moving = max(source + self.result_blocks - self.result_bytes, dense * self.result_blocks)
-        fixed = self.weight_blocks if source + self.weight_blocks > dense * self.result_bytes else 0
-        return Workspace(moving + (self.copied if holds_copy else 0), fixed)
+        after = dense * self.result_blocks
+        during = source + self.result_blocks - self.result_bytes
+        kept = self.copied if holds_copy else 0
+        return Workspace(during + kept, self.weight_blocks) if during + self.weight_blocks > after else Workspace(after + kept)
+
+    def transposed_blocked(self, threads: int) -> Workspace:
+        """oneDNN: the result in blocks, and once more laid out. Channels that lie innermost are read and written as they lie, with a
+        stride by way of an image a thread."""
+        if self.is_channels_last:
+            images = threads * self.input_bytes // self.input[0] if self.is_strided else 0
+            return Workspace(self.copied, 2 * self.weight_bytes + images)
+        after = 2 * self.result_blocks
+        during = self.input_blocks + after - self.result_bytes
+        if during + self.weight_blocks > after:
+            return Workspace(during + self.copied, self.weight_blocks)
+        return Workspace(after + self.copied)
 
     def unfolded(self) -> Workspace:
         """ATen: a column [C_in * prod(k)] for each place of the result; of one image at a time where the kernel is dilated. All
-        but the plain 3-d kernel take groups one by one, each with its copy of the input, and join the results."""
+        but the plain 3-d kernel take groups one by one, each with its copy of the input, and join the results. Where channels lie
+        innermost, the weight of a 2-d kernel is laid out like them, and for a 3-d kernel the input as if they did not."""
         columns = 0 if self.is_pointwise and not self.is_dilated else self.places * self.input[1] * product(self.kernel) * self.itemsize
         columns //= self.input[0] if self.is_dilated else 1
+        if self.is_channels_last and len(self.kernel) == 3:
+            columns += self.input_bytes
+        weight = self.weight_bytes if self.is_channels_last and product(self.kernel) > 1 and len(self.kernel) < 3 else 0
         if self.groups == 1 or (len(self.kernel) == 3 and not self.is_dilated):
-            return Workspace(columns + self.copied)
+            return Workspace(columns + self.copied, weight)
         return Workspace(max((columns + self.input_bytes) // self.groups, self.result_bytes) + self.copied)
 
 

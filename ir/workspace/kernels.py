@@ -5,7 +5,21 @@ from collections.abc import Callable
 from typing import Any
 
 from ..program import Node
-from .operands import WHOLE, Part, Workspace, copied, is_channels_last, is_one_dim, nbytes, numel, product, sizes, strides, tensor
+from .operands import (
+    WHOLE,
+    Part,
+    Workspace,
+    copied,
+    copied_image,
+    is_channels_last,
+    is_one_dim,
+    nbytes,
+    numel,
+    product,
+    sizes,
+    strides,
+    tensor,
+)
 
 _FLOAT = 4
 _INDEX = 8  # bytes of an index
@@ -28,6 +42,10 @@ def _contiguous_input(a: dict[str, Any], node: Node, threads: int) -> Workspace:
     return Workspace(copied(_input(a)))
 
 
+def _image_without_gaps(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+    return Workspace(copied_image(_input(a)))
+
+
 def _contiguous_pair(a: dict[str, Any], node: Node, threads: int) -> Workspace:
     """Both operands of `cdist`; by distance 2 of many rows it is a product of matrices [R, M + 2], with norms and ones beside x."""
     operands = [a["x1"], a["x2"]]
@@ -38,13 +56,18 @@ def _contiguous_pair(a: dict[str, Any], node: Node, threads: int) -> Workspace:
 
 
 def _pad(a: dict[str, Any], node: Node, threads: int) -> Workspace:
-    """Contiguous input, to read from its far ends."""
-    return Workspace(copied(a["self"]) if a["mode"] in ("reflect", "replicate") else 0)
+    """An input without gaps, to read from its far ends."""
+    return Workspace(copied_image(a["self"]) if a["mode"] in ("reflect", "replicate") else 0)
 
 
 def _max_pool(a: dict[str, Any], node: Node, threads: int) -> Workspace:
-    """Contiguous input; the places of the maxima."""
-    return Workspace(copied(a["self"]) + numel(node) * _INDEX)
+    """An input without gaps; the places of the maxima."""
+    return Workspace(copied_image(a["self"]) + numel(node) * _INDEX)
+
+
+def _roll(a: dict[str, Any], node: Node, threads: int) -> Workspace:
+    """Dims are rolled one after another: two results are there at a time."""
+    return Workspace(nbytes(node) if len(a["shifts"]) > 1 else 0)
 
 
 def upsample_nearest(a: dict[str, Any], node: Node, threads: int, part: Part = WHOLE) -> Workspace:
@@ -124,6 +147,7 @@ RULES: dict[str, Callable[[dict[str, Any], Node, int], Workspace]] = {
     "aten::pad": _pad,
     "aten::max_pool2d": _max_pool,
     "aten::max_pool3d": _max_pool,
+    "aten::roll": _roll,
     "aten::matmul": _matmul,
     "aten::argsort": _argsort,
     "aten::kthvalue": _sorted_copy,
@@ -136,7 +160,6 @@ RULES: dict[str, Callable[[dict[str, Any], Node, int], Workspace]] = {
     "gw::norm_stats": _norm_stats,
     **dict.fromkeys(
         [
-            "aten::group_norm",
             "aten::instance_norm",
             "aten::softmax",
             "aten::log_softmax",
@@ -144,11 +167,11 @@ RULES: dict[str, Callable[[dict[str, Any], Node, int], Workspace]] = {
             "aten::bucketize",
             "aten::searchsorted",
             "aten::max_pool1d",
-            "aten::avg_pool2d",
-            "aten::avg_pool3d",
-            "aten::adaptive_avg_pool2d",
-            "aten::adaptive_max_pool2d",
         ],
         _contiguous_input,
+    ),
+    **dict.fromkeys(
+        ["aten::group_norm", "aten::avg_pool2d", "aten::avg_pool3d", "aten::adaptive_avg_pool2d", "aten::adaptive_max_pool2d"],
+        _image_without_gaps,
     ),
 }

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import infer
 from ..infer import contiguous_stride, tensors_of
 from ..program import Node
 from ..symbols import hint
@@ -80,13 +81,23 @@ def is_contiguous(node: Any) -> bool:
 
 
 def is_channels_last(node: Any) -> bool:
-    """Whether the channels, dim 1, lie innermost and the dims after them in order."""
-    return not is_contiguous(node) and _is_dense(*[[*each[:1], *each[2:], each[1]] for each in (sizes(node), strides(node))])
+    """Whether ATen takes the channels, dim 1, to lie innermost, with gaps or without."""
+    return infer.is_channels_last(sizes(node), strides(node))
+
+
+def is_dense_channels_last(node: Any) -> bool:
+    """Whether the channels lie innermost and the dims after them in order, without gaps."""
+    return is_channels_last(node) and _is_dense(*[[*each[:1], *each[2:], each[1]] for each in (sizes(node), strides(node))])
 
 
 def copied(node: Any) -> int:
     """Bytes of the copy that a kernel makes which takes contiguous operands only."""
     return 0 if is_contiguous(node) else nbytes(node)
+
+
+def copied_image(node: Any) -> int:
+    """Bytes of the copy that a kernel makes which takes channels innermost as well as contiguous images."""
+    return 0 if is_dense_channels_last(node) else copied(node)
 
 
 def is_one_dim(counts: list[int], steps: list[int]) -> bool:
