@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from .calls import draws, is_mutating, name_of
+from .calls import draws, is_mutating, name_of, written_statistics
 from .errors import VerifyError
 from .infer import InferenceError, infer, operands_of, same_type, storage_key, tensors_of
 from .links.sizes import same
@@ -77,7 +77,7 @@ def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
         name = name_of(node.target)
     except (KeyError, TypeError):
         raise _Broken(f"{node.target} is not an operation of the IR", node) from None
-    if is_mutating(node.target):
+    if is_mutating(node.target) or written_statistics(node.target, node.args, node.kwargs):
         raise _Broken(f"{name} writes to an operand: programs are functional", node)
     if in_region and (node.target is sliced or draws(node)):
         raise _Broken(f"{name} may not stand inside a region", node)

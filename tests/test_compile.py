@@ -207,6 +207,17 @@ def test_states_are_the_models_own_and_move_with_each_call():
     assert net.count == 0 and model.state_dict()["count"] == 3
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_a_norm_in_training_moves_its_own_statistics_and_not_the_modules(norm):
+    module = norm(4, track_running_stats=True).train()
+    theirs, x = copy.deepcopy(module), torch.randn(2, 4, 5, 5)
+    compiled = gw.compile(module, example_inputs=(x,), backend="aten", verify="numeric")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), theirs(x))
+    torch.testing.assert_close(compiled.state_dict()["running_var"], theirs.running_var)
+    assert torch.equal(module.running_var, torch.ones(4))
+
+
 def test_an_input_that_the_model_writes_to_is_written_to():
     class Append(nn.Module):
         def forward(self, cache, x):
