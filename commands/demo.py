@@ -15,6 +15,7 @@ from ..compiler import compile as compile_model
 from ..ir.liveness import describe, format_bytes, profile
 from ..models import load
 from ..passes import SliceGroups
+from ..runtime.atomic import atomic_write
 from ..runtime.memory import measure_peak
 from .result import Result, progress
 
@@ -70,8 +71,9 @@ def demo(options: argparse.Namespace) -> Result:
         *(["why these stay whole", *(f"  {line}" for line in left[:4])] if left else []),
     ]
     if folder is not None:
-        (folder / "demo.txt").write_text(str(compiled.program), encoding="utf-8")
-        (folder / "report.txt").write_text(str(compiled.report()), encoding="utf-8")
+        for name, content in (("demo.txt", compiled.program), ("report.txt", compiled.report())):
+            with atomic_write(folder / name) as file:
+                file.write(str(content).encode())
         lines += ["", f"wrote {folder / 'demo.txt'} and {folder / 'report.txt'}"]
     sides = {
         name: {"peak_bytes": s.peak_bytes, "seconds": s.seconds, "live": s.live, "held": s.held}
