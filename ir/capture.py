@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of, written_statistics
+from .dtypes import check_dtypes
 from .dynamic_shapes import misfit
 from .errors import CaptureError, InputError
 from .functionalize import NotFunctional, functional_variant, instance_norm, is_ambiguous, take_apart
@@ -309,7 +310,7 @@ class _Importer:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.copies.get)
         if _is_tautology(node):
             return []
-        _check_dtypes(node.target, args, where, self.graph)
+        check_dtypes(node.target, args, kwargs, where, self.graph)
         add = functools.partial(add_call, self.graph, self.symbols, where=where)
         try:
             if is_mutating(node.target):
@@ -419,48 +420,6 @@ def _nameless_types(graph: fx.Graph) -> list[tuple[Where, str]]:
                 reason = f"{node.target} is {dtype}, which has no place in the IR: convert it to another dtype"
                 found.setdefault(dtype, (node.meta.get("where") or Where(), reason))
     return list(found.values())
-
-
-_ONE_DTYPE = frozenset(
-    ["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"]
-    + ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"]
-)
-_NORMS = frozenset(["layer_norm", "group_norm", "batch_norm", "native_layer_norm", "native_group_norm"])
-
-
-def _check_dtypes(target: Any, args: tuple[Any, ...], where: Where, graph: fx.Graph) -> None:
-    """Metadata passes over operands of two floating dtypes that the kernels of these operations refuse."""
-    family = str(getattr(target, "_schema", None) and target._schema.name).removeprefix("aten::")
-    if family not in _ONE_DTYPE and family not in _NORMS:
-        return
-    operands = [a for a in args if isinstance(a, Node) and isinstance(a.meta["val"], torch.Tensor)]
-    if family == "scaled_dot_product_attention":
-        operands = operands[:3]  # a mask may be of another dtype
-    first, other = next(((a, b) for a in operands[:1] for b in operands[1:] if _clash(family, a, b)), (None, None))
-    if first is None or other is None:
-        return
-    place, given = str(where) or "unknown line", f"{_operand(first, graph)} and {_operand(other, graph)}"
-    raise InputError(
-        f"{family} at {place} is given {given}, which it cannot combine: give example inputs of the weights' dtype, or convert the module"
-    )
-
-
-def _operand(node: Node, graph: fx.Graph) -> str:
-    """The operand by name and dtype; of a computed one also the inputs of that dtype, which it is likely to come from."""
-    dtype = node.meta["val"].dtype
-    kind = {"placeholder": "input", "get_attr": "weight"}.get(node.op)
-    if kind is not None:
-        return f"{kind} {node.target} of {dtype}"
-    inputs = [str(n.target) for n in graph.nodes if n.op == "placeholder" and getattr(n.meta["val"], "dtype", None) == dtype]
-    return f"a value of {dtype}" + (f", as is input {', '.join(inputs)}," if inputs else "")
-
-
-def _clash(family: str, first: Node, other: Node) -> bool:
-    """Norms of half precision take float32 parameters."""
-    a, b = first.meta["val"].dtype, other.meta["val"].dtype
-    if a == b or not (a.is_floating_point and b.is_floating_point):
-        return False
-    return family in _ONE_DTYPE or not (a in (torch.float16, torch.bfloat16) and b == torch.float32)
 
 
 def _low_of(symbol: sympy.Symbol, size: sympy.Expr, ranges: Mapping[Any, Any], low: int) -> int:

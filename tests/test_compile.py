@@ -660,11 +660,27 @@ def test_a_wrong_kind_of_argument_is_one_typed_sentence(name):
         (nn.Linear(6, 6), X.double(), "linear .* input input of torch.float64 and weight weight of torch.float32"),
         (nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), X.double(), "linear at 1 is given a value of torch.float64, as is input input, and"),
         (nn.LayerNorm(6), X.double(), "layer_norm .* input input of torch.float64 and weight weight of torch.float32"),
+        (nn.Linear(6, 6), X.long(), "linear .* input input of torch.int64 and weight weight of torch.float32"),
+        (nn.Linear(6, 6, bias=False), X.bool(), "linear .* input input of torch.bool and weight weight of torch.float32"),
+        (nn.BatchNorm1d(6).eval(), X.long(), "batch_norm .* input input of torch.int64 and weight weight of torch.float32"),
+        (nn.InstanceNorm1d(6, affine=True), torch.ones(1, 6, 5).double(), "instance_norm .* torch.float64 and .* of torch.float32"),
+        (nn.Sequential(nn.ReLU(), nn.GELU()), X.long(), "gelu at 1 is given a value of torch.int64, .* floating-point values only"),
+        (nn.Softmax(-1), X.long(), "softmax .* input input of torch.int64, and takes floating-point values only"),
+        (nn.Conv1d(3, 4, 1), torch.ones(1, 3, 5).long(), "the model itself fails .*Input type"),
+        (nn.Embedding(6, 4), X, "the model itself fails .*indices"),
     ],
 )
 def test_an_example_of_another_dtype_than_the_weights_is_refused_at_compile(module, example, message):
     with pytest.raises(gw.InputError, match=f"^{message}"):
         compiled(module, example)
+
+
+def test_operations_that_convert_integers_take_them():
+    class Converts(nn.Module):
+        def forward(self, x):
+            return torch.softmax(x, -1, dtype=torch.float32) + torch.sigmoid(x) + torch.matmul(x, x.T).sum()
+
+    assert torch.equal(compiled(Converts(), X.long())(X.long()), Converts()(X.long()))
 
 
 def test_norms_of_half_precision_take_parameters_of_single():
