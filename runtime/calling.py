@@ -284,7 +284,8 @@ class _LeafCheck:
                 raise InputError(f"argument {path} dim {dim} is {actual}, but {self.texts[dim]} is {wanted}")
 
     def _laid_out(self, value: torch.Tensor) -> torch.Tensor:
-        """The program's operations rely on the strides seen at capture; other memory is copied into that form."""
+        """The program's operations rely on the strides seen at capture; other memory, or a lazy conjugate, is copied into that form."""
+        value = value.resolve_conj().resolve_neg()
         stride = self.stride if self.order is None else dense_stride(value.shape, self.order)
         if all(n <= 1 or a == b for n, a, b in zip(value.shape, value.stride(), stride, strict=True)):
             return value

@@ -146,6 +146,16 @@ def test_a_dict_may_come_in_another_order():
     assert torch.equal(model({"b": y, "a": X}, (X, X)), Nested()({"a": X, "b": y}, (X, X)))
 
 
+def test_an_input_may_be_a_lazy_conjugate():
+    class Model(nn.Module):
+        def forward(self, x):
+            return (x * 2).abs().exp()
+
+    x = torch.randn(64, 32, dtype=torch.complex64)
+    model = compiled(Model(), x, passes=[gw.SliceGroups("25%")])
+    assert "gw.sliced" in str(model.program) and torch.equal(model(x.conj()), Model()(x.conj()))
+
+
 def test_sizes_of_one_symbol_must_agree():
     class Sum(nn.Module):
         def forward(self, a, b):
