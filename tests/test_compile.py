@@ -791,6 +791,17 @@ def test_a_call_after_a_folded_weight_has_changed_is_refused(tmp_path):
     gw.load(tmp_path / "net.gw", backend="aten")(x)  # an artifact has its own
 
 
+@pytest.mark.parametrize("name", ["conv.weight", "norm.bias", "norm.running_mean"])
+def test_a_call_after_a_folded_weight_was_replaced_is_refused(name):
+    net, x = Normed().eval(), torch.randn(2, 3, 8, 8)
+    model = gw.compile(net, example_inputs=(x,), backend="aten")
+    owner, key = net.get_submodule(name.split(".")[0]), name.split(".")[1]
+    old = getattr(owner, key)
+    setattr(owner, key, type(old)(old.detach() * 2))
+    with pytest.raises(gw.InputError, match=f"weight {name} was changed after compiling, and passes have folded it"):
+        model(x)
+
+
 def test_weights_that_nothing_was_computed_from_follow_the_module():
     net, x = nn.Linear(3, 4), torch.randn(2, 3)
     model = gw.compile(net.eval(), example_inputs=(x,), backend="aten")
