@@ -67,6 +67,8 @@ def compile(
         return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training, module)
 
     if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
+        if dynamic_shapes is not None:
+            raise InputError(f"dynamic_shapes is for capturing a module, not for {type(model).__name__}, whose sizes stand: leave it out")
         return CompiledModel(finish(_saved(model, trusted), _example(example_inputs, example_kwargs)))
 
     def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compilation:

@@ -587,7 +587,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _list_blockers(blockers: list[tuple[Where, str]]) -> str:
-    unique = list(dict.fromkeys((str(where) or "unknown line", reason) for where, reason in blockers))
+    unique = list(dict.fromkeys((str(where), reason) for where, reason in blockers))
     if len(unique) == 1:
-        return f"the model cannot be captured, at {unique[0][0]}: {unique[0][1]}"
-    return f"the model cannot be captured for {len(unique)} reasons:\n" + "\n".join(f"  {where}: {reason}" for where, reason in unique)
+        place, reason = unique[0]
+        return f"the model cannot be captured{', at ' + place if place else ''}: {reason}"
+    lines = [f"  {place or 'unknown line'}: {reason}" for place, reason in unique]
+    return f"the model cannot be captured for {len(unique)} reasons:\n" + "\n".join(lines)

@@ -5,6 +5,7 @@ inference gives), weights (they exist and fit), regions (closed, not nested, sha
 operation, arguments and operand metadata are the very objects checked before is not inferred again.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,8 +26,17 @@ def verify(program: Program) -> None:
     """Raises VerifyError naming the first broken rule, with the lines around it as a note."""
     if "main" not in program.functions:
         raise VerifyError("a program needs a function main")
+    for name, data in program.schedules.items():
+        _verify_schedule(name, data)
     for function in program.functions.values():
         _verify_function(program, function)
+
+
+def _verify_schedule(name: str, data: Any) -> None:
+    try:
+        json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise VerifyError(f"schedule {name} is no plain data, and cannot be written as text: {error}") from error
 
 
 def _verify_function(program: Program, function: Function) -> None:

@@ -652,6 +652,16 @@ WRONG_KINDS = {
     "no path": (lambda: gw.load(None), gw.ArtifactError, "an artifact is named by a path, .*, not by a NoneType"),
     "no path to save": (lambda: compiled().save(None), gw.ArtifactError, "an artifact is named by a path, .*, not by a NoneType"),
     "a number for a digest": (lambda: gw.load("k.gw", sha256=3), gw.ArtifactError, "sha256 is the digest as text .*, not a int"),
+    "a nested tensor": (
+        lambda: compiled(Doubled(), X)(torch.nested.nested_tensor([X[0], X[1]])),
+        gw.InputError,
+        r"argument a is a nested tensor, but the model takes float32\[5, 6\]: call .to_padded_tensor",
+    ),
+    "dynamic shapes of a program": (
+        lambda: gw.compile(gw.capture(Doubled(), (X,)), dynamic_shapes=BATCH),
+        gw.InputError,
+        "dynamic_shapes is for capturing a module, not for Program, whose sizes stand",
+    ),
     "no file": (lambda: gw.compile("none.pt2", trusted=True), gw.ArtifactError, "none.pt2 does not exist"),
 }
 
@@ -825,7 +835,7 @@ def test_an_output_that_torch_does_not_know_is_a_capture_error_that_says_what_to
         def forward(self, x):
             return x + 1, Cache()
 
-    with pytest.raises(gw.CaptureError, match=r"returns a Cache, .* call it with use_cache=False"):
+    with pytest.raises(gw.CaptureError, match=r"^the model cannot be captured: .* returns a Cache, .* call it with use_cache=False"):
         gw.compile(Cached(), example_inputs=(torch.ones(2),))
 
 

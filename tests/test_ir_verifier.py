@@ -187,6 +187,13 @@ def test_a_program_needs_main() -> None:
     broken(program, "a program needs a function main")
 
 
+@pytest.mark.parametrize("data", [float("inf"), {"a": [float("nan")]}, torch.ones(2)], ids=["inf", "nan", "tensor"])
+def test_a_schedule_is_data_that_text_can_hold(data: object) -> None:
+    program = model()
+    program.schedules["steps"] = data
+    broken(program, "schedule steps is no plain data")
+
+
 def test_a_function_needs_an_output() -> None:
     program = model()
     program.main.graph.erase_node(program.main.graph.output_node())
