@@ -44,7 +44,8 @@ def demo(options: argparse.Namespace) -> Result:
         compiled = compile_model(module, passes, example_inputs=args, example_kwargs=kwargs, backend="aten", progress=tell)
         seconds = time.perf_counter() - start
         before, after, error = _compare(lambda: module(*args, **kwargs), lambda: compiled(*args, **kwargs), compiled, tell)
-    left = [f"{each.what}, {each.reason}" for each in compiled.report().passes[-1].left]
+    report = compiled.report().passes[-1]
+    predicted, left = report.lines[0], [f"{each.what}, {each.reason}" for each in report.left]
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores ({threads} thread{'' if threads == 1 else 's'})"
     head = f"video_unet, {size}, float32, torch {torch.__version__}, CPU with {cores}, backend aten"
@@ -54,6 +55,7 @@ def demo(options: argparse.Namespace) -> Result:
     lines = [
         head,
         f"slice-groups{{memory_budget=25%}}, contract exact; compiled in {seconds:.1f} s",
+        f"predicted: {predicted}",
         "",
         f"  peak memory of a call   {peaks[0]:>10} eager   {peaks[1]:>10} compiled   {peak_ratio:.2f} x",
         f"  time of a call          {before.seconds:>8.2f} s eager   {after.seconds:>8.2f} s compiled   {time_ratio:.2f} x",
@@ -84,6 +86,7 @@ def demo(options: argparse.Namespace) -> Result:
         "torch": torch.__version__,
         "threads": threads,
         "compile_seconds": seconds,
+        "predicted": predicted,
         "error": error,
         "left": left,
         **sides,
