@@ -58,22 +58,24 @@ def compile(
     pipeline = parse_pipeline([*(CLEANUPS if cleanups else ()), *parse_pipeline(passes)])
     PassManager(pipeline, verify=verify)  # refuses them now, not on the first call
 
-    def finish(captured: Saved, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Compilation:
+    def finish(captured: Saved, example: tuple[tuple[Any, ...], dict[str, Any]] | None, module: nn.Module | None = None) -> Compilation:
         program, parameters = captured.program, captured.parameters
         inputs = None if example is None else Call(program, program.main, parameters).bind(*example)[0]
         result = PassManager(pipeline, verify=verify, inputs=inputs, progress=progress).run(program)
         contract = Contract.weakest([captured.contract, result.contract])
         reports = (*captured.reports, *result.reports)
-        return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training)
+        return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training, module)
 
     if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
+        if dynamic_shapes is not None:
+            raise InputError(f"dynamic_shapes is for capturing a module, not for {type(model).__name__}, whose sizes stand: leave it out")
         return CompiledModel(finish(_saved(model, trusted), _example(example_inputs, example_kwargs)))
 
     def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compilation:
         # torch.export takes two arguments that are one tensor for one argument; each is a tensor of its own here.
         apart_args, apart_kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         program = capture(model, apart_args, apart_kwargs, dynamic_shapes=dynamic_shapes)
-        return finish(Saved(program, parameters_of(model.forward), training=model.training), (args, kwargs))
+        return finish(Saved(program, parameters_of(model.forward), training=model.training), (args, kwargs), model)
 
     if example_inputs is None and example_kwargs is None:
         return CompiledModel(make=make, training=model.training)

@@ -14,18 +14,18 @@ import gc
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from graphwright.runtime.atomic import atomic_write
 
 WARM_UP_CALLS = 2
 MIN_ROUNDS = {"quick": 3, "full": 9}
@@ -126,7 +126,9 @@ class Bench:
     def save(self) -> None:
         """Write the JSON object with the rows so far, so that a long benchmark that is stopped leaves what it measured."""
         if self.json:
-            write_atomically(self.json, json.dumps(self.as_json(), indent=1, allow_nan=False) + "\n")
+            self.json.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.json) as file:
+                file.write((json.dumps(self.as_json(), indent=1, allow_nan=False) + "\n").encode())
 
     def as_json(self) -> dict[str, object]:
         rows = [row.as_json() for row in self.rows]
@@ -263,16 +265,3 @@ def device_name(device: torch.device) -> str:
     except OSError:
         lines = []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -15,6 +15,7 @@ from ..compiler import compile as compile_model
 from ..ir.liveness import describe, format_bytes, profile
 from ..models import load
 from ..passes import SliceGroups
+from ..runtime.atomic import atomic_write
 from ..runtime.memory import measure_peak
 from .result import Result, progress
 
@@ -43,7 +44,8 @@ def demo(options: argparse.Namespace) -> Result:
         compiled = compile_model(module, passes, example_inputs=args, example_kwargs=kwargs, backend="aten", progress=tell)
         seconds = time.perf_counter() - start
         before, after, error = _compare(lambda: module(*args, **kwargs), lambda: compiled(*args, **kwargs), compiled, tell)
-    left = [f"{each.what}, {each.reason}" for each in compiled.report().passes[-1].left]
+    report = compiled.report().passes[-1]
+    predicted, left = report.lines[0], [f"{each.what}, {each.reason}" for each in report.left]
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores ({threads} thread{'' if threads == 1 else 's'})"
     head = f"video_unet, {size}, float32, torch {torch.__version__}, CPU with {cores}, backend aten"
@@ -53,6 +55,7 @@ def demo(options: argparse.Namespace) -> Result:
     lines = [
         head,
         f"slice-groups{{memory_budget=25%}}, contract exact; compiled in {seconds:.1f} s",
+        f"predicted: {predicted}",
         "",
         f"  peak memory of a call   {peaks[0]:>10} eager   {peaks[1]:>10} compiled   {peak_ratio:.2f} x",
         f"  time of a call          {before.seconds:>8.2f} s eager   {after.seconds:>8.2f} s compiled   {time_ratio:.2f} x",
@@ -70,8 +73,9 @@ def demo(options: argparse.Namespace) -> Result:
         *(["why these stay whole", *(f"  {line}" for line in left[:4])] if left else []),
     ]
     if folder is not None:
-        (folder / "demo.txt").write_text(str(compiled.program), encoding="utf-8")
-        (folder / "report.txt").write_text(str(compiled.report()), encoding="utf-8")
+        for name, content in (("demo.txt", compiled.program), ("report.txt", compiled.report())):
+            with atomic_write(folder / name) as file:
+                file.write(str(content).encode())
         lines += ["", f"wrote {folder / 'demo.txt'} and {folder / 'report.txt'}"]
     sides = {
         name: {"peak_bytes": s.peak_bytes, "seconds": s.seconds, "live": s.live, "held": s.held}
@@ -82,6 +86,7 @@ def demo(options: argparse.Namespace) -> Result:
         "torch": torch.__version__,
         "threads": threads,
         "compile_seconds": seconds,
+        "predicted": predicted,
         "error": error,
         "left": left,
         **sides,

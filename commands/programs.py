@@ -13,6 +13,7 @@ from ..ir.diff import compare
 from ..ir.errors import ContractError, GraphwrightError, VerifyError
 from ..passes import CLEANUPS, Pass, PassManager, PassReport, parse_pipeline
 from ..passes.manager import UNCHANGED
+from ..runtime.atomic import check_writable
 from ..runtime.backend import choose_backend
 from ..runtime.calling import Call, parameters_of
 from .result import FOUND, OK, Mistake, Result, progress, table
@@ -62,6 +63,7 @@ def _writable(output: str | None) -> Path | None:
         raise Mistake(f"{path}: artifacts are called something.gw")
     if not path.parent.is_dir():
         raise Mistake(f"{path}: the folder {path.parent} does not exist")
+    check_writable(path)
     return path
 
 

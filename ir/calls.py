@@ -8,7 +8,7 @@ left out: `aten.from_file` reads any path that it is given.
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,6 +125,25 @@ def draws(node: Any) -> bool:
 def is_mutating(target: Callable[..., Any]) -> bool:
     """Whether `target` writes to an operand."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+_IF_TRAINING = {
+    "aten::instance_norm": "use_input_stats",
+    **dict.fromkeys(["aten::batch_norm", "aten::native_batch_norm", "aten::_batch_norm_impl_index"], "training"),
+    **dict.fromkeys(["aten::cudnn_batch_norm", "aten::miopen_batch_norm"], "training"),
+    **dict.fromkeys(["aten::batch_norm_update_stats", "aten::batch_norm_gather_stats", "aten::batch_norm_gather_stats_with_counts"]),
+}
+
+
+def written_statistics(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The running statistics that `target(*args, **kwargs)` writes, by parameter name: in training it does, though its schema says no."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or schema.name not in _IF_TRAINING:
+        return {}
+    named = dict(zip((a.name for a in schema.arguments), args, strict=False)) | dict(kwargs)
+    if named.get(_IF_TRAINING[schema.name] or "", True) is False:
+        return {}
+    return {name: named[name] for name in ("running_mean", "running_var") if named.get(name) is not None}
 
 
 _ASSERTIONS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}

@@ -29,10 +29,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
-from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of
+from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of, written_statistics
+from .dtypes import check_dtypes
 from .dynamic_shapes import misfit
 from .errors import CaptureError, InputError
-from .functionalize import NotFunctional, functional_variant, is_ambiguous, take_apart
+from .functionalize import NotFunctional, functional_variant, instance_norm, is_ambiguous, take_apart
 from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
 from .parser import RESERVED_NAMES, SYMBOL_NAME
 from .program import Function, Node, Program, Weight, Where
@@ -210,7 +211,7 @@ class _Importer:
         self._declare_symbols([node for node, _ in inputs])
         for node, spec in inputs:
             self._stands_for(node, add_placeholder(self.graph, _input_name(node), self._rebase(node, spec)))
-        mutated = set(signature.buffers_to_mutate.values())
+        mutated = {*signature.buffers_to_mutate.values(), *self._trained_buffers()}
         for node, spec in specs:
             if spec.kind != InputKind.USER_INPUT:
                 self._import_weight(node, spec, mutated)
@@ -242,6 +243,14 @@ class _Importer:
                     low = min(low, _low_of(symbol, size.node.expr, ranges, low))
                     at_capture = _hint_of(symbol, size.node.shape_env)
                     self.sizes[symbol] = self.symbols.declare(Symbol(name, low, high, at_capture)).node.expr
+
+    def _trained_buffers(self) -> Iterator[str]:
+        """The buffers that calls write as running statistics, of which the export knows nothing."""
+        buffers = self.exported.graph_signature.inputs_to_buffers
+        for node in self.exported.graph.nodes:
+            for written in written_statistics(node.target, node.args, node.kwargs).values():
+                if written.name in buffers:
+                    yield buffers[written.name]
 
     def _next_name(self) -> str:
         return next(name for k in range(len(self.symbols) + 1) if (name := f"s{k}") not in self.symbols)
@@ -301,10 +310,15 @@ class _Importer:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.copies.get)
         if _is_tautology(node):
             return []
-        _check_dtypes(node.target, args, where, self.graph)
+        check_dtypes(node.target, args, kwargs, where, self.graph)
         add = functools.partial(add_call, self.graph, self.symbols, where=where)
         try:
-            value = self._write(node, args, kwargs, add) if is_mutating(node.target) else self._rebuild(node.target, args, kwargs, add)
+            if is_mutating(node.target):
+                value = self._write(node, args, kwargs, add)
+            elif written_statistics(node.target, args, kwargs):
+                value = self._train(node, args, kwargs, add)
+            else:
+                value = self._rebuild(node.target, args, kwargs, add)
         except InferenceError as error:
             self.blocked.add(node)
             return [(where, f"{name_of(node.target)} does not type-check: {error}")]
@@ -326,7 +340,7 @@ class _Importer:
         written, variant = node.args[0] if node.args else None, functional_variant(node.target)
         if node.target is torch.ops.aten.detach_.default:
             return args[0]  # it changes what autograd sees, and no value
-        if variant is None or not isinstance(written, Node) or self._is_read_elsewhere(written, node):
+        if variant is None or not isinstance(written, Node) or written.op == "placeholder" or self._is_read_elsewhere(written, node):
             raise NotFunctional(f"{name_of(node.target)} writes to what is read elsewhere")
         new = self._rebuild(variant, args, kwargs, add)
         if not same_type(args[0].meta["val"], new.meta["val"]):
@@ -334,11 +348,24 @@ class _Importer:
         self._stands_for(written, new)
         return new
 
+    def _train(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], add: Callable[..., Node]) -> Node:
+        """The functional form of a norm that writes its running statistics; later readers of these get the new ones."""
+        if node.target is not torch.ops.aten.instance_norm.default:
+            raise NotFunctional(f"{name_of(node.target)} writes its running statistics: call batch_norm or instance_norm instead")
+        value, news = instance_norm(args, kwargs, add)
+        for name, written in written_statistics(node.target, node.args, node.kwargs).items():
+            if self.copies[written].op == "get_attr":
+                raise NotFunctional(f"{name_of(node.target)} writes to {self.copies[written].target}: register it as a buffer")
+            if self._is_read_elsewhere(written, node):
+                raise NotFunctional(f"{name_of(node.target)} writes to what is read elsewhere")
+            self._stands_for(written, news[name])
+        return value
+
     def _is_read_elsewhere(self, written: Node, write: Node) -> bool:
-        """Whether a caller holds the memory of `written`, or a call after `write` reads it by another name."""
+        """Whether by another name a caller holds the memory of `written`, or a call after `write` reads it."""
         (memory,) = map(storage_key, tensors_of(self.copies[written].meta["val"]))
         names = self.names[memory]
-        return any(name.op != "call_function" or (name is not written and any(user > write for user in name.users)) for name in names)
+        return any(name is not written and (name.op != "call_function" or any(user > write for user in name.users)) for name in names)
 
     def _stands_for(self, node: Node, value: Any) -> None:
         """Notes that `value`, a rebuilt node or those of several results, is `node`, and which memory `node` names."""
@@ -376,6 +403,11 @@ class _Importer:
                 raise CaptureError(
                     f"the exported program has an output of kind {spec.kind.name}, which only training needs: export for inference"
                 )
+        for node, spec in zip(self.exported.graph.nodes, self.exported.graph_signature.input_specs, strict=False):
+            name = f"input:{spec.arg.name}" if spec.kind == InputKind.USER_INPUT else str(spec.target)
+            if name not in names and isinstance(new := self.copies.get(node), Node) and new.op == "call_function":  # written by `_train`
+                states.append(new)
+                names.append(name)
         set_outputs(self.graph, [*user, *states], tuple(names))
 
 
@@ -388,48 +420,6 @@ def _nameless_types(graph: fx.Graph) -> list[tuple[Where, str]]:
                 reason = f"{node.target} is {dtype}, which has no place in the IR: convert it to another dtype"
                 found.setdefault(dtype, (node.meta.get("where") or Where(), reason))
     return list(found.values())
-
-
-_ONE_DTYPE = frozenset(
-    ["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"]
-    + ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"]
-)
-_NORMS = frozenset(["layer_norm", "group_norm", "batch_norm", "native_layer_norm", "native_group_norm"])
-
-
-def _check_dtypes(target: Any, args: tuple[Any, ...], where: Where, graph: fx.Graph) -> None:
-    """Metadata passes over operands of two floating dtypes that the kernels of these operations refuse."""
-    family = str(getattr(target, "_schema", None) and target._schema.name).removeprefix("aten::")
-    if family not in _ONE_DTYPE and family not in _NORMS:
-        return
-    operands = [a for a in args if isinstance(a, Node) and isinstance(a.meta["val"], torch.Tensor)]
-    if family == "scaled_dot_product_attention":
-        operands = operands[:3]  # a mask may be of another dtype
-    first, other = next(((a, b) for a in operands[:1] for b in operands[1:] if _clash(family, a, b)), (None, None))
-    if first is None or other is None:
-        return
-    place, given = str(where) or "unknown line", f"{_operand(first, graph)} and {_operand(other, graph)}"
-    raise InputError(
-        f"{family} at {place} is given {given}, which it cannot combine: give example inputs of the weights' dtype, or convert the module"
-    )
-
-
-def _operand(node: Node, graph: fx.Graph) -> str:
-    """The operand by name and dtype; of a computed one also the inputs of that dtype, which it is likely to come from."""
-    dtype = node.meta["val"].dtype
-    kind = {"placeholder": "input", "get_attr": "weight"}.get(node.op)
-    if kind is not None:
-        return f"{kind} {node.target} of {dtype}"
-    inputs = [str(n.target) for n in graph.nodes if n.op == "placeholder" and getattr(n.meta["val"], "dtype", None) == dtype]
-    return f"a value of {dtype}" + (f", as is input {', '.join(inputs)}," if inputs else "")
-
-
-def _clash(family: str, first: Node, other: Node) -> bool:
-    """Norms of half precision take float32 parameters."""
-    a, b = first.meta["val"].dtype, other.meta["val"].dtype
-    if a == b or not (a.is_floating_point and b.is_floating_point):
-        return False
-    return family in _ONE_DTYPE or not (a in (torch.float16, torch.bfloat16) and b == torch.float32)
 
 
 def _low_of(symbol: sympy.Symbol, size: sympy.Expr, ranges: Mapping[Any, Any], low: int) -> int:
@@ -597,7 +587,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _list_blockers(blockers: list[tuple[Where, str]]) -> str:
-    unique = list(dict.fromkeys((str(where) or "unknown line", reason) for where, reason in blockers))
+    unique = list(dict.fromkeys((str(where), reason) for where, reason in blockers))
     if len(unique) == 1:
-        return f"the model cannot be captured, at {unique[0][0]}: {unique[0][1]}"
-    return f"the model cannot be captured for {len(unique)} reasons:\n" + "\n".join(f"  {where}: {reason}" for where, reason in unique)
+        place, reason = unique[0]
+        return f"the model cannot be captured{', at ' + place if place else ''}: {reason}"
+    lines = [f"  {place or 'unknown line'}: {reason}" for place, reason in unique]
+    return f"the model cannot be captured for {len(unique)} reasons:\n" + "\n".join(lines)

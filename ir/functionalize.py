@@ -3,9 +3,10 @@
     reshape(x, s)  -> view(x, s), or _unsafe_view(clone(x), s)       to(x, dtype) -> x or _to_copy(x, dtype)
     contiguous(x)  -> x or clone(x)                                   chunk(x, n) -> split(x, size)
     add_(x, y)     -> add(x, y)
+    instance_norm(x, mean, var, training)  -> instance_norm(x, training), and new values of mean and var
 
-These are the rules by which torch functionalises; they are read off torch itself, by running the operation once on metadata and
-taking down what it dispatches to.
+These are the rules by which torch functionalises, save the last, which it does not know. They are read off torch itself, by running
+the operation once on metadata and taking down what it dispatches to.
 """
 
 import functools
@@ -19,7 +20,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _is_preservable_cia_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .calls import GETITEM, is_mutating, name_of, target_of
+from .calls import GETITEM, is_mutating, name_of, target_of, written_statistics
 from .errors import CaptureError
 from .infer import tensors_of
 from .program import Node
@@ -78,7 +79,7 @@ class _Recorder(TorchDispatchMode):
         return self.nodes[id(value)]
 
     def __torch_dispatch__(self, target: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if is_mutating(target):
+        if is_mutating(target) or written_statistics(target, args, kwargs or {}):
             raise NotFunctional(f"{target} writes to an operand")
         operands, keywords = pytree.tree_map_only((torch.Tensor, torch.SymInt), self.node_of, (args, kwargs or {}))
         node = self.add(target, operands, keywords)
@@ -102,3 +103,25 @@ def functional_variant(target: Any) -> Any | None:
     is_pure = all(part.alias_info is None for part in (*takes, *gives)) and len(gives) == 1
     writes_first = [argument.is_write for argument in schema.arguments] == [True] + [False] * (len(takes) - 1)
     return variant if is_pure and writes_first and [a.name for a in takes] == [a.name for a in schema.arguments] else None
+
+
+def instance_norm(args: tuple[Any, ...], kwargs: dict[str, Any], add: Add) -> tuple[Node, dict[str, Node]]:
+    """The nodes of `aten.instance_norm` in training without its running statistics, and of the new value of each.
+
+    new = running + momentum * (s - running), s the mean or the unbiased variance over an instance's pixels, averaged over instances.
+    """
+    target = torch.ops.aten.instance_norm.default
+    named = dict(zip((a.name for a in target._schema.arguments), args, strict=False)) | kwargs
+    running = written_statistics(target, args, kwargs)
+    x: Node = named["input"]
+    news: dict[str, Node] = {}
+    for name, old in running.items():
+        dtype = old.meta["val"].dtype
+        wide = x if x.meta["val"].dtype == dtype else add(torch.ops.aten._to_copy.default, (x,), {"dtype": dtype})
+        pixels = list(range(2, x.meta["val"].dim()))
+        if name == "running_mean":
+            each = add(torch.ops.aten.mean.dim, (wide, pixels), {})
+        else:
+            each = add(torch.ops.aten.var.correction, (wide, pixels), {"correction": 1})
+        news[name] = add(torch.ops.aten.lerp.Scalar, (old, add(torch.ops.aten.mean.dim, (each, [0]), {}), named["momentum"]), {})
+    return add(target, tuple(None if name in running else value for name, value in named.items()), {}), news

@@ -76,7 +76,7 @@ def has_gaps(shape: Iterable[int], stride: Iterable[int]) -> bool:
 
 
 def same_type(a: Any, b: Any) -> bool:
-    """Whether two metadata values are one type: dtype, device, shape and the strides of dims larger than 1."""
+    """Whether two metadata values are one type: dtype, device, shape, lazy conjugation and the strides of dims larger than 1."""
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(same_type(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
@@ -89,9 +89,10 @@ def same_type(a: Any, b: Any) -> bool:
 
 
 def same_tensor_type(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether dtype, device and shape agree."""
+    """Whether dtype, device, shape and what is left to do to the elements (a lazy conjugate) agree."""
     return (
         a.dtype == b.dtype
+        and (a.is_conj(), a.is_neg()) == (b.is_conj(), b.is_neg())
         and a.device == b.device
         and a.dim() == b.dim()
         and all(same_size(x, y, exact=True) for x, y in zip(a.shape, b.shape, strict=True))

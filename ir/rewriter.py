@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
@@ -70,6 +71,7 @@ class Rewriter:
         self.records: list[RewriteRecord] = []
         self._removed: list[str] | None = None
         self._added: list[Node] = []
+        self._edited = False
         self._erased: set[Node] = set()
         self._weight_nodes: dict[str, Node] = {node.target: node for node in self.graph.nodes if node.op == "get_attr"}
 
@@ -89,7 +91,7 @@ class Rewriter:
 
     @contextmanager
     def step(self, rule: str) -> Iterator[None]:
-        """One application of `rule`.
+        """One application of `rule`; without an edit inside it is none, and costs nothing.
 
         Raises:
             OutOfFuel: before anything changed.
@@ -99,7 +101,7 @@ class Rewriter:
         self.fuel.spend()
         frame = sys._getframe(2)
         fingerprint = str(self.program) if self.checked else ""
-        self._removed, self._added = [], []
+        self._removed, self._added, self._edited = [], [], False
         start = time.perf_counter()
         try:
             yield
@@ -109,6 +111,9 @@ class Rewriter:
         after = tuple(label(node) for node in self._added if node not in self._erased)
         if self.checked:
             self._check_step(rule, fingerprint, bool(removed or after))
+        if not self._edited:
+            self.fuel.spent -= 1
+            return
         place = relative_file(frame.f_code.co_filename), frame.f_lineno
         self.records.append(RewriteRecord(self.pass_name, rule, *place, tuple(removed), after, microseconds))
 
@@ -122,6 +127,7 @@ class Rewriter:
     def _in_step(self) -> list[str]:
         if self._removed is None:
             raise VerifyError(f"pass {self.pass_name} edits the program outside a step: write `with rewriter.step(rule):`")
+        self._edited = True
         return self._removed
 
     # --- edits ---
@@ -138,9 +144,10 @@ class Rewriter:
         """A new call placed before `before`, its metadata inferred. It descends from the node(s) `origin`.
 
         Raises:
-            VerifyError: the call does not type-check.
+            VerifyError: the call does not type-check, or `target` is no operation of the IR.
         """
         self._in_step()
+        self._check_target(target)
         parents = [origin] if isinstance(origin, fx.Node) else list(origin)
         try:
             with self.graph.inserting_before(before):
@@ -151,6 +158,16 @@ class Rewriter:
             raise VerifyError(f"pass {self.pass_name} inserts a {name_of(target)} that does not type-check: {error}") from error
         self._added.append(node)
         return node
+
+    def _check_target(self, target: Any) -> None:
+        try:
+            name_of(target)
+        except (KeyError, TypeError):
+            overload = "torch.ops.aten.relu.default"
+            if isinstance(target, torch._ops.OpOverloadPacket):
+                overload = f"torch.ops.{target}.{target.overloads()[0]}"
+            given = getattr(target, "__name__", target)
+            raise VerifyError(f"pass {self.pass_name} inserts {given}: give an overload, such as {overload}") from None
 
     def weight(self, weight: Weight) -> Node:
         """A use of `weight`, which joins the program's table under its name.
@@ -173,9 +190,15 @@ class Rewriter:
         """Redirects every use of `old` to `new` and erases `old` with what only it needed.
 
         Raises:
-            VerifyError: the two differ in dtype, shape, device or strides (allowed with `retype` when all users were re-made).
+            VerifyError: the two differ in dtype, shape, device or strides (allowed with `retype` when all users were re-made), or `new`
+                is computed from `old`, which then would be computed from itself.
         """
         removed = self._in_step()
+        if _needs(new, old):
+            raise VerifyError(
+                f"pass {self.pass_name} replaces {label(old)} by {label(new)}, which needs it: compute the new value from the operands "
+                "of the old one, or give its users the new one with set_arguments"
+            )
         if not retype and not same_type(old.meta["val"], new.meta["val"]):
             types = [_shown(node, self.symbols) for node in (old, new)]
             raise VerifyError(f"pass {self.pass_name} replaces {label(old)} of type {types[0]} by {label(new)} of type {types[1]}")
@@ -297,7 +320,11 @@ class Rewriter:
         return dependants[0] if dependants else anchor
 
     def inline(self, call: Node) -> None:
-        """Replaces a region call by its body on whole operands, which is the same function (slicing is a schedule)."""
+        """Replaces a region call by its body on whole operands.
+
+        That is the same function where slicing is a schedule only: where no call of the body reduces over the sliced axis, or knows its
+        place on it, as in every region that `slice-groups` made. This is not checked: of a body by hand, its author knows.
+        """
         self._in_step()
         region = region_of(call)
         if region is None:
@@ -357,6 +384,20 @@ class RegionBuilder:
             if node.op == "call_function" and not node.users:
                 self.graph.erase_node(node)
         return Region(self.graph)
+
+
+def _needs(node: Node, source: Node) -> bool:
+    """Whether `node` is `source` or computed from it."""
+    seen, pending = {node}, [node]
+    while pending:
+        each = pending.pop()
+        if each is source:
+            return True
+        for operand in each.all_input_nodes:
+            if operand not in seen and not operand < source:  # what stands before it does not need it
+                seen.add(operand)
+                pending.append(operand)
+    return False
 
 
 def merged_origin(nodes: Sequence[Node]) -> tuple[int, ...]:

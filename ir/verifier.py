@@ -5,12 +5,13 @@ inference gives), weights (they exist and fit), regions (closed, not nested, sha
 operation, arguments and operand metadata are the very objects checked before is not inferred again.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
 
-from .calls import draws, is_mutating, name_of
+from .calls import draws, is_mutating, name_of, written_statistics
 from .errors import VerifyError
 from .infer import InferenceError, infer, operands_of, same_type, storage_key, tensors_of
 from .links.sizes import same
@@ -25,8 +26,17 @@ def verify(program: Program) -> None:
     """Raises VerifyError naming the first broken rule, with the lines around it as a note."""
     if "main" not in program.functions:
         raise VerifyError("a program needs a function main")
+    for name, data in program.schedules.items():
+        _verify_schedule(name, data)
     for function in program.functions.values():
         _verify_function(program, function)
+
+
+def _verify_schedule(name: str, data: Any) -> None:
+    try:
+        json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise VerifyError(f"schedule {name} is no plain data, and cannot be written as text: {error}") from error
 
 
 def _verify_function(program: Program, function: Function) -> None:
@@ -77,7 +87,7 @@ def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
         name = name_of(node.target)
     except (KeyError, TypeError):
         raise _Broken(f"{node.target} is not an operation of the IR", node) from None
-    if is_mutating(node.target):
+    if is_mutating(node.target) or written_statistics(node.target, node.args, node.kwargs):
         raise _Broken(f"{name} writes to an operand: programs are functional", node)
     if in_region and (node.target is sliced or draws(node)):
         raise _Broken(f"{name} may not stand inside a region", node)

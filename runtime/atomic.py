@@ -1,7 +1,9 @@
 """Files appear whole or not at all: written beside their place, flushed, then renamed over it."""
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,15 +14,23 @@ from typing import BinaryIO
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends well; on any exception `path` is as before and nothing is left.
 
-    What a killed writer of the same file left behind is removed first.
+    A link stays, and what it leads to is replaced; the new file has the permissions of the old one. What a killed writer of the
+    same file left behind is removed first.
+
+    Raises:
+        OSError: the file cannot be written, as `check_writable` says or while it is.
     """
+    path = Path(os.path.realpath(path))
+    permissions = check_writable(path)
     _remove_debris(path)
     temporary = path.with_name(f".{path.name}.{_boot()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666 if permissions is None else 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
+            if permissions is not None:
+                os.fchmod(file.fileno(), permissions)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -28,6 +38,25 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> int | None:
+    """The permissions of the file at `path`, None where there is none.
+
+    Raises:
+        OSError: it is a folder, a device or a pipe, which nothing can take the place of, or `open` would not write it, although its
+            folder may be written.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    os.close(os.open(path, os.O_WRONLY))
+    return stat.S_IMODE(mode)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -239,6 +239,8 @@ class _LeafCheck:
             raise InputError(f"argument {path} is {value.dtype}, but the model was captured for {self.dtype}")
         if value.device.type != self.device.type:  # type: ignore[union-attr]
             raise InputError(f"argument {path} is on {value.device}, but the model was captured for {self.device}")
+        if value.is_nested and value.layout == torch.strided:  # the one whose layout says nothing, and which has no sizes
+            raise InputError(f"argument {path} is a nested tensor, but the model takes {self._type()}: call .to_padded_tensor(0.0) on it")
         if value.layout != torch.strided:
             raise InputError(f"argument {path} has layout {value.layout}, but the model takes dense tensors: call .to_dense() on it")
         if value.dim() != len(self.shape):
@@ -284,7 +286,8 @@ class _LeafCheck:
                 raise InputError(f"argument {path} dim {dim} is {actual}, but {self.texts[dim]} is {wanted}")
 
     def _laid_out(self, value: torch.Tensor) -> torch.Tensor:
-        """The program's operations rely on the strides seen at capture; other memory is copied into that form."""
+        """The program's operations rely on the strides seen at capture; other memory, or a lazy conjugate, is copied into that form."""
+        value = value.resolve_conj().resolve_neg()
         stride = self.stride if self.order is None else dense_stride(value.shape, self.order)
         if all(n <= 1 or a == b for n, a, b in zip(value.shape, value.stride(), stride, strict=True)):
             return value

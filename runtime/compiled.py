@@ -29,8 +29,8 @@ Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 
 @dataclass(frozen=True)
 class Compilation:
-    """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract, and whether
-    the module was in train mode when it was captured."""
+    """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract, whether
+    the module was in train mode when it was captured, and the module, where there was one."""
 
     program: Program
     backend: str
@@ -39,6 +39,7 @@ class Compilation:
     reports: tuple[Any, ...] = ()
     contract: Contract = Contract.EXACT
     training: bool = False
+    module: nn.Module | None = None
 
 
 class CompiledModel(nn.Module):
@@ -62,7 +63,8 @@ class CompiledModel(nn.Module):
         """The model's output, nested as the original's.
 
         Raises:
-            InputError: the arguments do not fit what was captured.
+            InputError: the arguments do not fit what was captured; or a weight that passes folded into others was written to, or
+                replaced in its submodule, since (what is written through its `.data` is not seen, and has no effect).
         """
         runner = self._runner or self._compile_for(args, kwargs)
         return runner(args, kwargs)
@@ -157,7 +159,11 @@ class CompiledModel(nn.Module):
     def state_dict(  # type: ignore[override]
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Every parameter, buffer and state, by name."""
+        """Every parameter, buffer and state of the program that runs, by name.
+
+        It lacks names of the original module: of weights that passes folded into others or that nothing reads, and of all but one
+        of those that are one tensor.
+        """
         result = {} if destination is None else destination
         for name, tensor in (*self._present.parameters.items(), *self._present.buffers.items()):
             result[prefix + name] = tensor if keep_vars else tensor.detach()
@@ -221,8 +227,8 @@ class _Runner:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs, given = self.call.bind(args, kwargs)
-        for weight, version in self._folded:
-            if weight.tensor._version != version:
+        for weight in self._folded:
+            if weight.has_changed():
                 raise InputError(f"weight {weight.name} was changed after compiling, and passes have folded it: compile the module again")
         with self._turn:
             leaves, new_states = self.executor(inputs, self.states)
@@ -275,16 +281,43 @@ class _Runner:
         return pytree.tree_map(lambda leaf: leaf.detach().clone() if id(leaf) in written else leaf, (args, kwargs))
 
 
-def _folded(compilation: Compilation) -> list[tuple[Any, int]]:
-    """The captured weights that passes computed others from, with the version that each had: who trains the module changes these, and
-    not what was computed from them."""
+@dataclass(frozen=True)
+class _Folded:
+    """A captured weight that passes computed others from: who trains the module changes it, and not what was computed from it.
+
+    Seen are writes that torch counts and another tensor in its place (`holder[key]`), not writes through `.data` nor another
+    submodule.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    version: int
+    holder: Mapping[str, Any]
+    key: str
+    held: Any
+
+    @staticmethod
+    def of(name: str, tensor: torch.Tensor, module: nn.Module | None) -> "_Folded":
+        path, _, key = name.rpartition(".")
+        try:
+            owner = nn.Module() if module is None else module.get_submodule(path)
+        except AttributeError:  # a weight that torch.export named itself
+            owner = nn.Module()
+        holder: Mapping[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+        return _Folded(name, tensor, tensor._version, holder, key, holder.get(key))
+
+    def has_changed(self) -> bool:
+        return self.tensor._version != self.version or self.holder.get(self.key) is not self.held
+
+
+def _folded(compilation: Compilation) -> list[_Folded]:
     if not compilation.history:
         return []
     before, after = compilation.history[0], compilation.program.weights
     if after.keys() <= before.weights.keys():
         return []
-    gone = [weight for name, weight in before.weights.items() if name not in after and weight.tensor is not None]
-    return [(weight, weight.tensor._version) for weight in gone if weight.tensor is not None and not weight.tensor.is_inference()]
+    gone = [(name, weight.tensor) for name, weight in before.weights.items() if name not in after]
+    return [_Folded.of(name, tensor, compilation.module) for name, tensor in gone if tensor is not None and not tensor.is_inference()]
 
 
 def _own_copy(program: Program, name: str) -> torch.Tensor:

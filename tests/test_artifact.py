@@ -8,6 +8,7 @@ import os
 import random
 import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -353,7 +354,7 @@ class FailingFiles:
         return call
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_a_failed_save_leaves_the_old_file_and_no_debris(k, model, tmp_path, monkeypatch):
     path = tmp_path / "net.gw"
     path.write_bytes(b"old")
@@ -386,6 +387,51 @@ def test_a_save_removes_what_a_killed_one_left_but_not_what_a_living_one_writes(
         path.write_bytes(b"")
     model.save(tmp_path / "net.gw")
     assert sorted(os.listdir(tmp_path)) == sorted(["net.gw", living.name, foreign.name])
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "link to a device"])
+def test_what_is_no_file_is_not_replaced(kind, model, tmp_path):
+    path = tmp_path / "net.gw"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to a device":
+        path.symlink_to("/dev/full")
+    else:
+        path = Path("/dev/full")
+    before = os.lstat(path).st_ino
+    with pytest.raises(gw.ArtifactError, match=r"cannot be written \((Is a directory|Not a regular file)\)"):
+        model.save(path)
+    assert os.lstat(path).st_ino == before and not any(name.startswith(".") for name in os.listdir(path.parent))
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(model, tmp_path):
+    target, link = tmp_path / "store" / "net-1.gw", tmp_path / "net.gw"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    link.symlink_to("store/net-1.gw")
+    model.save(link)
+    assert link.is_symlink() and gw.load(target, backend="aten").program == model.program and os.listdir(target.parent) == [target.name]
+
+
+@pytest.mark.parametrize("permissions", [0o600, 0o664])
+def test_a_file_keeps_its_permissions(permissions, model, tmp_path):
+    path = tmp_path / "net.gw"
+    path.write_bytes(b"old")
+    path.chmod(permissions)
+    model.save(path)
+    assert path.stat().st_mode & 0o777 == permissions and path.read_bytes() != b"old"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write any file: run the tests as another user")
+def test_a_read_only_file_is_not_replaced(model, tmp_path):
+    path = tmp_path / "net.gw"
+    path.write_bytes(b"old")
+    path.chmod(0o444)
+    with pytest.raises(gw.ArtifactError, match="cannot be written"):
+        model.save(path)
+    assert path.read_bytes() == b"old"
 
 
 def test_saving_into_no_folder_says_so(model, tmp_path):

@@ -103,6 +103,16 @@ def test_an_unused_draw_stays_because_later_draws_depend_on_it() -> None:
     stays(RemoveDeadCode(), body, "it is unused, but without it later operations would draw other random numbers")
 
 
+def test_a_conjugation_that_is_made_to_happen_is_no_no_op() -> None:
+    body = """
+        input %x : c64[4]
+        %c = aten._conj.default(%x)
+        %r = aten.resolve_conj.default(%c)
+        %y = aten.view_as_real.default(%r)
+        return %y"""
+    stays(RemoveNoOps(), body)
+
+
 # --- remove-proven-assertions ---
 
 

@@ -72,6 +72,7 @@ def folder(tmp_path_factory):
         program = gw.capture(module, args, {})
         (path / "before.txt").write_text(str(program))
         (path / "after.txt").write_text(str(gw.PassManager("share-subexpressions").run(program).program))
+        (path / "folder.gw").mkdir()
         (path / "broken.txt").write_text("no program")
         (path / "latin.txt").write_bytes(b"\xff\xfe")
     finally:
@@ -188,6 +189,7 @@ def test_demo_lowers_the_peak_and_saves_on_demand(run, tmp_path):
     found = json.loads(out)
     assert code == 0
     assert found["compiled"]["peak_bytes"] < found["eager"]["peak_bytes"]
+    assert "budget 76.25 KiB not met" in found["predicted"]  # the floor of so small a network is above a quarter of its peak
     assert found["error"] < 1e-5  # float32 outputs of a network this deep: sums in another order, about 1e-6
     assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == ["demo.txt", "report.txt"]
 
@@ -216,6 +218,7 @@ MISTAKES = {
     "a wrong order": (["verify", "before.txt", "--no-cleanups", "--passes", "slice-groups,fold-constants"], "must stand before"),
     "an unknown backend": (["compile", "net.gw", "--backend", "fast"], "unknown backend"),
     "an output of another kind": (["compile", "net.gw", "-o", "net.onnx"], "something.gw"),
+    "an output that is a folder": (["compile", "net.gw", "-o", "folder.gw"], "folder.gw: Is a directory"),
     "an output in no folder": (["compile", "net.gw", "-o", "absent/net.gw"], "absent does not exist"),
     "a numeric check without weights": (["verify", "before.txt", "--numeric"], "weight"),
     "a folder that is a file": (["demo", "--quick", "--save", "before.txt"], "before.txt"),

@@ -146,6 +146,16 @@ def test_a_dict_may_come_in_another_order():
     assert torch.equal(model({"b": y, "a": X}, (X, X)), Nested()({"a": X, "b": y}, (X, X)))
 
 
+def test_an_input_may_be_a_lazy_conjugate():
+    class Model(nn.Module):
+        def forward(self, x):
+            return (x * 2).abs().exp()
+
+    x = torch.randn(64, 32, dtype=torch.complex64)
+    model = compiled(Model(), x, passes=[gw.SliceGroups("25%")])
+    assert "gw.sliced" in str(model.program) and torch.equal(model(x.conj()), Model()(x.conj()))
+
+
 def test_sizes_of_one_symbol_must_agree():
     class Sum(nn.Module):
         def forward(self, a, b):
@@ -205,6 +215,17 @@ def test_states_are_the_models_own_and_move_with_each_call():
         output = model(X)
         assert torch.equal(output["more"][0] - output["y"], (output["y"] + call) - output["y"])
     assert net.count == 0 and model.state_dict()["count"] == 3
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_a_norm_in_training_moves_its_own_statistics_and_not_the_modules(norm):
+    module = norm(4, track_running_stats=True).train()
+    theirs, x = copy.deepcopy(module), torch.randn(2, 4, 5, 5)
+    compiled = gw.compile(module, example_inputs=(x,), backend="aten", verify="numeric")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), theirs(x))
+    torch.testing.assert_close(compiled.state_dict()["running_var"], theirs.running_var)
+    assert torch.equal(module.running_var, torch.ones(4))
 
 
 def test_an_input_that_the_model_writes_to_is_written_to():
@@ -631,6 +652,16 @@ WRONG_KINDS = {
     "no path": (lambda: gw.load(None), gw.ArtifactError, "an artifact is named by a path, .*, not by a NoneType"),
     "no path to save": (lambda: compiled().save(None), gw.ArtifactError, "an artifact is named by a path, .*, not by a NoneType"),
     "a number for a digest": (lambda: gw.load("k.gw", sha256=3), gw.ArtifactError, "sha256 is the digest as text .*, not a int"),
+    "a nested tensor": (
+        lambda: compiled(Doubled(), X)(torch.nested.nested_tensor([X[0], X[1]])),
+        gw.InputError,
+        r"argument a is a nested tensor, but the model takes float32\[5, 6\]: call .to_padded_tensor",
+    ),
+    "dynamic shapes of a program": (
+        lambda: gw.compile(gw.capture(Doubled(), (X,)), dynamic_shapes=BATCH),
+        gw.InputError,
+        "dynamic_shapes is for capturing a module, not for Program, whose sizes stand",
+    ),
     "no file": (lambda: gw.compile("none.pt2", trusted=True), gw.ArtifactError, "none.pt2 does not exist"),
 }
 
@@ -649,11 +680,27 @@ def test_a_wrong_kind_of_argument_is_one_typed_sentence(name):
         (nn.Linear(6, 6), X.double(), "linear .* input input of torch.float64 and weight weight of torch.float32"),
         (nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), X.double(), "linear at 1 is given a value of torch.float64, as is input input, and"),
         (nn.LayerNorm(6), X.double(), "layer_norm .* input input of torch.float64 and weight weight of torch.float32"),
+        (nn.Linear(6, 6), X.long(), "linear .* input input of torch.int64 and weight weight of torch.float32"),
+        (nn.Linear(6, 6, bias=False), X.bool(), "linear .* input input of torch.bool and weight weight of torch.float32"),
+        (nn.BatchNorm1d(6).eval(), X.long(), "batch_norm .* input input of torch.int64 and weight weight of torch.float32"),
+        (nn.InstanceNorm1d(6, affine=True), torch.ones(1, 6, 5).double(), "instance_norm .* torch.float64 and .* of torch.float32"),
+        (nn.Sequential(nn.ReLU(), nn.GELU()), X.long(), "gelu at 1 is given a value of torch.int64, .* floating-point values only"),
+        (nn.Softmax(-1), X.long(), "softmax .* input input of torch.int64, and takes floating-point values only"),
+        (nn.Conv1d(3, 4, 1), torch.ones(1, 3, 5).long(), "the model itself fails .*Input type"),
+        (nn.Embedding(6, 4), X, "the model itself fails .*indices"),
     ],
 )
 def test_an_example_of_another_dtype_than_the_weights_is_refused_at_compile(module, example, message):
     with pytest.raises(gw.InputError, match=f"^{message}"):
         compiled(module, example)
+
+
+def test_operations_that_convert_integers_take_them():
+    class Converts(nn.Module):
+        def forward(self, x):
+            return torch.softmax(x, -1, dtype=torch.float32) + torch.sigmoid(x) + torch.matmul(x, x.T).sum()
+
+    assert torch.equal(compiled(Converts(), X.long())(X.long()), Converts()(X.long()))
 
 
 def test_norms_of_half_precision_take_parameters_of_single():
@@ -754,6 +801,17 @@ def test_a_call_after_a_folded_weight_has_changed_is_refused(tmp_path):
     gw.load(tmp_path / "net.gw", backend="aten")(x)  # an artifact has its own
 
 
+@pytest.mark.parametrize("name", ["conv.weight", "norm.bias", "norm.running_mean"])
+def test_a_call_after_a_folded_weight_was_replaced_is_refused(name):
+    net, x = Normed().eval(), torch.randn(2, 3, 8, 8)
+    model = gw.compile(net, example_inputs=(x,), backend="aten")
+    owner, key = net.get_submodule(name.split(".")[0]), name.split(".")[1]
+    old = getattr(owner, key)
+    setattr(owner, key, type(old)(old.detach() * 2))
+    with pytest.raises(gw.InputError, match=f"weight {name} was changed after compiling, and passes have folded it"):
+        model(x)
+
+
 def test_weights_that_nothing_was_computed_from_follow_the_module():
     net, x = nn.Linear(3, 4), torch.randn(2, 3)
     model = gw.compile(net.eval(), example_inputs=(x,), backend="aten")
@@ -777,7 +835,7 @@ def test_an_output_that_torch_does_not_know_is_a_capture_error_that_says_what_to
         def forward(self, x):
             return x + 1, Cache()
 
-    with pytest.raises(gw.CaptureError, match=r"returns a Cache, .* call it with use_cache=False"):
+    with pytest.raises(gw.CaptureError, match=r"^the model cannot be captured: .* returns a Cache, .* call it with use_cache=False"):
         gw.compile(Cached(), example_inputs=(torch.ones(2),))
 
 

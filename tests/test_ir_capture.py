@@ -269,6 +269,59 @@ def test_train_and_eval_are_captured_as_they_are() -> None:
     assert capture(model.eval(), x).main.signature().new_states == () and not model.training
 
 
+class Statistics(nn.Module):
+    """Norms twice, so that the second call starts from what the first one made of the statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(4, momentum=0.3, track_running_stats=True)
+
+    def forward(self, x):
+        return self.norm(self.norm(x) * 2 + 1) + self.norm.running_mean[0]
+
+
+@pytest.mark.parametrize("dims", [None, {"x": {0: Dim("batch"), 2: Dim("length", min=2)}}], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_instance_norm_in_training_gives_new_statistics_and_writes_none(dims, dtype) -> None:
+    model, x = Statistics().train(), torch.randn(3, 4, 9, dtype=dtype)
+    program = capture(model, x, dynamic_shapes=dims)
+    assert program.main.signature().new_states == ("norm.running_mean", "norm.running_var")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    outputs, states = run(program, [x], states=before)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    # Sums are taken in another order, and torch rounds the statistics of each instance to the dtype of x.
+    rounding = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(outputs[0], model(x), rtol=rounding, atol=rounding)
+    for name, new in states.items():
+        torch.testing.assert_close(new, model.get_buffer(name), rtol=rounding, atol=rounding)
+
+
+def test_running_statistics_that_are_inputs_get_new_values_and_constants_are_refused() -> None:
+    class Norm(nn.Module):
+        def forward(self, x, mean, var):
+            return nn.functional.instance_norm(x, mean, var, use_input_stats=True)
+
+    class Fixed(Norm):
+        def forward(self, x, mean, var):
+            return super().forward(x, torch.zeros(4), self.var)
+
+    fixed, inputs = Fixed(), (torch.randn(3, 4, 9), torch.zeros(4), torch.ones(4))
+    fixed.var = torch.ones(4)
+    assert capture(Norm(), *inputs).main.signature().new_states == ("input:mean", "input:var")
+    with pytest.raises(CaptureError, match="instance_norm.default writes to var: register it as a buffer"):
+        capture(fixed, *inputs)
+
+
+def test_other_writers_of_statistics_are_a_blocker_with_their_line() -> None:
+    class Update(nn.Module):
+        def forward(self, x, mean, var):
+            return torch.ops.aten.batch_norm_update_stats(x, mean, var, 0.1)[0]
+
+    line = inspect.getsourcelines(Update.forward)[1] + 1
+    with pytest.raises(CaptureError, match=rf"test_ir_capture.py:{line}: aten.batch_norm_update_stats.default writes its running stat"):
+        capture(Update(), torch.randn(3, 4), torch.zeros(4), torch.ones(4))
+
+
 # --- what the export leaves undecided ---
 
 

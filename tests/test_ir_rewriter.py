@@ -134,6 +134,17 @@ def test_fuel_stops_after_exactly_that_many_rewrites() -> None:
     assert spend(ir.Fuel())[0] == 5
 
 
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_step_without_an_edit_is_no_rewrite(checked: bool) -> None:
+    rewriter = ir.Rewriter(chain(), fuel=ir.Fuel(1), checked=checked)
+    with rewriter.step("nothing to do"):
+        pass
+    assert not rewriter.changed and rewriter.fuel.spent == 0
+    with rewriter.step("double"):
+        square_instead_of_double(rewriter)
+    assert len(rewriter.records) == rewriter.fuel.spent == 1
+
+
 def test_no_fuel_is_noticed_before_anything_changes() -> None:
     rewriter = ir.Rewriter(chain(), fuel=ir.Fuel(0))
     before = str(rewriter.program)
@@ -183,6 +194,48 @@ def test_a_call_that_does_not_type_check_is_not_inserted() -> None:
         with rewriter.step("bad"):
             rewriter.insert(ATEN.mm.default, (x, x), before=mul)
     assert str(rewriter.program) == before
+
+
+def test_what_type_inference_refuses_is_said_by_our_error_alone(capfd) -> None:
+    rewriter = ir.Rewriter(chain(), pass_name="example")
+    x = rewriter.program.main.placeholders[0]
+    with pytest.raises(VerifyError), rewriter.step("bad"):
+        rewriter.insert(ATEN.mm.default, (x, x), before=rewriter.program.main.calls[1])
+    text = str(rewriter.program).replace("aten.relu.default(%1)", "aten.mm.default(%1, %1)")
+    with pytest.raises(ir.errors.ParseError, match="aten.mm.default does not type-check"):
+        ir.parse(text)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (ATEN.clamp_min, "inserts clamp_min: give an overload, such as torch.ops.aten.clamp_min.default"),
+        (torch.relu, "inserts relu: give an overload, such as torch.ops.aten.relu.default"),
+        ("aten.relu.default", "inserts aten.relu.default: give an overload, such as"),
+        ([], r"inserts \[\]: give an overload, such as"),
+    ],
+)
+def test_what_is_no_operation_is_not_inserted(target, message) -> None:
+    rewriter = ir.Rewriter(chain(), pass_name="example")
+    before = str(rewriter.program)
+    mul = rewriter.program.main.calls[1]
+    with pytest.raises(VerifyError, match=f"pass example {message}"), rewriter.step("bad"):
+        rewriter.insert(target, (mul.args[0], 0), before=mul)
+    assert str(rewriter.program) == before
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_value_is_not_replaced_by_what_needs_it(times: int) -> None:
+    rewriter = ir.Rewriter(chain(), pass_name="example")
+    _, mul, relu = rewriter.program.main.calls
+    with pytest.raises(VerifyError, match=r"pass example replaces aten.mul.Tensor .*, which needs it: compute the new value"):
+        with rewriter.step("wrap"):
+            new = mul
+            for _ in range(times):
+                new = rewriter.insert(ATEN.neg.default, (new,), before=relu, origin=mul)
+            rewriter.replace(mul, new)
+    ir.verify(rewriter.program)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,11 @@ def mutating(p: ir.Program) -> None:
     call(p, ATEN.relu.default).target = ATEN.relu_.default
 
 
+def training(p: ir.Program) -> None:
+    view = call(p, ATEN.view.default)
+    view.target, view.args = ATEN.instance_norm.default, (view.args[0], None, None, *[view.args[0]] * 2, True, 0.1, 1e-5, False)
+
+
 def no_metadata(p: ir.Program) -> None:
     del call(p, ATEN.relu.default).meta["val"]
 
@@ -139,6 +144,7 @@ CALLS: list[tuple[Callable[[ir.Program], None], str]] = [
     (foreign, "aten.relu.default uses aten.linear.default before it is defined, or from outside its function"),
     (unknown, "is not an operation of the IR"),
     (mutating, "aten.relu_.default writes to an operand: programs are functional"),
+    (training, "aten.instance_norm.default writes to an operand: programs are functional"),
     (no_metadata, "aten.relu.default has no metadata"),
     (stale_shape, r"aten.relu.default is stored as f32\[6, 5\] but computes f32\[6, 4\]"),
     (stale_dtype, r"aten.relu.default is stored as f16\[6, 4\] but computes f32\[6, 4\]"),
@@ -179,6 +185,13 @@ def test_a_program_needs_main() -> None:
     program = model()
     program.functions["other"] = program.functions.pop("main")
     broken(program, "a program needs a function main")
+
+
+@pytest.mark.parametrize("data", [float("inf"), {"a": [float("nan")]}, torch.ones(2)], ids=["inf", "nan", "tensor"])
+def test_a_schedule_is_data_that_text_can_hold(data: object) -> None:
+    program = model()
+    program.schedules["steps"] = data
+    broken(program, "schedule steps is no plain data")
 
 
 def test_a_function_needs_an_output() -> None:

@@ -674,6 +674,38 @@ def test_random_draws_are_never_grouped() -> None:
     torch.testing.assert_close(run(after, random_inputs(program))[0][0], expected, rtol=1e-5, atol=1e-5)  # float32, sums of 64
 
 
+def complex_rows() -> torch.Tensor:
+    return torch.randn(64, 32, dtype=torch.complex64)
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (lambda x, y: (x.conj() * y).abs().exp(), (complex_rows(), complex_rows())),
+        (lambda x: (torch.fft.rfft(x.exp()).conj() * 3).abs() * 2, (rows(64, 32),)),
+        (lambda x, y: ((x * 2 + 1) @ y.mH).abs() + 1, (complex_rows(), complex_rows())),
+        (lambda x, y: ((x + 1).conj().imag * 2 + y.real).exp(), (complex_rows(), complex_rows())),
+    ],
+    ids=["conj", "rfft", "mH", "imag"],
+)
+def test_a_lazy_conjugate_stays_outside_of_regions(function, inputs) -> None:
+    class Model(nn.Module):
+        def forward(self, *inputs):
+            return function(*inputs)
+
+    compiled = gw.compile(Model(), [SliceGroups("25%")], example_inputs=inputs, backend="aten", verify="numeric")
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+def test_the_report_says_how_to_let_a_conjugate_into_a_region() -> None:
+    class Model(nn.Module):
+        def forward(self, x):
+            return (torch.fft.rfft(x.exp()).conj() * 3).abs() * 2
+
+    report = PassManager([SliceGroups("25%")]).run(ir.capture(Model(), (rows(64, 32),))).reports[0]
+    assert any(re.search("barrier: aten.mul.Tensor works on .*, a lazy conjugate: .resolve_conj", left.reason) for left in report.left)
+
+
 def test_a_state_keeps_its_update() -> None:
     class Running(nn.Module):
         def __init__(self):

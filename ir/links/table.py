@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..infer import tensors_of
 from .call import Call, Key
 from .sizes import Size, common, differ, quotient, same
 from .tag import WHOLE, Localized, OperandSlot, Refusal, Tag
@@ -243,7 +244,7 @@ def backward(node: fx.Node, tag: Tag, units: Size, output: int = 0) -> dict[Oper
     One entry for each tensor operand occurrence; `WHOLE` (None) = passed at full size. All `WHOLE`, or no entry at all: the output
     does not depend on the slice, so it is hoisted and may re-enter sliced.
     """
-    entry = find_row(node.target)
+    entry = lazy_operand(node) or find_row(node.target)
     if isinstance(entry, Refusal):
         return entry
     call = Call(node)
@@ -263,7 +264,7 @@ def forward(node: fx.Node, operand: OperandSlot | fx.Node, tag: Tag, units: Size
     A node stands for all its occurrences among the operands, which must then agree; an `OperandSlot` for that occurrence alone.
     An operand that can only be whole is a `barrier`.
     """
-    entry = find_row(node.target)
+    entry = lazy_operand(node) or find_row(node.target)
     if isinstance(entry, Refusal):
         return entry
     call = Call(node)
@@ -305,6 +306,14 @@ def halo(node: fx.Node, dim: int) -> str:
     """The operand rows, in terms of a and b, that output rows [a, b) of `dim` need."""
     entry = find_row(node.target)
     return "[a, b)" if isinstance(entry, Refusal) else entry.halo(Call(node), dim)
+
+
+def lazy_operand(node: fx.Node) -> Refusal | None:
+    """Why a call on what torch conjugates or negates only when it is read is no link: a region's operands and outputs are plain."""
+    for value in (node, *node.all_input_nodes):
+        if any(tensor.is_conj() or tensor.is_neg() for tensor in tensors_of(value.meta.get("val"))):
+            return Refusal("barrier", f"{node.target} works on {value}, a lazy conjugate: .resolve_conj() makes it plain", value)
+    return None
 
 
 def aligned(call: Call, keys, dim: int, shape=None) -> dict[Key, int] | Refusal:
