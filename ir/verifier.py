@@ -17,6 +17,7 @@ from .links.sizes import same
 from .printer import node_lines
 from .program import Function, Node, Program, Weight, region_of
 from .region import Region, narrow, slice_bounds, slice_count, sliced, units_of
+from .region_rules import check_region
 from .symbols import SymbolTable, hint
 from .types import type_text
 
@@ -89,10 +90,9 @@ def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
     seal = (node.target, skeleton, tuple(operand.meta.get("val") for operand in operands))
     if _same_seal(node.meta.get("seal"), seal, node):
         return
-    body = region_of(node)
-    if body is not None:
-        _verify_region(node, body, symbols)
     try:
+        if node.target is sliced:
+            _verify_region(node, symbols)
         value = infer(symbols, node.target, node.args, node.kwargs)
     except InferenceError as error:
         raise _Broken(f"{name} does not type-check: {error}", node) from error
@@ -116,22 +116,15 @@ def _same_seal(seal: Any, now: tuple[Any, ...], node: Node) -> bool:
     return all(a is b for a, b in zip(seal[2], now[2], strict=True)) and seal[1] == now[1]
 
 
-def _verify_region(node: Node, body: Region, symbols: SymbolTable) -> None:
-    _, in_dims, out_dims, count, *operands = node.args
-    if len(body.placeholders) != len(operands) or len(in_dims) != len(operands) or len(out_dims) != len(body.outputs):
-        raise _Broken("gw.sliced has other numbers of operands, dims or outputs than its body", node)
-    if not any(dim >= 0 for dim in in_dims):
-        raise _Broken("gw.sliced slices no operand", node)
-    values = [operand.meta["val"] for operand in operands]
-    units = units_of(in_dims, values, _known(node.kwargs.get("units")))
-    count = _known(count)
-    for value, dim in zip(values, in_dims, strict=True):
-        size = value.size(dim) if dim >= 0 else 0
-        if isinstance(size, int) and isinstance(units, int) and size % units:
-            raise _Broken(f"gw.sliced cuts dim {dim} of size {size} into {units} units", node)
-    if isinstance(count, int) and (count < 1 or (isinstance(units, int) and count > units)):
-        raise _Broken(f"gw.sliced has count {count} for {units} units", node)
+def _verify_region(node: Node, symbols: SymbolTable) -> None:
+    body = region_of(node)
+    if body is None:
+        raise _Broken("gw.sliced has no body", node)
     _verify_graph(body.graph, symbols, {}, region=True)
+    check_region(symbols, node.args, node.kwargs)
+    _, in_dims, _, count, *operands = node.args
+    units = units_of(in_dims, [operand.meta["val"] for operand in operands], _known(node.kwargs.get("units")))
+    count = _known(count)
     reached = _reachable(body, in_dims)
     for j, output in enumerate(body.outputs):
         if output not in reached:

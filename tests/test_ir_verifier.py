@@ -282,11 +282,11 @@ def with_args(node: ir.Node, **changed: object) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"in_dims": [0]}, "gw.sliced has other numbers of operands, dims or outputs than its body"),
-        ({"out_dims": [0, 0]}, "gw.sliced has other numbers of operands, dims or outputs than its body"),
-        ({"in_dims": [-1, -1]}, "gw.sliced slices no operand"),
-        ({"count": 7}, "gw.sliced has count 7 for 6 units"),
-        ({"count": 0}, "gw.sliced has count 0 for 6 units"),
+        ({"in_dims": [0]}, "gw.sliced does not type-check: it has other numbers of operands, dims or outputs than its body"),
+        ({"out_dims": [0, 0]}, "gw.sliced does not type-check: it has other numbers of operands, dims or outputs than its body"),
+        ({"in_dims": [-1, -1]}, "it slices no operand"),
+        ({"count": 7}, "it has count 7 for 6 units"),
+        ({"count": 0}, "it has count 0 for 6 units"),
         ({"count": 3}, r"gw.sliced"),
         ({"out_dims": [1]}, "gw.sliced"),
     ],
@@ -304,7 +304,59 @@ def test_a_broken_region_is_named_with_the_users_line(changed: dict, message: st
 def test_units_divide_every_sliced_dim() -> None:
     program, node = region()
     node.kwargs = {"units": 4}
-    broken(program, "gw.sliced cuts dim 0 of size 6 into 4 units")
+    broken(program, "it cuts dim 0 of size 6 into 4 units")
+
+
+SQUARE = """graphwright 1
+
+function main {
+  takes ((*), {})
+  gives (*)
+  input %x : f32[4, 4]
+  %0 = gw.sliced(%x) in_dims=[0] out_dims=[0] count=2 units=4 orders=[[0, 1]] {
+    input %1 : f32[2, 4]
+    %2 = aten.relu.default(%1)
+    return %2
+  }
+  %3 = getitem(%0, 0)
+  return %3
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        ("input %1 : f32[2, 4]", "input %1 : f32[3, 4]", r"input 0 of its body is f32\[3, 4\], but its operand has f32\[2, 4\] there"),
+        ("input %1 : f32[2, 4]", "input %1 : i64[2, 4]", r"input 0 of its body is i64\[2, 4\], but"),
+        ("in_dims=[0]", "in_dims=[2]", "in_dims has 2 for an operand of 2 dims"),
+        ("in_dims=[0]", "in_dims=[-2]", "in_dims has -2 for an operand of 2 dims"),
+        ("in_dims=[0]", "in_dims=[false]", "in_dims and out_dims are lists of integers"),
+        ("out_dims=[0]", "out_dims=[-1]", "out_dims has -1 for output 0, which has 2 dims"),
+        ("out_dims=[0]", "out_dims=[2]", "out_dims has 2 for output 0, which has 2 dims"),
+        ("out_dims=[0]", "out_dims=%x", "in_dims and out_dims are lists of integers"),
+        ("count=2", "count=true", "count is an integer or a size of the program, not a bool"),
+        ("count=2", "count=%x", "count is an integer or a size of the program, not a FakeTensor"),
+        ("count=2", "count=-1", "it has count -1 for 4 units"),
+        ("units=4", "units=3", "it cuts dim 0 of size 4 into 3 units"),
+        ("units=4", "units=0", "it has 0 units"),
+        ("units=4", "units=4.0", "units is an integer or a size of the program, not a float"),
+        ("orders=[[0, 1]]", "orders=[]", r"orders has a list of dims for each of 1 outputs, and this is \[\]"),
+        ("orders=[[0, 1]]", "orders=[[0, 0]]", r"orders has \[0, 0\] for output 0, which has 2 dims"),
+        ("orders=[[0, 1]]", "orders=[[0, -1]]", r"orders has \[0, -1\] for output 0, which has 2 dims"),
+    ],
+)
+def test_a_regions_numbers_and_inputs_fit_its_operands(written: str, instead: str, message: str) -> None:
+    ir.verify(ir.parse(SQUARE))
+    with pytest.raises(ir.errors.ParseError, match=f"line 8, column 5: gw.sliced does not type-check: {message}"):
+        ir.parse(SQUARE.replace(written, instead))
+
+
+def test_an_edited_region_holds_the_same_rules() -> None:
+    program = ir.parse(SQUARE)
+    with program.symbols.inference():
+        program.main.placeholders[0].meta["val"] = torch.empty(8, 4)
+    broken(program, r"gw.sliced does not type-check: input 0 of its body is f32\[2, 4\], but its operand has f32\[4, 4\] there")
 
 
 def test_a_region_reads_weights_as_operands_only() -> None:
