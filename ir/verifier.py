@@ -113,7 +113,18 @@ def _aliased(node: Node, value: Any) -> list[bool]:
 def _same_seal(seal: Any, now: tuple[Any, ...], node: Node) -> bool:
     if seal is None or seal[0] is not now[0] or seal[3] is not node.meta["val"] or len(seal[2]) != len(now[2]):
         return False
-    return all(a is b for a, b in zip(seal[2], now[2], strict=True)) and seal[1] == now[1]
+    return all(a is b for a, b in zip(seal[2], now[2], strict=True)) and _same_constants(seal[1], now[1])
+
+
+def _same_constants(a: Any, b: Any) -> bool:
+    """Equality that tells 2 from 2.0, 1 from True and 0.0 from -0.0, which mean other things to an operation."""
+    if isinstance(a, tuple | list):
+        return isinstance(b, tuple | list) and len(a) == len(b) and all(map(_same_constants, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same_constants(a[key], b[key]) for key in a)
+    if isinstance(a, float | complex):
+        return type(a) is type(b) and repr(a) == repr(b)
+    return type(a) is type(b) and a == b
 
 
 def _verify_region(node: Node, symbols: SymbolTable) -> None:

@@ -13,6 +13,7 @@ from graphwright import ir
 from graphwright.ir.errors import VerifyError
 from graphwright.ir.program import Function, region_of
 from graphwright.ir.tree import flat
+from graphwright.ir.verifier import _same_constants
 
 ATEN = torch.ops.aten
 
@@ -170,6 +171,22 @@ def test_damage_after_a_program_was_verified_is_still_found() -> None:
         ir.verify(program)
         damage(program)
         broken(program, message)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2.0), (2, True), (0.0, -0.0), ([2], [2.0]), (2, [2]), (float("nan"), 2.0)])
+def test_a_constant_of_another_type_is_another_program(before: object, after: object) -> None:
+    assert not _same_constants((before, {"alpha": 1}), (after, {"alpha": 1}))
+    assert not _same_constants((1, {"alpha": before}), (1, {"alpha": after}))
+    assert _same_constants(([before], {"alpha": after}), ([before], {"alpha": after}))
+
+
+def test_a_scalar_that_changes_its_type_after_the_program_was_verified_is_found() -> None:
+    text = "graphwright 1\nfunction main {\n takes ((*), {})\n gives (*)\n input %a : i64[2]\n %0 = aten.mul.Scalar(%a, 2)\n return %0\n}"
+    program = ir.parse(text)
+    ir.verify(program)
+    node = program.main.calls[0]
+    node.args = (node.args[0], 2.0)
+    broken(program, r"aten.mul.Scalar is stored as i64\[2\] but computes f32\[2\]")
 
 
 # --- structure ---
