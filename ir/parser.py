@@ -34,7 +34,7 @@ from .printer import VERSION
 from .program import Function, Program, Stage, Weight, Where
 from .region import Region, sliced
 from .symbols import UNBOUNDED, Symbol, SymbolTable
-from .tree import LEAF, Tree
+from .tree import LEAF, Tree, is_call
 from .types import DTYPES, type_text
 
 MAX_TEXT = 256 * 2**20
@@ -264,7 +264,10 @@ class _Parser:
         name = self.take("name", "the function's name").text
         self.expect("{")
         self.expect("takes")
+        token = self.token
         in_tree = self._tree()
+        if not is_call(in_tree):
+            self.fail(f"function {name} takes a tuple of arguments and a dict of named ones: ((..), {{..}})", token)
         self.expect("gives")
         out_tree = self._tree()
         body = _Body(self)
@@ -394,15 +397,17 @@ class _Parser:
             self.expect("(")
             return Tree("object", self._children(")"), type_name=type_name, context=context)
         self.expect("{")
-        keys: list[Any] = []
-        children = []
+        children: dict[str | int, Tree] = {}
         while not self.accept("}"):
-            if keys:
+            if children:
                 self.expect(",")
-            keys.append(self.string() if self.token.kind == "string" else self.integer())
+            token = self.token
+            key = self.string() if token.kind == "string" else self.integer()
+            if key in children:
+                self.fail(f"the key {token.text} is given twice", token)
             self.expect(":")
-            children.append(self._tree())
-        return Tree("dict", tuple(children), keys=tuple(keys))
+            children[key] = self._tree()
+        return Tree("dict", tuple(children.values()), keys=tuple(children))
 
     def _children(self, close: str) -> tuple[Tree, ...]:
         children: list[Tree] = []
@@ -578,7 +583,7 @@ class _Body:
         parser = self.parser
         parser.expect("return")
         leaves: list[Any] = []
-        names: list[str] = []
+        names: dict[str, Any] = {}
         while parser.token.text not in ("}", "state"):
             if leaves:
                 parser.expect(",")
@@ -587,10 +592,13 @@ class _Body:
             while parser.token.text != "}":
                 if names:
                     parser.expect(",")
-                names.append(parser.any_name())
+                token = parser.token
+                name = parser.any_name()
+                if name in names:
+                    parser.fail(f"{name} gets two new values", token)
                 parser.expect("=")
-                leaves.append(self.literal())
-        set_outputs(self.graph, leaves, tuple(names))
+                names[name] = self.literal()
+        set_outputs(self.graph, [*leaves, *names.values()], tuple(names))
 
     def literal(self) -> Any:
         parser = self.parser

@@ -8,17 +8,19 @@ operation, arguments and operand metadata are the very objects checked before is
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from .calls import draws, is_mutating, name_of
 from .errors import VerifyError
-from .infer import InferenceError, infer, operands_of, same_type, storage_key, tensors_of
+from .infer import InferenceError, infer, operands_of, same_tensor_type, same_type, storage_key, tensors_of
 from .links.sizes import same
 from .printer import node_lines
-from .program import Function, Node, Program, Weight, region_of
+from .program import Function, Node, Program, Signature, Weight, region_of
 from .region import Region, narrow, slice_bounds, slice_count, sliced, units_of
 from .region_rules import check_region
 from .symbols import SymbolTable, hint
+from .tree import is_call
 from .types import type_text
 
 
@@ -206,13 +208,30 @@ def _verify_signature(function: Function) -> None:
         raise _Broken(f"{function.name} has {len(signature.inputs)} inputs but its tree has {function.in_tree.num_leaves}", output)
     if len(signature.outputs) != function.out_tree.num_leaves:
         raise _Broken(f"{function.name} returns {len(signature.outputs)} values but its tree has {function.out_tree.num_leaves}", output)
-    states = {state.name for state in signature.states} | {f"input:{argument.name}" for argument in signature.inputs}
-    for name in signature.new_states:
-        if name not in states:
-            raise _Broken(f"{function.name} gives a new value to {name}, which is no state of it", output)
+    if not is_call(function.in_tree):
+        raise _Broken(f"{function.name} takes no call: its tree is a tuple of arguments and a dict of named ones", output)
+    for leaf in function.outputs:
+        if not isinstance(leaf, fx.Node) and operands_of(leaf):
+            raise _Broken(f"{function.name} returns a list of values: each is an output of its own", output)
+    _verify_new_states(function, signature)
     names = [argument.name for argument in (*signature.inputs, *signature.states)]
     if len(set(names)) != len(names):
         raise _Broken(f"{function.name} has two inputs of one name", output)
+
+
+def _verify_new_states(function: Function, signature: Signature) -> None:
+    output = function.graph.output_node()
+    states = {state.name: state.value for state in signature.states}
+    states |= {f"input:{argument.name}": argument.value for argument in signature.inputs}
+    new_values = function.outputs[len(signature.outputs) :]
+    for name, leaf in zip(signature.new_states, new_values, strict=True):
+        if name not in states:
+            raise _Broken(f"{function.name} gives a new value to {name}, which is no state of it", output)
+        old, new = states[name], leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf
+        if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or not same_tensor_type(old, new):
+            raise _Broken(f"{function.name} gives {name} a new value that is not of its dtype, shape and device", output)
+    if len(states.keys() & set(signature.new_states)) != len(signature.new_states):
+        raise _Broken(f"{function.name} gives two new values to one state", output)
 
 
 def _name(node: Node) -> str:

@@ -274,6 +274,49 @@ def test_new_states_are_states() -> None:
     broken(program, "main gives a new value to nowhere, which is no state of it")
 
 
+STATE = """graphwright 1
+weight @s : f32[3] state "?"
+
+function main {
+  takes ((*), {})
+  gives (*)
+  state %s : f32[3]
+  input %x : f32[3]
+  %0 = aten.add.Tensor(%s, %x)
+  %1 = aten.sum.default(%0)
+  %2 = aten._to_copy.default(%0, dtype=f64)
+  return %0 state NAME = NEW
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["s", '"input:x"'])
+def test_a_new_state_is_a_tensor_of_its_states_type(name: str) -> None:
+    ir.verify(ir.parse(STATE.replace("NAME = NEW", f"{name} = %0")))
+    for new in ("5", "none", "%1", "%2"):
+        broken(ir.parse(STATE.replace("NAME = NEW", f"{name} = {new}")), "a new value that is not of its dtype, shape and device")
+
+
+def test_a_state_has_one_new_value() -> None:
+    with pytest.raises(ir.errors.ParseError, match="line 12, column 27: s gets two new values"):
+        ir.parse(STATE.replace("NAME = NEW", "s = %0, s = %0"))
+    program = ir.parse(STATE.replace("NAME = NEW", "s = %0"))
+    output = program.main.graph.output_node()
+    output.args, output.meta["new_states"] = (output.args[0] + output.args[0][1:],), ("s", "s")
+    broken(program, "main gives two new values to one state")
+
+
+def test_an_output_is_a_value_or_a_constant() -> None:
+    broken(ir.parse(STATE.replace("%0 state NAME = NEW", "[%0]")), "main returns a list of values: each is an output of its own")
+
+
+def test_a_function_takes_arguments_and_named_ones() -> None:
+    program = model()
+    main = program.main
+    program.functions["main"] = Function("main", main.graph, flat(1), main.out_tree)
+    broken(program, "main takes no call: its tree is a tuple of arguments and a dict of named ones")
+
+
 def test_inputs_have_names_of_their_own() -> None:
     program = ir.parse(
         "graphwright 1\nfunction main {\n takes ((*, *), {})\n gives (*)\n input %a : f32[2]\n input %b : f32[2]\n"
