@@ -18,6 +18,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unb
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from .torch_log import silenced
+
 UNBOUNDED = 2**63 - 1
 
 
@@ -108,7 +110,7 @@ class SymbolTable:
         """Within it, calls compute metadata only; questions about sizes are answered by hints and leave no guard."""
         # Without it some composites run C++ code that takes a symbol for its hint: a padded [n, 16] would be typed [34, 16].
         python_code = enable_python_dispatcher() if self._symbols else nullcontext()
-        with self.mode, torch.no_grad(), self.env.suppress_guards(), self.env.ignore_fresh_unbacked_symbols(), python_code:
+        with silenced(), self.mode, torch.no_grad(), self.env.suppress_guards(), self.env.ignore_fresh_unbacked_symbols(), python_code:
             yield
 
 

@@ -522,6 +522,12 @@ def test_damaged_text_is_a_program_or_a_parse_error(at: int, piece: str, cut: in
         pass
 
 
+def test_a_mistake_leaves_nothing_in_torchs_log(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(ParseError, match="does not type-check: Dimension out of range"):
+        ir.parse(call("aten.sum.dim_IntList(%x, [9])"))
+    assert not caplog.records and capfd.readouterr().err == ""
+
+
 def test_limits_name_what_is_too_large() -> None:
     with pytest.raises(ParseError, match="a name is longer than 1024"):
         ir.parse(function(f"  input %{'a' * 2000} : f32[2]"))
