@@ -56,6 +56,7 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _PROVENANCE = re.compile(r"#\s?(?:\[(\d+(?:,\d+)*)\](?: |$))?(?:(.*?):(\d+)(?: |$))?(.*)$")
+_DIGEST = re.compile(r"\?|[0-9a-f]{12,64}")
 _KINDS = ("parameter", "buffer", "constant", "state")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
 _CHOICES: dict[str, Callable[[Any, Any], Any]] = {"Min": torch.sym_min, "Max": torch.sym_max}
@@ -154,12 +155,13 @@ class _Parser:
             self.fail(f"expected {what}, found {_shown(self.token)}")
         return self.advance()
 
-    def integer(self) -> int:
+    def integer(self, below: int = 2**63) -> int:
         negative = self.accept("-")
         token = self.take("int", "an integer")
-        if len(token.text) > 20 or int(token.text) > 2**63:
+        value = int(token.text[:21]) * (-1 if negative else 1)
+        if len(token.text) > 20 or not -(2**63) <= value < below:
             self.fail("an integer does not fit in 64 bits", token)
-        return -int(token.text) if negative else int(token.text)
+        return value
 
     def string(self) -> str:
         return self._unquote(self.take("string", "a string"))
@@ -238,7 +240,10 @@ class _Parser:
         kind = self.take("name", "the weight's kind")
         if kind.text not in _KINDS:
             self.fail(f"a weight is one of {', '.join(_KINDS)}, not {kind.text}", kind)
+        hash_ = self.token
         digest = self.string()
+        if not _DIGEST.fullmatch(digest):
+            self.fail('the hash of a weight is at least 12 hexadecimal digits, or "?" where it is not known', hash_)
         weight = Weight(name, kind.text, dtype, tuple(shape), tuple(stride), device, known_digest=digest)
         self.weights[name] = self._filled(weight, token) if self.table is not None else weight
 
@@ -253,8 +258,10 @@ class _Parser:
         if (tensor.dtype, tuple(tensor.shape)) != (weight.dtype, weight.shape):
             self.fail(f"{weight.name} is {tensor.dtype}{list(tensor.shape)} in the weight table, not what the text says", token)
         if tensor.stride() != weight.stride:
-            laid_out = torch.empty_strided(weight.shape, weight.stride, dtype=weight.dtype, device=tensor.device)
-            tensor = laid_out.copy_(tensor)
+            try:
+                tensor = torch.empty_strided(weight.shape, weight.stride, dtype=weight.dtype, device=tensor.device).copy_(tensor)
+            except RuntimeError as error:
+                self.fail(f"{weight.name} cannot be laid out in strides {list(weight.stride)}: {_first_line(error)}", token)
         filled = replace(weight, tensor=tensor, known_digest=None, _memo={})
         if weight.known_digest != "?" and not filled.digest.startswith(weight.known_digest or ""):
             self.fail(f"{weight.name} has other contents in the weight table than in the text", token)
@@ -293,6 +300,8 @@ class _Parser:
         stride = self._sizes() if self.accept("strides") else list(contiguous_stride(shape))
         if len(shape) > MAX_RANK or len(stride) != len(shape):
             self.fail(f"a tensor has {len(shape)} sizes and {len(stride)} strides", token)
+        if _last_address(shape, stride) * DTYPES[token.text].itemsize >= 2**63:
+            self.fail("a tensor of these sizes and strides has more than 2**63 - 1 bytes", token)
         device = torch.device("cpu")
         if self.accept("on"):
             parts = [self.any_name()]
@@ -377,7 +386,7 @@ class _Parser:
         try:
             return fake_like(self.symbols, dtype, shape, stride, device)
         except (RuntimeError, AssertionError) as error:
-            self.fail(f"no such tensor: {(str(error).splitlines() or [''])[0]}", token)
+            self.fail(f"no such tensor: {_first_line(error)}", token)
 
     def _tree(self) -> Tree:
         self._enter()
@@ -615,7 +624,7 @@ class _Body:
             return float(token.text)
         if token.kind == "int" or token.text == "-":
             parser.index -= 1
-            return parser.integer()
+            return parser.integer(below=2**64)  # an unsigned one
         if token.text == "[" and token.kind == "punct":
             return self._list()
         if token.kind == "name":
@@ -678,6 +687,17 @@ class _Body:
 def _nameless(type_: str) -> str:
     # Data-dependent sizes are numbered by torch's own counter, which two runs do not share.
     return re.sub(r"\s", "", re.sub(r"\bu\d+\b", "u", type_))
+
+
+def _last_address(shape: list[Any], stride: list[Any]) -> int:
+    """The largest step or, in elements, address of a tensor; 0 where symbols tell it."""
+    if not all(isinstance(size, int) for size in (*shape, *stride)):
+        return 0
+    return max([sum(size * step for size, step in zip(shape, stride, strict=True)), *stride, 0])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _shown(token: _Token) -> str:
