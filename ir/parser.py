@@ -60,8 +60,8 @@ _DIGEST = re.compile(r"\?|[0-9a-f]{12,64}")
 _KINDS = ("parameter", "buffer", "constant", "state")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
 _CHOICES: dict[str, Callable[[Any, Any], Any]] = {"Min": torch.sym_min, "Max": torch.sym_max}
-SYMBOL_NAME = r"[A-Za-z][A-Za-z0-9_]*"
-RESERVED_NAMES = frozenset({*_KEYWORDS, *_CHOICES})
+_SYMBOL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_DATA_DEPENDENT = re.compile(r"\bu\d+\b")  # how torch names a size that only the data tell
 _LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
 _FORMATS = {
     str(x).removeprefix("torch."): x for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
@@ -89,6 +89,11 @@ def parse(text: str, weights: "Mapping[str, torch.Tensor | Weight] | None" = Non
     if len(text) > MAX_TEXT:
         raise ParseError(f"the text has {len(text)} characters, more than the limit of {MAX_TEXT}", 1, 1)
     return _Parser(text, weights).program()
+
+
+def is_symbol_name(name: str) -> bool:
+    """Whether text can declare a symbol of that name."""
+    return bool(_SYMBOL_NAME.fullmatch(name)) and name not in _KEYWORDS and name not in _CHOICES and not _DATA_DEPENDENT.fullmatch(name)
 
 
 def _tokenize(text: str) -> list[_Token]:
@@ -214,8 +219,10 @@ class _Parser:
 
     def _symbol(self) -> None:
         token = self.take("name", "a symbol")
-        if not re.fullmatch(SYMBOL_NAME, token.text) or token.text in self.symbols or token.text in RESERVED_NAMES:
-            self.fail(f"{token.text} cannot be declared: symbols are {SYMBOL_NAME}, each once, and no keyword", token)
+        if not is_symbol_name(token.text) or token.text in self.symbols:
+            self.fail(
+                f"{token.text} cannot be declared: symbols are {_SYMBOL_NAME.pattern}, each once, no keyword, and not u0, u1, ..", token
+            )
         self.expect("in")
         self.expect("[")
         low = self.integer()
@@ -686,7 +693,7 @@ class _Body:
 
 def _nameless(type_: str) -> str:
     # Data-dependent sizes are numbered by torch's own counter, which two runs do not share.
-    return re.sub(r"\s", "", re.sub(r"\bu\d+\b", "u", type_))
+    return re.sub(r"\s", "", _DATA_DEPENDENT.sub("u", type_))
 
 
 def _last_address(shape: list[Any], stride: list[Any]) -> int:

@@ -206,6 +206,12 @@ def test_equal_programs_print_equal_bytes_whatever_torch_calls_their_symbols() -
     assert first == text() and "f32[2*rows, 2]" in first
 
 
+def test_a_dim_that_is_named_as_data_dependent_sizes_are_gets_another_name() -> None:
+    net = torch.nn.ReLU()
+    program = ir.capture(net, (torch.ones(5, 2),), dynamic_shapes={"input": {0: torch.export.Dim("u0", max=32)}})
+    assert "symbol s0 in" in str(program) and ir.parse(str(program)) == program
+
+
 # --- states, constants, trees, regions, schedules ---
 
 
@@ -408,6 +414,7 @@ ERRORS = [
     ("graphwright 1\n3", 2, 1, "expected a section"),
     ("graphwright 1\nsymbol _s in [1, 2] hint 1", 2, 8, "symbols are"),
     ("graphwright 1\nsymbol Min in [1, 2] hint 1", 2, 8, "no keyword"),
+    ("graphwright 1\nsymbol u0 in [1, 2] hint 1", 2, 8, "not u0, u1"),
     ("graphwright 1\nsymbol s in [1, 2] hint 3", 2, 8, "low <= hint <= high"),
     ("graphwright 1\nsymbol s in [1, 2] hint 1\nsymbol s in [1, 2] hint 1", 3, 8, "each once"),
     ("graphwright 1\nweight @w : f33[1] parameter \"?\"", 2, 13, "unknown dtype f33"),
