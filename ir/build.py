@@ -7,7 +7,8 @@ from torch import fx
 
 from .infer import fake_like, infer
 from .program import Node, Weight, Where
-from .region import Region
+from .region import Region, sliced
+from .region_rules import check_region
 from .symbols import SymbolTable
 
 
@@ -41,6 +42,8 @@ def add_call(
         InferenceError: the call does not type-check; the graph is unchanged.
     """
     args, kwargs = as_lists(args), {key: as_lists([value])[0] for key, value in (kwargs or {}).items()}
+    if target is sliced:
+        check_region(symbols, args, kwargs)
     value = infer(symbols, target, args, kwargs)
     node = graph.call_function(target, tuple(args), kwargs)
     node.meta.update(val=value, origin=origin, where=where or Where())

@@ -122,6 +122,11 @@ def draws(node: Any) -> bool:
     return True
 
 
+def is_size_function(target: Callable[..., Any]) -> bool:
+    """Whether `target` is arithmetic on sizes and numbers (`sym.*`)."""
+    return target is not GETITEM and target in _SIZE_FUNCTION_NAMES
+
+
 def is_mutating(target: Callable[..., Any]) -> bool:
     """Whether `target` writes to an operand."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

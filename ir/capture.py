@@ -10,7 +10,6 @@ import functools
 import io
 import logging
 import os
-import re
 import sys
 import threading
 import warnings
@@ -35,7 +34,7 @@ from .dynamic_shapes import misfit
 from .errors import CaptureError, InputError
 from .functionalize import NotFunctional, functional_variant, instance_norm, is_ambiguous, take_apart
 from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
-from .parser import RESERVED_NAMES, SYMBOL_NAME
+from .parser import is_symbol_name
 from .program import Function, Node, Program, Weight, Where
 from .symbols import UNBOUNDED, Symbol, SymbolTable, hint
 from .tree import Tree
@@ -482,7 +481,7 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                 dims = dict(enumerate(spec)) if isinstance(spec, tuple | list) else spec or {}
                 for dim, given in dims.items():
                     label = getattr(getattr(given, "root", given), "__name__", None)  # 2*batch is named by its batch
-                    if isinstance(label, str) and re.fullmatch(SYMBOL_NAME, label) and label not in RESERVED_NAMES:
+                    if isinstance(label, str) and is_symbol_name(label):
                         names[leaf, dim] = label
             leaf += 1
 

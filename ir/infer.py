@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from .calls import GETITEM, is_size_function
 from .region import Region
-from .symbols import SymbolTable, same_size
+from .symbols import SymbolTable, hint, same_size
 
 
 class InferenceError(Exception):
@@ -25,6 +26,10 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
         InferenceError: the call does not type-check.
     """
     operands, keywords = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
+    if is_size_function(target):
+        _check_numbers((*operands, *keywords.values()))
+    if target is GETITEM and not (operands and isinstance(operands[0], tuple)):
+        raise InferenceError("it takes a result out of a call that has several")
     try:
         with symbols.inference(), torch.amp.autocast("cpu", enabled=False):
             value = target(*operands, **keywords)
@@ -34,7 +39,17 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
         if tensor.layout != torch.strided:
             kind = str(tensor.layout).removeprefix("torch.")
             raise InferenceError(f"it gives a {kind} tensor, and the IR has strided ones: convert it inside the model")
+    if isinstance(value, int | torch.SymInt) and not -(2**63) <= hint(value) < 2**63:
+        raise InferenceError("the size that it gives does not fit in 64 bits")
     return tuple(value) if isinstance(value, list) else value
+
+
+def _check_numbers(operands: Iterable[Any]) -> None:
+    """Python's operators take strings and lists too, of which a product is as long as the factor says."""
+    for operand in operands:
+        if not isinstance(operand, int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
+            kind = "list" if isinstance(operand, list) else type(operand).__name__
+            raise InferenceError(f"it takes sizes and numbers, not a {kind}")
 
 
 def fake_like(symbols: SymbolTable, dtype: torch.dtype, shape: Any, stride: Any, device: torch.device) -> torch.Tensor:

@@ -34,7 +34,7 @@ from .printer import VERSION
 from .program import Function, Program, Stage, Weight, Where
 from .region import Region, sliced
 from .symbols import UNBOUNDED, Symbol, SymbolTable
-from .tree import LEAF, Tree
+from .tree import LEAF, Tree, is_call
 from .types import DTYPES, type_text
 
 MAX_TEXT = 256 * 2**20
@@ -56,11 +56,12 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _PROVENANCE = re.compile(r"#\s?(?:\[(\d+(?:,\d+)*)\](?: |$))?(?:(.*?):(\d+)(?: |$))?(.*)$")
+_DIGEST = re.compile(r"\?|[0-9a-f]{12,64}")
 _KINDS = ("parameter", "buffer", "constant", "state")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
 _CHOICES: dict[str, Callable[[Any, Any], Any]] = {"Min": torch.sym_min, "Max": torch.sym_max}
-SYMBOL_NAME = r"[A-Za-z][A-Za-z0-9_]*"
-RESERVED_NAMES = frozenset({*_KEYWORDS, *_CHOICES})
+_SYMBOL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_DATA_DEPENDENT = re.compile(r"\bu\d+\b")  # how torch names a size that only the data tell
 _LAYOUTS = {str(x).removeprefix("torch."): x for x in (torch.strided, torch.sparse_coo)}
 _FORMATS = {
     str(x).removeprefix("torch."): x for x in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
@@ -88,6 +89,11 @@ def parse(text: str, weights: "Mapping[str, torch.Tensor | Weight] | None" = Non
     if len(text) > MAX_TEXT:
         raise ParseError(f"the text has {len(text)} characters, more than the limit of {MAX_TEXT}", 1, 1)
     return _Parser(text, weights).program()
+
+
+def is_symbol_name(name: str) -> bool:
+    """Whether text can declare a symbol of that name."""
+    return bool(_SYMBOL_NAME.fullmatch(name)) and name not in _KEYWORDS and name not in _CHOICES and not _DATA_DEPENDENT.fullmatch(name)
 
 
 def _tokenize(text: str) -> list[_Token]:
@@ -154,12 +160,13 @@ class _Parser:
             self.fail(f"expected {what}, found {_shown(self.token)}")
         return self.advance()
 
-    def integer(self) -> int:
+    def integer(self, below: int = 2**63) -> int:
         negative = self.accept("-")
         token = self.take("int", "an integer")
-        if len(token.text) > 20 or int(token.text) > 2**63:
+        value = int(token.text[:21]) * (-1 if negative else 1)
+        if len(token.text) > 20 or not -(2**63) <= value < below:
             self.fail("an integer does not fit in 64 bits", token)
-        return -int(token.text) if negative else int(token.text)
+        return value
 
     def string(self) -> str:
         return self._unquote(self.take("string", "a string"))
@@ -212,8 +219,10 @@ class _Parser:
 
     def _symbol(self) -> None:
         token = self.take("name", "a symbol")
-        if not re.fullmatch(SYMBOL_NAME, token.text) or token.text in self.symbols or token.text in RESERVED_NAMES:
-            self.fail(f"{token.text} cannot be declared: symbols are {SYMBOL_NAME}, each once, and no keyword", token)
+        if not is_symbol_name(token.text) or token.text in self.symbols:
+            self.fail(
+                f"{token.text} cannot be declared: symbols are {_SYMBOL_NAME.pattern}, each once, no keyword, and not u0, u1, ..", token
+            )
         self.expect("in")
         self.expect("[")
         low = self.integer()
@@ -238,7 +247,10 @@ class _Parser:
         kind = self.take("name", "the weight's kind")
         if kind.text not in _KINDS:
             self.fail(f"a weight is one of {', '.join(_KINDS)}, not {kind.text}", kind)
+        hash_ = self.token
         digest = self.string()
+        if not _DIGEST.fullmatch(digest):
+            self.fail('the hash of a weight is at least 12 hexadecimal digits, or "?" where it is not known', hash_)
         weight = Weight(name, kind.text, dtype, tuple(shape), tuple(stride), device, known_digest=digest)
         self.weights[name] = self._filled(weight, token) if self.table is not None else weight
 
@@ -253,8 +265,10 @@ class _Parser:
         if (tensor.dtype, tuple(tensor.shape)) != (weight.dtype, weight.shape):
             self.fail(f"{weight.name} is {tensor.dtype}{list(tensor.shape)} in the weight table, not what the text says", token)
         if tensor.stride() != weight.stride:
-            laid_out = torch.empty_strided(weight.shape, weight.stride, dtype=weight.dtype, device=tensor.device)
-            tensor = laid_out.copy_(tensor)
+            try:
+                tensor = torch.empty_strided(weight.shape, weight.stride, dtype=weight.dtype, device=tensor.device).copy_(tensor)
+            except RuntimeError as error:
+                self.fail(f"{weight.name} cannot be laid out in strides {list(weight.stride)}: {_first_line(error)}", token)
         filled = replace(weight, tensor=tensor, known_digest=None, _memo={})
         if weight.known_digest != "?" and not filled.digest.startswith(weight.known_digest or ""):
             self.fail(f"{weight.name} has other contents in the weight table than in the text", token)
@@ -264,7 +278,10 @@ class _Parser:
         name = self.take("name", "the function's name").text
         self.expect("{")
         self.expect("takes")
+        token = self.token
         in_tree = self._tree()
+        if not is_call(in_tree):
+            self.fail(f"function {name} takes a tuple of arguments and a dict of named ones: ((..), {{..}})", token)
         self.expect("gives")
         out_tree = self._tree()
         body = _Body(self)
@@ -290,6 +307,8 @@ class _Parser:
         stride = self._sizes() if self.accept("strides") else list(contiguous_stride(shape))
         if len(shape) > MAX_RANK or len(stride) != len(shape):
             self.fail(f"a tensor has {len(shape)} sizes and {len(stride)} strides", token)
+        if _last_address(shape, stride) * DTYPES[token.text].itemsize >= 2**63:
+            self.fail("a tensor of these sizes and strides has more than 2**63 - 1 bytes", token)
         device = torch.device("cpu")
         if self.accept("on"):
             parts = [self.any_name()]
@@ -374,7 +393,7 @@ class _Parser:
         try:
             return fake_like(self.symbols, dtype, shape, stride, device)
         except (RuntimeError, AssertionError) as error:
-            self.fail(f"no such tensor: {(str(error).splitlines() or [''])[0]}", token)
+            self.fail(f"no such tensor: {_first_line(error)}", token)
 
     def _tree(self) -> Tree:
         self._enter()
@@ -394,15 +413,17 @@ class _Parser:
             self.expect("(")
             return Tree("object", self._children(")"), type_name=type_name, context=context)
         self.expect("{")
-        keys: list[Any] = []
-        children = []
+        children: dict[str | int, Tree] = {}
         while not self.accept("}"):
-            if keys:
+            if children:
                 self.expect(",")
-            keys.append(self.string() if self.token.kind == "string" else self.integer())
+            token = self.token
+            key = self.string() if token.kind == "string" else self.integer()
+            if key in children:
+                self.fail(f"the key {token.text} is given twice", token)
             self.expect(":")
-            children.append(self._tree())
-        return Tree("dict", tuple(children), keys=tuple(keys))
+            children[key] = self._tree()
+        return Tree("dict", tuple(children.values()), keys=tuple(children))
 
     def _children(self, close: str) -> tuple[Tree, ...]:
         children: list[Tree] = []
@@ -578,7 +599,7 @@ class _Body:
         parser = self.parser
         parser.expect("return")
         leaves: list[Any] = []
-        names: list[str] = []
+        names: dict[str, Any] = {}
         while parser.token.text not in ("}", "state"):
             if leaves:
                 parser.expect(",")
@@ -587,10 +608,13 @@ class _Body:
             while parser.token.text != "}":
                 if names:
                     parser.expect(",")
-                names.append(parser.any_name())
+                token = parser.token
+                name = parser.any_name()
+                if name in names:
+                    parser.fail(f"{name} gets two new values", token)
                 parser.expect("=")
-                leaves.append(self.literal())
-        set_outputs(self.graph, leaves, tuple(names))
+                names[name] = self.literal()
+        set_outputs(self.graph, [*leaves, *names.values()], tuple(names))
 
     def literal(self) -> Any:
         parser = self.parser
@@ -607,7 +631,7 @@ class _Body:
             return float(token.text)
         if token.kind == "int" or token.text == "-":
             parser.index -= 1
-            return parser.integer()
+            return parser.integer(below=2**64)  # an unsigned one
         if token.text == "[" and token.kind == "punct":
             return self._list()
         if token.kind == "name":
@@ -669,7 +693,18 @@ class _Body:
 
 def _nameless(type_: str) -> str:
     # Data-dependent sizes are numbered by torch's own counter, which two runs do not share.
-    return re.sub(r"\s", "", re.sub(r"\bu\d+\b", "u", type_))
+    return re.sub(r"\s", "", _DATA_DEPENDENT.sub("u", type_))
+
+
+def _last_address(shape: list[Any], stride: list[Any]) -> int:
+    """The largest step or, in elements, address of a tensor; 0 where symbols tell it."""
+    if not all(isinstance(size, int) for size in (*shape, *stride)):
+        return 0
+    return max([sum(size * step for size, step in zip(shape, stride, strict=True)), *stride, 0])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _shown(token: _Token) -> str:

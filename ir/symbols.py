@@ -4,12 +4,9 @@ torch names a symbol after a hash of its source; users see the names they gave (
 appearance, so equal programs print equal bytes.
 """
 
-import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +18,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_unb
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from .torch_log import silenced
+
 UNBOUNDED = 2**63 - 1
-
-_INFERRING = ContextVar("inferring", default=False)
-
-
-def _is_said_by_torch_alone(record: logging.LogRecord) -> bool:
-    return not _INFERRING.get() or bool(os.environ.get("TORCH_LOGS"))
-
-
-# torch logs a traceback beside each call whose types it refuses, which is an error of ours.
-logging.getLogger(FakeTensorMode.__module__).addFilter(_is_said_by_torch_alone)
 
 
 @dataclass(frozen=True)
@@ -121,12 +110,8 @@ class SymbolTable:
         """Within it, calls compute metadata only; questions about sizes are answered by hints and leave no guard."""
         # Without it some composites run C++ code that takes a symbol for its hint: a padded [n, 16] would be typed [34, 16].
         python_code = enable_python_dispatcher() if self._symbols else nullcontext()
-        token = _INFERRING.set(True)
-        try:
-            with self.mode, torch.no_grad(), self.env.suppress_guards(), self.env.ignore_fresh_unbacked_symbols(), python_code:
-                yield
-        finally:
-            _INFERRING.reset(token)
+        with silenced(), self.mode, torch.no_grad(), self.env.suppress_guards(), self.env.ignore_fresh_unbacked_symbols(), python_code:
+            yield
 
 
 def hint(size: Any) -> int:

@@ -6,7 +6,7 @@ name; the class is looked up only when a call has to build one. So are named tup
 
 import json
 import sys
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 
 from .errors import ArtifactError, CaptureError
 
+_FACTORIES = ("list", "dict", "set", "tuple", "int", "float", "str", "bool")
 _BUILTIN: dict[type, str] = {tuple: "tuple", list: "list", dict: "dict"}
 
 
@@ -65,7 +66,7 @@ class Tree:
         return Tree("object", children, type_name=name, context=context)
 
     def to_spec(self) -> pytree.TreeSpec:
-        """Raises ArtifactError when an object's class is not imported in this process."""
+        """Raises ArtifactError when an object's class is not imported in this process, or its context is not one of that class."""
         if self.kind == "leaf":
             return pytree.treespec_leaf() if hasattr(pytree, "treespec_leaf") else pytree.LeafSpec()
         children = [child.to_spec() for child in self.children]
@@ -81,8 +82,12 @@ class Tree:
                 f"this program returns a {self.type_name}, which is not known in this process: import the module that defines it first"
             )
         load = pytree.SUPPORTED_SERIALIZED_TYPES[cls].from_dumpable_context
-        context = json.loads(self.context)
-        return pytree.TreeSpec(cls, load(context) if load else context, children)
+        try:
+            context = json.loads(self.context)
+            _refuse_foreign_factory(cls, context)
+            return pytree.TreeSpec(cls, load(context) if load else context, children)
+        except Exception as error:
+            raise ArtifactError(f"this program has a {self.type_name} of unreadable context: {_first_line(error)}") from error
 
 
 LEAF = Tree("leaf")
@@ -138,6 +143,33 @@ def flat(values: int) -> Tree:
     return Tree("tuple", tuple(LEAF for _ in range(values)))
 
 
-def unflatten(tree: Tree, leaves: list[Any]) -> Any:
-    """The nested value that `tree` describes, over `leaves`."""
-    return pytree.tree_unflatten(leaves, tree.to_spec())
+def is_call(tree: Tree) -> bool:
+    """Whether `tree` nests the arguments of a call: a tuple of the positional ones, a dict of the named ones."""
+    if tree.kind != "tuple" or [child.kind for child in tree.children] != ["tuple", "dict"]:
+        return False
+    return all(isinstance(name, str) for name in tree.children[1].keys)
+
+
+def unflatten(spec: pytree.TreeSpec, leaves: list[Any]) -> Any:
+    """The nested value that `spec` describes, over `leaves`.
+
+    Raises:
+        ArtifactError: a class in it builds none from these.
+    """
+    try:
+        return pytree.tree_unflatten(leaves, spec)
+    except Exception as error:
+        raise ArtifactError(f"the program's outputs do not fit the classes that they are returned in: {_first_line(error)}") from error
+
+
+def _refuse_foreign_factory(cls: type, context: Any) -> None:
+    """torch would import the module that a defaultdict's text names; a program imports nothing."""
+    if cls is not defaultdict or not isinstance(context, dict):
+        return
+    module, name = context.get("default_factory_module"), context.get("default_factory_name")
+    if module != "builtins" or name not in _FACTORIES:
+        raise ValueError(f"its missing items are made by {module}.{name}, and a program calls none but {', '.join(_FACTORIES)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,16 +9,19 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from .calls import draws, is_mutating, name_of, written_statistics
 from .errors import VerifyError
-from .infer import InferenceError, infer, operands_of, same_type, storage_key, tensors_of
+from .infer import InferenceError, infer, operands_of, same_tensor_type, same_type, storage_key, tensors_of
 from .links.sizes import same
 from .printer import node_lines
-from .program import Function, Node, Program, Weight, region_of
+from .program import Function, Node, Program, Signature, Weight, region_of
 from .region import Region, narrow, slice_bounds, slice_count, sliced, units_of
+from .region_rules import check_region
 from .symbols import SymbolTable, hint
+from .tree import is_call
 from .types import type_text
 
 
@@ -99,10 +102,9 @@ def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
     seal = (node.target, skeleton, tuple(operand.meta.get("val") for operand in operands))
     if _same_seal(node.meta.get("seal"), seal, node):
         return
-    body = region_of(node)
-    if body is not None:
-        _verify_region(node, body, symbols)
     try:
+        if node.target is sliced:
+            _verify_region(node, symbols)
         value = infer(symbols, node.target, node.args, node.kwargs)
     except InferenceError as error:
         raise _Broken(f"{name} does not type-check: {error}", node) from error
@@ -123,25 +125,29 @@ def _aliased(node: Node, value: Any) -> list[bool]:
 def _same_seal(seal: Any, now: tuple[Any, ...], node: Node) -> bool:
     if seal is None or seal[0] is not now[0] or seal[3] is not node.meta["val"] or len(seal[2]) != len(now[2]):
         return False
-    return all(a is b for a, b in zip(seal[2], now[2], strict=True)) and seal[1] == now[1]
+    return all(a is b for a, b in zip(seal[2], now[2], strict=True)) and _same_constants(seal[1], now[1])
 
 
-def _verify_region(node: Node, body: Region, symbols: SymbolTable) -> None:
-    _, in_dims, out_dims, count, *operands = node.args
-    if len(body.placeholders) != len(operands) or len(in_dims) != len(operands) or len(out_dims) != len(body.outputs):
-        raise _Broken("gw.sliced has other numbers of operands, dims or outputs than its body", node)
-    if not any(dim >= 0 for dim in in_dims):
-        raise _Broken("gw.sliced slices no operand", node)
-    values = [operand.meta["val"] for operand in operands]
-    units = units_of(in_dims, values, _known(node.kwargs.get("units")))
-    count = _known(count)
-    for value, dim in zip(values, in_dims, strict=True):
-        size = value.size(dim) if dim >= 0 else 0
-        if isinstance(size, int) and isinstance(units, int) and size % units:
-            raise _Broken(f"gw.sliced cuts dim {dim} of size {size} into {units} units", node)
-    if isinstance(count, int) and (count < 1 or (isinstance(units, int) and count > units)):
-        raise _Broken(f"gw.sliced has count {count} for {units} units", node)
+def _same_constants(a: Any, b: Any) -> bool:
+    """Equality that tells 2 from 2.0, 1 from True and 0.0 from -0.0, which mean other things to an operation."""
+    if isinstance(a, tuple | list):
+        return isinstance(b, tuple | list) and len(a) == len(b) and all(map(_same_constants, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same_constants(a[key], b[key]) for key in a)
+    if isinstance(a, float | complex):
+        return type(a) is type(b) and repr(a) == repr(b)
+    return type(a) is type(b) and a == b
+
+
+def _verify_region(node: Node, symbols: SymbolTable) -> None:
+    body = region_of(node)
+    if body is None:
+        raise _Broken("gw.sliced has no body", node)
     _verify_graph(body.graph, symbols, {}, region=True)
+    check_region(symbols, node.args, node.kwargs)
+    _, in_dims, _, count, *operands = node.args
+    units = units_of(in_dims, [operand.meta["val"] for operand in operands], _known(node.kwargs.get("units")))
+    count = _known(count)
     reached = _reachable(body, in_dims)
     for j, output in enumerate(body.outputs):
         if output not in reached:
@@ -212,13 +218,30 @@ def _verify_signature(function: Function) -> None:
         raise _Broken(f"{function.name} has {len(signature.inputs)} inputs but its tree has {function.in_tree.num_leaves}", output)
     if len(signature.outputs) != function.out_tree.num_leaves:
         raise _Broken(f"{function.name} returns {len(signature.outputs)} values but its tree has {function.out_tree.num_leaves}", output)
-    states = {state.name for state in signature.states} | {f"input:{argument.name}" for argument in signature.inputs}
-    for name in signature.new_states:
-        if name not in states:
-            raise _Broken(f"{function.name} gives a new value to {name}, which is no state of it", output)
+    if not is_call(function.in_tree):
+        raise _Broken(f"{function.name} takes no call: its tree is a tuple of arguments and a dict of named ones", output)
+    for leaf in function.outputs:
+        if not isinstance(leaf, fx.Node) and operands_of(leaf):
+            raise _Broken(f"{function.name} returns a list of values: each is an output of its own", output)
+    _verify_new_states(function, signature)
     names = [argument.name for argument in (*signature.inputs, *signature.states)]
     if len(set(names)) != len(names):
         raise _Broken(f"{function.name} has two inputs of one name", output)
+
+
+def _verify_new_states(function: Function, signature: Signature) -> None:
+    output = function.graph.output_node()
+    states = {state.name: state.value for state in signature.states}
+    states |= {f"input:{argument.name}": argument.value for argument in signature.inputs}
+    new_values = function.outputs[len(signature.outputs) :]
+    for name, leaf in zip(signature.new_states, new_values, strict=True):
+        if name not in states:
+            raise _Broken(f"{function.name} gives a new value to {name}, which is no state of it", output)
+        old, new = states[name], leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf
+        if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or not same_tensor_type(old, new):
+            raise _Broken(f"{function.name} gives {name} a new value that is not of its dtype, shape and device", output)
+    if len(states.keys() & set(signature.new_states)) != len(signature.new_states):
+        raise _Broken(f"{function.name} gives two new values to one state", output)
 
 
 def _name(node: Node) -> str:

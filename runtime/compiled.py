@@ -13,6 +13,7 @@ from torch import nn
 
 from ..ir import Program
 from ..ir.errors import ArtifactError, InputError, TargetError
+from ..ir.tree import unflatten
 from ..passes import Contract
 from . import artifact
 from .artifact import Saved
@@ -234,7 +235,7 @@ class _Runner:
             leaves, new_states = self.executor(inputs, self.states)
             if new_states:
                 leaves = self._write_back(leaves, new_states, given)
-        return pytree.tree_unflatten(leaves, self._out_spec)
+        return unflatten(self._out_spec, leaves)
 
     def _write_back(self, leaves: list[Any], new_states: Mapping[str, torch.Tensor], given: Sequence[Any]) -> list[Any]:
         """Copies new states into the tensors that hold them. What shares memory with one of these is copied out first: an output,

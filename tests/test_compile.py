@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import io
+import json
 import random
 import subprocess
 import sys
 import threading
 import warnings
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 
 import numpy as np
 import pytest
@@ -729,6 +730,39 @@ def test_named_tuples_come_back_as_what_they_were(tmp_path):
         model((X, X))
     with pytest.raises(gw.ArtifactError, match="elsewhere:Pair, which is not known in this process"):
         gw.compile(gw.parse(str(model.program).replace(f"{__name__}:Pair", "elsewhere:Pair")), backend="aten")
+
+
+@pytest.mark.parametrize(
+    ("kind", "context", "message"),
+    [
+        ("collections.OrderedDict", "7", "the program's outputs do not fit the classes that they are returned in"),
+        ("collections.OrderedDict", '["a", "b"]', "the program's outputs do not fit the classes that they are returned in"),
+        ("collections.OrderedDict", "[", "a collections.OrderedDict of unreadable context"),
+        ("collections.defaultdict", "{}", "a collections.defaultdict of unreadable context"),
+        (
+            "collections.defaultdict",
+            '{"default_factory_module": "this", "default_factory_name": "s", "dict_context": ["a"]}',
+            "its missing items are made by this.s, and a program calls none but list",
+        ),
+    ],
+)
+def test_a_class_that_the_text_describes_wrongly_is_an_error_of_the_artifact(kind, context, message):
+    text = (
+        f"graphwright 1\nfunction main {{\n  takes ((*), {{}})\n  gives object {json.dumps(kind)} {json.dumps(context)} (*)\n"
+        "  input %x : f32[2]\n  %0 = aten.relu.default(%x)\n  return %0\n}\n"
+    )
+    with pytest.raises(gw.ArtifactError, match=message):
+        gw.compile(gw.parse(text), [], backend="aten")(torch.ones(2))
+    assert "this" not in sys.modules, "the text of a program imported a module"
+
+
+def test_a_defaultdict_of_lists_comes_back_as_one():
+    class Net(nn.Module):
+        def forward(self, x):
+            return defaultdict(list, {"a": x + 1})
+
+    output = compiled(Net(), X)(X)
+    assert type(output) is defaultdict and output.default_factory is list and torch.equal(output["a"], X + 1)
 
 
 def test_a_named_tuple_that_cannot_be_found_again_is_refused():

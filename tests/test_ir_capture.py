@@ -140,7 +140,7 @@ def test_keyword_arguments_nested_inputs_and_outputs() -> None:
     program = ir.capture(Nested(), args, kwargs)
     ir.verify(program)
     leaves = run(program, pytree.tree_leaves((args, kwargs)))[0]
-    result = unflatten(program.main.out_tree, leaves)
+    result = unflatten(program.main.out_tree.to_spec(), leaves)
     expected = Nested()(*args, **kwargs)
     assert pytree.tree_structure(result) == pytree.tree_structure(expected)
     assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(result), pytree.tree_leaves(expected)))
@@ -167,7 +167,7 @@ def test_a_registered_dataclass_is_returned_as_itself() -> None:
             return Boxed(x + 1, x * 2)
 
     program = capture(Boxes(), torch.ones(3))
-    result = unflatten(program.main.out_tree, run(program, [torch.ones(3)])[0])
+    result = unflatten(program.main.out_tree.to_spec(), run(program, [torch.ones(3)])[0])
     assert isinstance(result, Boxed) and torch.equal(result.second, torch.full((3,), 2.0))
     assert 'gives object "test_ir_capture.Boxed"' in str(program)
 
@@ -187,7 +187,7 @@ def test_outputs_of_transformers_keep_their_class() -> None:
     model = transformers.BertModel(transformers.BertConfig(**sizes)).eval()
     tokens = torch.ones(1, 4, dtype=torch.long)
     program = ir.capture(model, (tokens,))
-    result = unflatten(program.main.out_tree, run(program, [tokens])[0])
+    result = unflatten(program.main.out_tree.to_spec(), run(program, [tokens])[0])
     expected = model(tokens)
     assert type(result) is type(expected)
     torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)  # float32, other order of sums

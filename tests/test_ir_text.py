@@ -102,7 +102,7 @@ def test_a_float_that_is_written_as_an_integer_stays_a_float() -> None:
     assert "aten.add.Scalar(%x, 2.0)" in roundtrip(call("aten.add.Scalar(%x, 2.0)"))
 
 
-@given(st.one_of(st.integers(-(2**63), 2**63 - 1), st.floats(), st.booleans(), st.complex_numbers()))
+@given(st.one_of(st.integers(-(2**63), 2**64 - 1), st.floats(), st.booleans(), st.complex_numbers()))
 @settings(max_examples=150)
 def test_any_scalar_survives_bit_for_bit(value: complex) -> None:
     text = call(f"aten.add.Scalar(%x, {literal(value)})")
@@ -119,6 +119,23 @@ def test_any_string_survives(value: str) -> None:
     program = ir.parse(text)
     assert program.main.out_tree.type_name == value and program.main.out_tree.context == value
     assert ir.parse(str(program)) == program
+
+
+@pytest.mark.parametrize("value", [2**63, 2**64 - 1])
+def test_unsigned_scalars_of_64_bits_are_constants_too(value: int) -> None:
+    class Filled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("top", torch.tensor([value], dtype=torch.uint64))
+
+        def forward(self, x, fill):
+            return torch.full((2,), value, dtype=torch.uint64), torch.full((2,), fill, dtype=torch.uint64), self.top, x
+
+    program = ir.capture(Filled(), (torch.ones(2), value))
+    again = ir.parse(str(program), program.weights)
+    assert again == program and f"input %fill = {value}" in str(program)
+    full, filled, top, _ = run(again, [torch.ones(2), value])[0]
+    assert [full.tolist(), filled.tolist(), top.tolist()] == [[value] * 2, [value] * 2, [value]]
 
 
 # --- types ---
@@ -187,6 +204,12 @@ def test_equal_programs_print_equal_bytes_whatever_torch_calls_their_symbols() -
 
     first = text()
     assert first == text() and "f32[2*rows, 2]" in first
+
+
+def test_a_dim_that_is_named_as_data_dependent_sizes_are_gets_another_name() -> None:
+    net = torch.nn.ReLU()
+    program = ir.capture(net, (torch.ones(5, 2),), dynamic_shapes={"input": {0: torch.export.Dim("u0", max=32)}})
+    assert "symbol s0 in" in str(program) and ir.parse(str(program)) == program
 
 
 # --- states, constants, trees, regions, schedules ---
@@ -391,6 +414,7 @@ ERRORS = [
     ("graphwright 1\n3", 2, 1, "expected a section"),
     ("graphwright 1\nsymbol _s in [1, 2] hint 1", 2, 8, "symbols are"),
     ("graphwright 1\nsymbol Min in [1, 2] hint 1", 2, 8, "no keyword"),
+    ("graphwright 1\nsymbol u0 in [1, 2] hint 1", 2, 8, "not u0, u1"),
     ("graphwright 1\nsymbol s in [1, 2] hint 3", 2, 8, "low <= hint <= high"),
     ("graphwright 1\nsymbol s in [1, 2] hint 1\nsymbol s in [1, 2] hint 1", 3, 8, "each once"),
     ("graphwright 1\nweight @w : f33[1] parameter \"?\"", 2, 13, "unknown dtype f33"),
@@ -422,6 +446,20 @@ ERRORS = [
     (function("  input %x : f32[2]", returns="%x, %x"), 6, 3, "takes 1 and gives 1 leaves, but has 1 inputs and returns 2"),
     (function("  input %x : f32[2]", returns="%x").rstrip("}\n"), 7, 12, "expected"),
     (function("  input %x : f32[2]", returns="%x") + function("  input %x : f32[2]", returns="%x").removeprefix(HEAD), 10, 10, "defined twice"),
+    (function("  input %x : f32[2]", returns="%x", takes="*"), 4, 9, "takes a tuple of arguments and a dict of named ones"),
+    (function("  input %x : f32[2]", returns="%x", takes="((*), ())"), 4, 9, "takes a tuple of arguments and a dict of named ones"),
+    (function("  input %x : f32[2]", returns="%x", takes="((), {7: *})"), 4, 9, "takes a tuple of arguments and a dict of named ones"),
+    (function("  input %x : f32[2]", returns="%x", gives='{"a": *, "a": *}'), 5, 18, 'the key "a" is given twice'),
+    (HEAD + 'weight @w : f32[3, 9223372036854775807] buffer "?"', 2, 13, "more than 2\\*\\*63 - 1 bytes"),
+    (HEAD + 'weight @w : f32[0, 9223372036854775807, 3] buffer "?"', 2, 13, "more than 2\\*\\*63 - 1 bytes"),
+    (HEAD + 'weight @w : f32[3] buffer ""', 2, 27, "the hash of a weight is at least 12 hexadecimal digits"),
+    (HEAD + 'weight @w : f32[3] buffer "0123456789a"', 2, 27, "the hash of a weight is at least 12 hexadecimal digits"),
+    (call('sym.mul("ab", 999999999999)'), 7, 8, "it takes sizes and numbers, not a str"),
+    (call("sym.mul([1, 2], 99)"), 7, 8, "it takes sizes and numbers, not a list"),
+    (call("sym.add(%x, %x)"), 7, 8, "it takes sizes and numbers, not a FakeTensor"),
+    (call("sym.mul(9223372036854775807, 2)"), 7, 8, "the size that it gives does not fit in 64 bits"),
+    (call("getitem([1, 2], 0)"), 7, 8, "it takes a result out of a call that has several"),
+    (call("aten.add.Scalar(%x, 18446744073709551616)"), 7, 28, "an integer does not fit in 64 bits"),
     (REGION.replace(" count=4", ""), 8, 55, "gw.sliced needs count"),
     (REGION.replace("count=4", "cuont=4"), 8, 55, "gw.sliced has no attribute cuont"),
     (REGION.replace("aten.linear.default(%0, %1)", "aten.linear.default(%0, @w)"), 11, 34, "takes its weights as operands"),
@@ -516,6 +554,18 @@ def test_damaged_text_is_a_program_or_a_parse_error(at: int, piece: str, cut: in
         str(ir.parse(REGION[:at] + piece + REGION[at + cut :]))
     except ParseError:
         pass
+
+
+def test_a_mistake_leaves_nothing_in_torchs_log(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(ParseError, match="does not type-check: Dimension out of range"):
+        ir.parse(call("aten.sum.dim_IntList(%x, [9])"))
+    assert not caplog.records and capfd.readouterr().err == ""
+
+
+def test_a_size_does_not_grow_without_bound() -> None:
+    squares = "\n".join(f"  %{k + 1} = sym.mul(%{k}, %{k})" for k in range(60))
+    with pytest.raises(ParseError, match="the size that it gives does not fit in 64 bits"):
+        ir.parse(function(f"  input %x : size(n)\n  %0 = sym.add(%x, 1)\n{squares}", before="symbol n in [0, 64] hint 5\n"))
 
 
 def test_limits_name_what_is_too_large() -> None:

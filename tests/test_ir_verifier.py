@@ -13,6 +13,7 @@ from graphwright import ir
 from graphwright.ir.errors import VerifyError
 from graphwright.ir.program import Function, region_of
 from graphwright.ir.tree import flat
+from graphwright.ir.verifier import _same_constants
 
 ATEN = torch.ops.aten
 
@@ -178,6 +179,22 @@ def test_damage_after_a_program_was_verified_is_still_found() -> None:
         broken(program, message)
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 2.0), (2, True), (0.0, -0.0), ([2], [2.0]), (2, [2]), (float("nan"), 2.0)])
+def test_a_constant_of_another_type_is_another_program(before: object, after: object) -> None:
+    assert not _same_constants((before, {"alpha": 1}), (after, {"alpha": 1}))
+    assert not _same_constants((1, {"alpha": before}), (1, {"alpha": after}))
+    assert _same_constants(([before], {"alpha": after}), ([before], {"alpha": after}))
+
+
+def test_a_scalar_that_changes_its_type_after_the_program_was_verified_is_found() -> None:
+    text = "graphwright 1\nfunction main {\n takes ((*), {})\n gives (*)\n input %a : i64[2]\n %0 = aten.mul.Scalar(%a, 2)\n return %0\n}"
+    program = ir.parse(text)
+    ir.verify(program)
+    node = program.main.calls[0]
+    node.args = (node.args[0], 2.0)
+    broken(program, r"aten.mul.Scalar is stored as i64\[2\] but computes f32\[2\]")
+
+
 # --- structure ---
 
 
@@ -270,6 +287,49 @@ def test_new_states_are_states() -> None:
     broken(program, "main gives a new value to nowhere, which is no state of it")
 
 
+STATE = """graphwright 1
+weight @s : f32[3] state "?"
+
+function main {
+  takes ((*), {})
+  gives (*)
+  state %s : f32[3]
+  input %x : f32[3]
+  %0 = aten.add.Tensor(%s, %x)
+  %1 = aten.sum.default(%0)
+  %2 = aten._to_copy.default(%0, dtype=f64)
+  return %0 state NAME = NEW
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["s", '"input:x"'])
+def test_a_new_state_is_a_tensor_of_its_states_type(name: str) -> None:
+    ir.verify(ir.parse(STATE.replace("NAME = NEW", f"{name} = %0")))
+    for new in ("5", "none", "%1", "%2"):
+        broken(ir.parse(STATE.replace("NAME = NEW", f"{name} = {new}")), "a new value that is not of its dtype, shape and device")
+
+
+def test_a_state_has_one_new_value() -> None:
+    with pytest.raises(ir.errors.ParseError, match="line 12, column 27: s gets two new values"):
+        ir.parse(STATE.replace("NAME = NEW", "s = %0, s = %0"))
+    program = ir.parse(STATE.replace("NAME = NEW", "s = %0"))
+    output = program.main.graph.output_node()
+    output.args, output.meta["new_states"] = (output.args[0] + output.args[0][1:],), ("s", "s")
+    broken(program, "main gives two new values to one state")
+
+
+def test_an_output_is_a_value_or_a_constant() -> None:
+    broken(ir.parse(STATE.replace("%0 state NAME = NEW", "[%0]")), "main returns a list of values: each is an output of its own")
+
+
+def test_a_function_takes_arguments_and_named_ones() -> None:
+    program = model()
+    main = program.main
+    program.functions["main"] = Function("main", main.graph, flat(1), main.out_tree)
+    broken(program, "main takes no call: its tree is a tuple of arguments and a dict of named ones")
+
+
 def test_inputs_have_names_of_their_own() -> None:
     program = ir.parse(
         "graphwright 1\nfunction main {\n takes ((*, *), {})\n gives (*)\n input %a : f32[2]\n input %b : f32[2]\n"
@@ -295,11 +355,11 @@ def with_args(node: ir.Node, **changed: object) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"in_dims": [0]}, "gw.sliced has other numbers of operands, dims or outputs than its body"),
-        ({"out_dims": [0, 0]}, "gw.sliced has other numbers of operands, dims or outputs than its body"),
-        ({"in_dims": [-1, -1]}, "gw.sliced slices no operand"),
-        ({"count": 7}, "gw.sliced has count 7 for 6 units"),
-        ({"count": 0}, "gw.sliced has count 0 for 6 units"),
+        ({"in_dims": [0]}, "gw.sliced does not type-check: it has other numbers of operands, dims or outputs than its body"),
+        ({"out_dims": [0, 0]}, "gw.sliced does not type-check: it has other numbers of operands, dims or outputs than its body"),
+        ({"in_dims": [-1, -1]}, "it slices no operand"),
+        ({"count": 7}, "it has count 7 for 6 units"),
+        ({"count": 0}, "it has count 0 for 6 units"),
         ({"count": 3}, r"gw.sliced"),
         ({"out_dims": [1]}, "gw.sliced"),
     ],
@@ -317,7 +377,59 @@ def test_a_broken_region_is_named_with_the_users_line(changed: dict, message: st
 def test_units_divide_every_sliced_dim() -> None:
     program, node = region()
     node.kwargs = {"units": 4}
-    broken(program, "gw.sliced cuts dim 0 of size 6 into 4 units")
+    broken(program, "it cuts dim 0 of size 6 into 4 units")
+
+
+SQUARE = """graphwright 1
+
+function main {
+  takes ((*), {})
+  gives (*)
+  input %x : f32[4, 4]
+  %0 = gw.sliced(%x) in_dims=[0] out_dims=[0] count=2 units=4 orders=[[0, 1]] {
+    input %1 : f32[2, 4]
+    %2 = aten.relu.default(%1)
+    return %2
+  }
+  %3 = getitem(%0, 0)
+  return %3
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        ("input %1 : f32[2, 4]", "input %1 : f32[3, 4]", r"input 0 of its body is f32\[3, 4\], but its operand has f32\[2, 4\] there"),
+        ("input %1 : f32[2, 4]", "input %1 : i64[2, 4]", r"input 0 of its body is i64\[2, 4\], but"),
+        ("in_dims=[0]", "in_dims=[2]", "in_dims has 2 for an operand of 2 dims"),
+        ("in_dims=[0]", "in_dims=[-2]", "in_dims has -2 for an operand of 2 dims"),
+        ("in_dims=[0]", "in_dims=[false]", "in_dims and out_dims are lists of integers"),
+        ("out_dims=[0]", "out_dims=[-1]", "out_dims has -1 for output 0, which has 2 dims"),
+        ("out_dims=[0]", "out_dims=[2]", "out_dims has 2 for output 0, which has 2 dims"),
+        ("out_dims=[0]", "out_dims=%x", "in_dims and out_dims are lists of integers"),
+        ("count=2", "count=true", "count is an integer or a size of the program, not a bool"),
+        ("count=2", "count=%x", "count is an integer or a size of the program, not a FakeTensor"),
+        ("count=2", "count=-1", "it has count -1 for 4 units"),
+        ("units=4", "units=3", "it cuts dim 0 of size 4 into 3 units"),
+        ("units=4", "units=0", "it has 0 units"),
+        ("units=4", "units=4.0", "units is an integer or a size of the program, not a float"),
+        ("orders=[[0, 1]]", "orders=[]", r"orders has a list of dims for each of 1 outputs, and this is \[\]"),
+        ("orders=[[0, 1]]", "orders=[[0, 0]]", r"orders has \[0, 0\] for output 0, which has 2 dims"),
+        ("orders=[[0, 1]]", "orders=[[0, -1]]", r"orders has \[0, -1\] for output 0, which has 2 dims"),
+    ],
+)
+def test_a_regions_numbers_and_inputs_fit_its_operands(written: str, instead: str, message: str) -> None:
+    ir.verify(ir.parse(SQUARE))
+    with pytest.raises(ir.errors.ParseError, match=f"line 8, column 5: gw.sliced does not type-check: {message}"):
+        ir.parse(SQUARE.replace(written, instead))
+
+
+def test_an_edited_region_holds_the_same_rules() -> None:
+    program = ir.parse(SQUARE)
+    with program.symbols.inference():
+        program.main.placeholders[0].meta["val"] = torch.empty(8, 4)
+    broken(program, r"gw.sliced does not type-check: input 0 of its body is f32\[2, 4\], but its operand has f32\[4, 4\] there")
 
 
 def test_a_region_reads_weights_as_operands_only() -> None:
