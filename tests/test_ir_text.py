@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from torch._prims_common import suggest_memory_format
 
 from graphwright import ir
 from graphwright.ir import types
-from graphwright.ir.errors import InputError, ParseError
+from graphwright.ir.errors import InputError, ParseError, VerifyError
 from graphwright.ir.printer import literal
 from graphwright.ir.run import run
 from graphwright.ir.types import DTYPES
@@ -588,6 +589,65 @@ def test_limits_name_what_is_too_large() -> None:
 def test_only_the_closed_vocabulary_can_be_called(name: str) -> None:
     with pytest.raises(ParseError, match="unknown operation"):
         ir.parse(call(f"{name}(%x)"))
+
+
+STATEFUL = function(
+    """  state %cache : f32[5, 4]
+  input %x : f32[n, 4] strides [1, n]
+  input %mode = "tanh"
+  %0 = aten.add.Tensor(%cache, @w, alpha=2) : f32[5, 4]  # [0] model.py:3 mix
+  %1 = aten.sym_size.int(%x, 0) : size(n)
+  %2 = sym.mul(%1, 4) : size(4*n)
+  %3 = aten.split.Tensor(%x, 2, 1)
+  %4 = getitem(%3, 1)
+  %5 = aten.reshape.default(%x, [%2]) : f32[4*n]
+  %6 = aten.index.Tensor(%4, [none, @i]) : f32[n, 3]
+  %7 = aten._to_copy.default(%6, dtype=bf16, device=device("cpu"))""",
+    takes='((*), {"mode": *})', gives='{"sum": *, "rest": [*, (*)]}', returns="%5, %7, none state cache = %0",
+    before='symbol n in [1, 64] hint 5\nweight @w : f32[4] parameter "?"\nweight @i : i64[3] constant "?"\nweight @cache : f32[5, 4] state "?"\n',
+)  # fmt: skip
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> str:
+    """A program some of whose tokens or lines are gone, moved, doubled or another's."""
+    text = draw(st.sampled_from([REGION, STATEFUL]))
+    for _ in range(draw(st.integers(1, 3))):
+        pieces = text.splitlines(keepends=True) if draw(st.booleans()) else re.findall(r'"[^"\n]*"|[%@]?[\w.]+|\s+|.', text)
+        at, other = draw(st.integers(0, len(pieces) - 1)), draw(st.integers(0, len(pieces) - 1))
+        odd = [
+            "0",
+            "-1",
+            "7",
+            "9223372036854775807",
+            "nan",
+            "none",
+            "true",
+            "[]",
+            "[0, 0]",
+            "%x",
+            "@w",
+            '"a"',
+            "f64",
+            "\0",
+            "units=0",
+            "sym.pow",
+        ]
+        pieces[at] = draw(st.sampled_from(["", pieces[other], pieces[at] * 2, *odd]))
+        text = "".join(pieces)
+    return text
+
+
+@given(damaged())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_is_damaged_is_a_program_or_an_error_of_one_sentence(text: str) -> None:
+    try:
+        program = ir.parse(text)
+        ir.verify(program)
+    except (ParseError, VerifyError) as error:
+        assert "\n" not in str(error)
+    else:
+        assert str(ir.parse(str(program))) == str(program)
 
 
 # --- weights ---
