@@ -186,6 +186,28 @@ def test_sizes_are_expressions_over_named_symbols(size: str) -> None:
     assert "symbol s0 in [2, 64] hint 5\nsymbol s1 in [0, inf] hint 7\n" in printed
 
 
+@pytest.mark.parametrize("hints", [(3, 3), (3, 4)])
+@pytest.mark.parametrize(
+    ("x", "y", "needs_one_size"),
+    [
+        ("[a]", "[b]", "aten.add.Tensor(%x, %y)"),
+        ("[2*a]", "[b + 3]", "aten.add.Tensor(%x, %y)"),
+        ("[2, a]", "[b, 2]", "aten.mm.default(%x, %y)"),
+        ("[2, a]", "[2, b]", "aten.cat.default([%x, %y], 0)"),
+    ],
+)
+def test_two_symbols_are_two_sizes_whatever_their_hints(hints: tuple[int, int], x: str, y: str, needs_one_size: str) -> None:
+    symbols = "".join(f"symbol {name} in [1, 9] hint {hint}\n" for name, hint in zip("ab", hints))
+
+    def text(one: str, other: str, call: str) -> str:
+        return function(f"  input %x : f32{one}\n  input %y : f32{other}\n  %0 = {call}", takes="((*, *), {})", before=symbols)
+
+    with pytest.raises(ParseError, match=r"does not type-check: .*\ba\b.*\bb\b"):
+        ir.parse(text(x, y, needs_one_size))
+    ir.verify(ir.parse(text("[a, 2]", "[a, 2]", "aten.add.Tensor(%x, %y)")))
+    ir.verify(ir.parse(text("[a, 2]", "[b, 2]", "aten.cat.default([%x, %y], 0) : f32[a + b, 2]")))
+
+
 def test_size_arithmetic_is_part_of_the_program() -> None:
     text = function(
         "  input %x : f32[batch, 6]\n  %0 = aten.sym_size.int(%x, 0)\n  %1 = sym.mul(%0, 2)\n  %2 = aten.view.default(%x, [%1, 3])",
@@ -569,28 +591,6 @@ def test_a_size_does_not_grow_without_bound() -> None:
         ir.parse(function(f"  input %x : size(n)\n  %0 = sym.add(%x, 1)\n{squares}", before="symbol n in [0, 64] hint 5\n"))
 
 
-def test_limits_name_what_is_too_large() -> None:
-    with pytest.raises(ParseError, match="a name is longer than 1024"):
-        ir.parse(function(f"  input %{'a' * 2000} : f32[2]"))
-    with pytest.raises(ParseError, match="a tensor has 65 sizes"):
-        ir.parse(function(f"  input %x : f32[{', '.join(['1'] * 65)}]"))
-    digits = getattr(sys, "get_int_max_str_digits", lambda: 4300)()
-    with pytest.raises(ParseError, match="an integer does not fit in 64 bits"):
-        ir.parse(call(f"aten.add.Scalar(%x, {'9' * (digits + 10)})"))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "os.system", "torch.ops.load_library", "aten.__class__", "aten.from_file.default", "aten.set_.source_Storage", "aten.relu.__class__",
-        "builtins.eval", "prims.__init__", "_c10d_functional.all_reduce.default", "getattr", "aten.save", "gw.sliced.default", "sym.__import__",
-    ],
-)  # fmt: skip
-def test_only_the_closed_vocabulary_can_be_called(name: str) -> None:
-    with pytest.raises(ParseError, match="unknown operation"):
-        ir.parse(call(f"{name}(%x)"))
-
-
 STATEFUL = function(
     """  state %cache : f32[5, 4]
   input %x : f32[n, 4] strides [1, n]
@@ -648,6 +648,28 @@ def test_what_is_damaged_is_a_program_or_an_error_of_one_sentence(text: str) -> 
         assert "\n" not in str(error)
     else:
         assert str(ir.parse(str(program))) == str(program)
+
+
+def test_limits_name_what_is_too_large() -> None:
+    with pytest.raises(ParseError, match="a name is longer than 1024"):
+        ir.parse(function(f"  input %{'a' * 2000} : f32[2]"))
+    with pytest.raises(ParseError, match="a tensor has 65 sizes"):
+        ir.parse(function(f"  input %x : f32[{', '.join(['1'] * 65)}]"))
+    digits = getattr(sys, "get_int_max_str_digits", lambda: 4300)()
+    with pytest.raises(ParseError, match="an integer does not fit in 64 bits"):
+        ir.parse(call(f"aten.add.Scalar(%x, {'9' * (digits + 10)})"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system", "torch.ops.load_library", "aten.__class__", "aten.from_file.default", "aten.set_.source_Storage", "aten.relu.__class__",
+        "builtins.eval", "prims.__init__", "_c10d_functional.all_reduce.default", "getattr", "aten.save", "gw.sliced.default", "sym.__import__",
+    ],
+)  # fmt: skip
+def test_only_the_closed_vocabulary_can_be_called(name: str) -> None:
+    with pytest.raises(ParseError, match="unknown operation"):
+        ir.parse(call(f"{name}(%x)"))
 
 
 # --- weights ---
