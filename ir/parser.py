@@ -534,7 +534,7 @@ class _Body:
         try:
             node = add_call(self.graph, parser.symbols, target, args, kwargs, origin=origin, where=where)
         except InferenceError as error:
-            parser.fail(f"{name.text} does not type-check: {error}", region_at or name)
+            parser.fail(f"{name.text} does not type-check: {parser.symbols.named(str(error))}", region_at or name)
         given = type_text(node.meta["val"], parser.symbols)
         if stated is not None and _nameless(stated) != _nameless(given):
             written = re.sub(r" ?([\[\]()]) ?", r"\1", stated).replace(" ,", ",")

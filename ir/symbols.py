@@ -34,11 +34,27 @@ class Symbol:
 
 
 class _Sizes(ShapeEnv):
-    """Answers questions about sizes by their hints wherever they are asked, and narrows no symbol to the answer."""
+    """Answers questions about sizes by their hints wherever they are asked, and narrows no symbol to the answer.
 
-    def evaluate_expr(self, *args: Any, **kwargs: Any) -> Any:
+    But sizes of different symbols are different, also where their hints are one: what needs them equal does not type-check.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.free: set[sympy.Symbol] = set()  # those that may have more than one value
+
+    def evaluate_expr(self, orig_expr: sympy.Basic, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(orig_expr, sympy.Eq | sympy.Ne) and self._are_independent(*orig_expr.args):
+            return sympy.false if isinstance(orig_expr, sympy.Eq) else sympy.true
         with self.suppress_guards():
-            return super().evaluate_expr(*args, **kwargs)
+            return super().evaluate_expr(orig_expr, *args, **kwargs)
+
+    def _are_independent(self, a: sympy.Basic, b: sympy.Basic) -> bool:
+        """Whether each is a polynomial of symbols that the other does not have."""
+        left, right = a.free_symbols, b.free_symbols
+        if not left or not right or left & right or not left | right <= self.free:
+            return False
+        return bool(a.is_polynomial() and b.is_polynomial())
 
 
 class SymbolTable:
@@ -71,6 +87,8 @@ class SymbolTable:
             symbol.hint, source, dynamic_dim=DimDynamic.DYNAMIC, positive=positive, do_not_specialize_zero_one=True
         )
         self.env.var_to_range[expr] = ValueRanges(max(symbol.low, 0), symbol.high if symbol.high < UNBOUNDED else sympy.oo)
+        if symbol.low < symbol.high:
+            self.env.free.add(expr)
         size: Any = self.env.create_symintnode(expr, hint=symbol.hint)
         self._symbols[symbol.name], self._sizes[symbol.name], self._names[expr] = symbol, size, symbol.name
         return size

@@ -107,7 +107,7 @@ def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
             _verify_region(node, symbols)
         value = infer(symbols, node.target, node.args, node.kwargs)
     except InferenceError as error:
-        raise _Broken(f"{name} does not type-check: {error}", node) from error
+        raise _Broken(f"{name} does not type-check: {symbols.named(str(error))}", node) from error
     if not same_type(value, node.meta["val"]):
         stored = type_text(node.meta["val"], symbols)
         raise _Broken(f"{name} is stored as {stored} but computes {type_text(value, symbols)}", node)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from torch._prims_common import suggest_memory_format
 
 from graphwright import ir
 from graphwright.ir import types
-from graphwright.ir.errors import InputError, ParseError
+from graphwright.ir.errors import InputError, ParseError, VerifyError
 from graphwright.ir.printer import literal
 from graphwright.ir.run import run
 from graphwright.ir.types import DTYPES
@@ -183,6 +184,28 @@ def test_sizes_are_expressions_over_named_symbols(size: str) -> None:
     )
     printed = roundtrip(text)
     assert "symbol s0 in [2, 64] hint 5\nsymbol s1 in [0, inf] hint 7\n" in printed
+
+
+@pytest.mark.parametrize("hints", [(3, 3), (3, 4)])
+@pytest.mark.parametrize(
+    ("x", "y", "needs_one_size"),
+    [
+        ("[a]", "[b]", "aten.add.Tensor(%x, %y)"),
+        ("[2*a]", "[b + 3]", "aten.add.Tensor(%x, %y)"),
+        ("[2, a]", "[b, 2]", "aten.mm.default(%x, %y)"),
+        ("[2, a]", "[2, b]", "aten.cat.default([%x, %y], 0)"),
+    ],
+)
+def test_two_symbols_are_two_sizes_whatever_their_hints(hints: tuple[int, int], x: str, y: str, needs_one_size: str) -> None:
+    symbols = "".join(f"symbol {name} in [1, 9] hint {hint}\n" for name, hint in zip("ab", hints))
+
+    def text(one: str, other: str, call: str) -> str:
+        return function(f"  input %x : f32{one}\n  input %y : f32{other}\n  %0 = {call}", takes="((*, *), {})", before=symbols)
+
+    with pytest.raises(ParseError, match=r"does not type-check: .*\ba\b.*\bb\b"):
+        ir.parse(text(x, y, needs_one_size))
+    ir.verify(ir.parse(text("[a, 2]", "[a, 2]", "aten.add.Tensor(%x, %y)")))
+    ir.verify(ir.parse(text("[a, 2]", "[b, 2]", "aten.cat.default([%x, %y], 0) : f32[a + b, 2]")))
 
 
 def test_size_arithmetic_is_part_of_the_program() -> None:
@@ -566,6 +589,65 @@ def test_a_size_does_not_grow_without_bound() -> None:
     squares = "\n".join(f"  %{k + 1} = sym.mul(%{k}, %{k})" for k in range(60))
     with pytest.raises(ParseError, match="the size that it gives does not fit in 64 bits"):
         ir.parse(function(f"  input %x : size(n)\n  %0 = sym.add(%x, 1)\n{squares}", before="symbol n in [0, 64] hint 5\n"))
+
+
+STATEFUL = function(
+    """  state %cache : f32[5, 4]
+  input %x : f32[n, 4] strides [1, n]
+  input %mode = "tanh"
+  %0 = aten.add.Tensor(%cache, @w, alpha=2) : f32[5, 4]  # [0] model.py:3 mix
+  %1 = aten.sym_size.int(%x, 0) : size(n)
+  %2 = sym.mul(%1, 4) : size(4*n)
+  %3 = aten.split.Tensor(%x, 2, 1)
+  %4 = getitem(%3, 1)
+  %5 = aten.reshape.default(%x, [%2]) : f32[4*n]
+  %6 = aten.index.Tensor(%4, [none, @i]) : f32[n, 3]
+  %7 = aten._to_copy.default(%6, dtype=bf16, device=device("cpu"))""",
+    takes='((*), {"mode": *})', gives='{"sum": *, "rest": [*, (*)]}', returns="%5, %7, none state cache = %0",
+    before='symbol n in [1, 64] hint 5\nweight @w : f32[4] parameter "?"\nweight @i : i64[3] constant "?"\nweight @cache : f32[5, 4] state "?"\n',
+)  # fmt: skip
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> str:
+    """A program some of whose tokens or lines are gone, moved, doubled or another's."""
+    text = draw(st.sampled_from([REGION, STATEFUL]))
+    for _ in range(draw(st.integers(1, 3))):
+        pieces = text.splitlines(keepends=True) if draw(st.booleans()) else re.findall(r'"[^"\n]*"|[%@]?[\w.]+|\s+|.', text)
+        at, other = draw(st.integers(0, len(pieces) - 1)), draw(st.integers(0, len(pieces) - 1))
+        odd = [
+            "0",
+            "-1",
+            "7",
+            "9223372036854775807",
+            "nan",
+            "none",
+            "true",
+            "[]",
+            "[0, 0]",
+            "%x",
+            "@w",
+            '"a"',
+            "f64",
+            "\0",
+            "units=0",
+            "sym.pow",
+        ]
+        pieces[at] = draw(st.sampled_from(["", pieces[other], pieces[at] * 2, *odd]))
+        text = "".join(pieces)
+    return text
+
+
+@given(damaged())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_is_damaged_is_a_program_or_an_error_of_one_sentence(text: str) -> None:
+    try:
+        program = ir.parse(text)
+        ir.verify(program)
+    except (ParseError, VerifyError) as error:
+        assert "\n" not in str(error)
+    else:
+        assert str(ir.parse(str(program))) == str(program)
 
 
 def test_limits_name_what_is_too_large() -> None:

@@ -5,7 +5,6 @@ block of regions whose spans overlap, so each block is scheduled once and what l
 arrays over storages. Both, because a plan is laid out again for each region that is tried: at 10,000 calls, hundreds of times.
 """
 
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -235,32 +234,23 @@ class Layouts:
 
     def _scheduled(self, begin: int, end: int, regions: Sequence[PlannedRegion]) -> _Block | None:
         """Program order with each region where its last member stands, each after all that it waits for."""
+        import networkx  # a tenth of a second, and by now torch's capture has loaded it
+
         home: dict[Node, Item] = {member: region for region in regions for member in region.members}
         nodes = self.order[begin:end]
-        waits: dict[Item, set[Item]] = {}
-        followers: dict[Item, list[Item]] = {}
-        key: dict[Item, int] = {}
+        order: networkx.DiGraph = networkx.DiGraph()
+        last: dict[Item, int] = {}
         for place, node in enumerate(nodes, begin):
             item = home.get(node, node)
-            key[item] = place
+            last[item] = place
             sources = {home.get(o, o) for o in self.scene.operands[node] if self.place.get(o, -1) >= begin} - {item}
-            for source in sources - waits.setdefault(item, set()):
-                followers.setdefault(source, []).append(item)
-            waits[item] |= sources
-        by_key = {place: item for item, place in key.items()}
-        heap = [key[item] for item, sources in waits.items() if not sources]
-        heapq.heapify(heap)
-        left = {item: len(sources) for item, sources in waits.items()}
-        position: dict[Item, int] = {}
-        while heap:
-            item = by_key[heapq.heappop(heap)]
-            position[item] = len(position)
-            for follower in followers.get(item, ()):
-                left[follower] -= 1
-                if left[follower] == 0:
-                    heapq.heappush(heap, key[follower])
-        if len(position) < len(waits):
+            order.add_node(item)
+            order.add_edges_from((source, item) for source in sources)
+        try:
+            items = list(networkx.lexicographical_topological_sort(order, key=last.__getitem__))
+        except networkx.NetworkXUnfeasible:
             return None
+        position = {item: i for i, item in enumerate(items)}
         index = np.array([position[home.get(node, node)] for node in nodes], dtype=np.int64)
         workspace = [0 if isinstance(item, PlannedRegion) else self._workspace[self.place[item]] for item in position]
         placed = [(i, item) for item, i in position.items() if isinstance(item, PlannedRegion)]
