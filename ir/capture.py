@@ -540,7 +540,7 @@ def _unknown_output(name: str) -> str:
 def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[tuple[Where, str]]:
     """Everything that torch's draft export had to guess, which is what the strict one refuses."""
     advice = {
-        "DATA_DEPENDENT_ERROR": "control flow depends on tensor values: use torch.where or torch.cond, or make the value an input",
+        "DATA_DEPENDENT_ERROR": "control flow depends on tensor values: use torch.where, or make the value an input",
         "GUARD_ADDED": "the code fixes a size that was declared dynamic: give that size, or widen the code",
         "MISSING_FAKE_KERNEL": "a custom operator has no fake kernel: add one with torch.library.register_fake",
         "MISMATCHED_FAKE_KERNEL": "a custom operator's fake kernel disagrees with the real one: mend it",

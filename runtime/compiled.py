@@ -20,7 +20,7 @@ from .artifact import Saved
 from .calling import Call, Parameter
 from .executor import Executor
 from .memory import Measurement, measure_peak
-from .report import Report, predicted
+from .report import Report, Threads, predicted, predicted_on
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
@@ -59,6 +59,7 @@ class CompiledModel(nn.Module):
         self._runner = None if compilation is None else _Runner(compilation)
         self._measured: Measurement | None = None
         self._compiled_peak: int | None = None
+        self._on_threads: Threads | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, nested as the original's.
@@ -100,7 +101,7 @@ class CompiledModel(nn.Module):
         """What was promised, what each pass did, and what it costs; `measure` fills in the measured part."""
         compiled = self.compilation
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
-        memory = replace(memory, compiled=self._compiled_peak)
+        memory = replace(memory, compiled=self._compiled_peak, threads=self._on_threads)
         promised = (compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports)
         return Report(*promised, memory, self._measured, compiled.training, self._present.executor.kernel_calls())
 
@@ -132,6 +133,7 @@ class CompiledModel(nn.Module):
         device = "cuda" if any(weight.device.type == "cuda" for weight in self.program.weights.values()) else "cpu"
         with self._lock, runner.states_kept():
             self._compiled_peak = runner.executor.predicted_peak()
+            self._on_threads = predicted_on(torch.get_num_threads(), self.program) if device == "cpu" else None
             self(*args, **kwargs)
             self._measured = measure_peak(lambda: self(*args, **kwargs), device=device, timed=True)
         return self._measured

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..ir import Program
 from ..ir.liveness import format_bytes, profile
+from ..ir.workspace import NOMINAL_THREADS
 from ..passes import Contract
 from .memory import Measurement
 
@@ -14,14 +15,24 @@ _TOLERANCE = 1.05  # of a measured peak over its prediction
 
 
 @dataclass(frozen=True)
+class Threads:
+    """The predicted peak of a plan with the scratch that kernels take on `count` threads."""
+
+    count: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of activations at the peak, as predicted: as captured, as planned by the passes, what the plan holds in full at its worst
-    (`floor`: the peak if slices were infinitely thin), and with what compiled code allocates (`compiled`, known after `measure`)."""
+    (`floor`: the peak if slices were infinitely thin), and what is known after `measure`: the plan's peak with the scratch of kernels on
+    as many `threads` as it ran with, and the peak with what compiled code allocates (`compiled`)."""
 
     unsliced: int | None = None
     planned: int | None = None
     floor: int | None = None
     compiled: int | None = None
+    threads: Threads | None = None
 
 
 def predicted(captured: Program | None, program: Program, passes: Sequence[Any] = ()) -> Memory:
@@ -29,6 +40,11 @@ def predicted(captured: Program | None, program: Program, passes: Sequence[Any] 
     floors = [data["floor"] for data in map(_data, passes) if "floor" in data]
     unsliced = None if captured is None else profile(captured.main).peak_bytes
     return Memory(unsliced, profile(program.main).peak_bytes, floors[-1] if floors else None)
+
+
+def predicted_on(threads: int, program: Program) -> Threads | None:
+    """The plan's peak on another number of threads than plans are made for."""
+    return None if threads == NOMINAL_THREADS else Threads(threads, profile(program.main, threads).peak_bytes)
 
 
 @dataclass(frozen=True)
@@ -69,24 +85,36 @@ class Report:
             "predicted, planned": self.memory.planned,
             "floor": self.memory.floor,
             "predicted, compiled": self.memory.compiled,
+            self._of_threads(): None if self.memory.threads is None else self.memory.threads.peak_bytes,
             "measured": None if self.measured is None else self.measured.peak_bytes,
         }
         known = [f"{name} {format_bytes(value)}" for name, value in figures.items() if value is not None]
         return [f"peak memory: {'; '.join(known)}", *self._contradictions()] if known else []
+
+    def _of_threads(self) -> str:
+        """What the prediction for the threads of the measurement is called."""
+        return "" if self.memory.threads is None else f"predicted, planned, on {_threads(self.memory.threads.count)}"
 
     def _contradictions(self) -> list[str]:
         """One line where the measured peak is not what was planned or promised."""
         if self.measured is None:
             return []
         peak, said = self.measured.peak_bytes, []
-        planned, compiled = self.memory.planned, self.memory.compiled
+        planned = self.memory.planned
         if planned and peak > _TOLERANCE * planned:
-            in_code = compiled is not None and peak <= _TOLERANCE * compiled
-            reason = "compiled code allocates more than its operations" if in_code else "a kernel's scratch is not in the model"
-            said.append(f"measured is {_ratio(peak / planned)} x the plan: {reason}")
+            said.append(f"measured is {_ratio(peak / planned)} x the plan: {self._reason(peak)}")
         budgets = [data["budget"] for data in map(_data, self.passes) if "budget" in data and data["planned"] <= data["budget"]]
         said += [f"the budget of {format_bytes(budget)} is not met" for budget in budgets[-1:] if peak > budget]
         return ["; ".join(said)] if said else []
+
+    def _reason(self, peak: int) -> str:
+        """Why a measured peak is above the plan."""
+        compiled, threads = self.memory.compiled, self.memory.threads
+        if compiled is not None and peak <= _TOLERANCE * compiled:
+            return "compiled code allocates more than its operations"
+        if threads is not None and peak <= _TOLERANCE * threads.peak_bytes:
+            return f"plans are for {_threads(NOMINAL_THREADS)}, and kernels take more scratch on {_threads(threads.count)}"
+        return "a kernel's scratch is not in the model"
 
     def _time_lines(self) -> list[str]:
         if self.measured is None or self.measured.seconds is None:
@@ -101,6 +129,10 @@ def _pass_text(report: Any) -> str:
 def _data(report: Any) -> dict[str, Any]:
     """What a pass keeps for programs to read; the reports of a loaded model are text alone."""
     return getattr(report, "data", {})
+
+
+def _threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
 
 
 def _ratio(value: float) -> str:

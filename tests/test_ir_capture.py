@@ -523,7 +523,7 @@ def test_all_blockers_are_listed_at_once_each_with_its_line() -> None:
     message = str(caught.value)
     assert "cannot be captured for 2 reasons" in message
     for line in (first + 1, first + 4):
-        assert f"test_ir_capture.py:{line}: control flow depends on tensor values: use torch.where or torch.cond" in message
+        assert f"test_ir_capture.py:{line}: control flow depends on tensor values: use torch.where, or make the value an input" in message
 
 
 class Doubled(nn.Module):

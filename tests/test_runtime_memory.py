@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import graphwright as gw
-from graphwright.ir.liveness import format_bytes
+from graphwright.ir.liveness import format_bytes, profile
 from graphwright.passes.manager import PassReport
 from graphwright.runtime import prediction
 from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.memory import Measurement, measure_peak
-from graphwright.runtime.report import Memory, Report
+from graphwright.runtime.report import Memory, Report, Threads
 
 KIB = 1024
 
@@ -203,11 +203,33 @@ def test_compiling_a_sliced_program_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def report(measured, planned, *, budget=None, compiled=None):
+class Attention(torch.nn.Module):
+    def forward(self, q):
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_report_foresees_the_scratch_of_the_threads_that_it_was_measured_with(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q = torch.randn(1, 8, 512, 16)
+        compiled = gw.compile(Attention(), example_inputs=(q,), backend="aten")
+        measured = compiled.measure(q).peak_bytes
+    finally:
+        torch.set_num_threads(before)
+    memory = compiled.report().memory
+    foreseen = memory.planned if memory.threads is None else memory.threads.peak_bytes
+    assert (memory.threads is None) == (threads == 2)
+    assert abs(foreseen - measured) <= 0.05 * measured
+    assert memory.planned == profile(compiled.program.main).peak_bytes  # one program, one plan, on any machine
+
+
+def report(measured, planned, *, budget=None, compiled=None, threads=None):
     passes = (
         [] if budget is None else [PassReport("slice-groups", gw.Contract.EXACT, data={"budget": budget, "planned": planned, "floor": 0})]
     )
-    memory = Memory(unsliced=4 * planned, planned=planned, compiled=compiled)
+    memory = Memory(unsliced=4 * planned, planned=planned, compiled=compiled, threads=threads)
     return str(Report("slice-groups", gw.Contract.EXACT, "aten", passes, memory, Measurement(measured, 0)))
 
 
@@ -225,6 +247,14 @@ def test_a_report_says_where_the_plan_was_not_kept():
 
 def test_a_report_says_where_a_budget_was_met_in_the_plan_only():
     assert after_the_peak(report(103 * KIB, 100 * KIB, budget=101 * KIB)) == "the budget of 101.00 KiB is not met"
+
+
+def test_a_report_tells_the_scratch_of_more_threads_from_what_is_unknown():
+    said = "measured is 2.0 x the plan: plans are for 2 threads, and kernels take more scratch on 16 threads"
+    text = report(20 * KIB, 10 * KIB, threads=Threads(16, 20 * KIB))
+    assert after_the_peak(text) == said
+    assert "predicted, planned, on 16 threads 20.00 KiB; measured" in text
+    assert "not in the model" in after_the_peak(report(30 * KIB, 10 * KIB, threads=Threads(16, 20 * KIB)))
 
 
 def test_a_report_tells_compiled_code_from_kernels():
