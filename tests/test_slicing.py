@@ -29,6 +29,7 @@ from graphwright.ir.run import run
 from graphwright.passes import PassManager, SliceGroups, parse_pipeline
 from graphwright.passes.check import check_exact
 from graphwright.passes.inputs import random_inputs
+from graphwright.passes.slicing import candidate
 from graphwright.passes.slicing.candidate import Axis
 from graphwright.passes.slicing.layout import Layouts, PlannedRegion
 from graphwright.passes.slicing.scene import Scene
@@ -305,6 +306,20 @@ def test_a_block_is_scheduled_once_whatever_else_is_tried(monkeypatch: pytest.Mo
     for regions in ([first], [first, second], [second], [first, second]):
         layouts.lay(regions)
     assert scheduled == [(0, 2), (9, 11)]
+
+
+def test_how_a_call_joins_an_axis_is_worked_out_once_however_many_sweeps_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+    tags_for = candidate._tags_for
+
+    def counted(scene: Scene, axis: Axis, state: Any, node: ir.Node, kinds: Any) -> Any:
+        carried = tuple((o in state.tags, state.tags.get(o) or state.sources.get(o)) for o in scene.operands[node])
+        asked.append((node, axis.units, carried))
+        return tags_for(scene, axis, state, node, kinds)
+
+    monkeypatch.setattr(candidate, "_tags_for", counted)
+    PassManager([SliceGroups()]).run(captured("decoder"))
+    assert asked and len(set(asked)) == len(asked)
 
 
 # --- it fires, exactly, within its budget ---

@@ -7,8 +7,10 @@ join sinks behind the region with all that depends on it, so members are convex 
 Source: operator grouping of "Streamlined Inference" (arXiv 2411.01171); chunk flow of AutoChunk (arXiv 2401.10652).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 from ...ir import Node
 from ...ir.calls import GETITEM
@@ -16,9 +18,10 @@ from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size, identity
 from ...ir.symbols import ceil_div, hint
-from .scene import END, Scene, value_bytes
+from .scene import END, Scene
 
 WINDOW = 400
+_MOST_ENDS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,22 @@ class Axis:
 
     units: Size
     tags: Mapping[Node, Tag]
+
+    @cached_property
+    def single(self) -> dict[Node, Tag]:
+        """The tags of those values that are one tensor."""
+        return {value: tag for value, tag in self.tags.items() if len(tensors_of(value.meta["val"])) == 1}
+
+    @cached_property
+    def marks(self) -> "dict[Node, _Mark]":
+        return {value: _mark((tag,), is_member=False) for value, tag in self.single.items()}
+
+
+_Mark = tuple  # whether a call is a member, then dim and unit of each of its tags: what a later call's answer depends on, hashable
+
+
+def _mark(tags: Sequence[Tag | None], is_member: bool) -> _Mark:
+    return is_member, *((tag.dim, identity(tag.unit)) for tag in tags if tag is not None)
 
 
 @dataclass(frozen=True)
@@ -99,17 +118,32 @@ class _Sweep:
     tags: dict[Node, tuple[Tag | None, ...]] = field(default_factory=dict)
     sources: dict[Node, Tag] = field(default_factory=dict)
     tainted: set[Node] = field(default_factory=set)
+    marks: dict[Node, _Mark] = field(default_factory=dict)  # of members and sources
     waiting: dict[Node, int] = field(default_factory=dict)  # member -> uses by calls that are not members (yet)
+    leaving: dict[Node, None] = field(default_factory=dict)  # members with a storage of their own that still wait
     escaping: int = 0
     live: int = 0
     transient: int = 0
     storage_users: dict[int, int] = field(default_factory=dict)
-    storage_bytes: dict[int, int] = field(default_factory=dict)
+    unread: dict[Node, int] = field(default_factory=dict)  # source read by members -> uses by other calls (yet)
+    donors: dict[tuple, int] = field(default_factory=dict)  # layout -> sources that die in the region
     weights: int = 0
     allocating: int = 0
     hoisted: int = 0
     waiting_outside: dict[int, int] = field(default_factory=dict)  # storages made between members, not (yet) used by one
     fixed: int = 0
+
+
+class _End(NamedTuple):
+    """A good end of a sweep: the smaller, the better."""
+
+    cost: int
+    position: int
+    members: int
+    base: int
+    escaping: int
+    transient: int
+    weights: int
 
 
 def sweep(
@@ -128,9 +162,11 @@ def sweep(
     """
     state = _Sweep()
     order: list[Node] = []
-    best_ends: list[tuple[int, int]] = []
-    snapshots: dict[int, Candidate] = {}
-    state.sources = {value: tag for value, tag in axis.tags.items() if scene.at(value) < start and len(tensors_of(value.meta["val"])) == 1}
+    ends: list[_End] = []
+    for value, tag in axis.single.items():
+        if scene.at(value) < start:
+            state.sources[value] = tag
+            state.marks[value] = axis.marks[value]
     end = min(len(scene.nodes), max(target, start) + window)
     for position in range(start, end):
         node = scene.nodes[position]
@@ -142,17 +178,16 @@ def sweep(
         if position < target or state.allocating < 2 or not joined:
             continue
         cost = state.escaping + state.transient // 8
-        if len(best_ends) < 12 or cost < max(best_ends)[0]:
-            candidate = _snapshot(scene, axis, state, order, start, position, base)
-            if candidate is None:
-                continue
-            snapshots[position] = candidate
-            best_ends.append((cost, position))
-            if len(best_ends) > 12:
-                worst = max(best_ends)
-                best_ends.remove(worst)
-                del snapshots[worst[1]]
-    yield from snapshots.values()
+        if (len(ends) < _MOST_ENDS or cost < max(ends).cost) and _can_end(scene, state):
+            around = base + state.hoisted + state.fixed
+            escaping = state.escaping - _donated(scene, state)
+            ends.append(_End(cost, position, len(order), around, escaping, state.transient, state.weights))
+            if len(ends) > _MOST_ENDS:
+                ends.remove(max(ends))
+    for best in ends:
+        members = tuple(order[: best.members])
+        tags = {member: state.tags[member] for member in members}
+        yield Candidate(axis.units, members, tags, start, best.position, best.base, best.escaping, best.transient, best.weights)
 
 
 def _join(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozenset[str], stops: list[Stop] | None) -> bool:
@@ -161,20 +196,22 @@ def _join(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozenset[
     if not state.tainted.isdisjoint(operands):
         state.tainted.add(node)
         return False
-    has_member = not state.tags.keys().isdisjoint(operands)
-    carries = has_member or not state.sources.keys().isdisjoint(operands)
-    refusal = _tags_for(scene, axis, state, node, kinds) if carries else None
-    if isinstance(refusal, tuple):
-        _add(scene, state, node, refusal)
-        return True
-    if has_member:
-        state.tainted.add(node)
-        if stops is not None and refusal is not None:
-            stops.append(Stop(node, refusal))
-        return False
-    tag = axis.tags.get(node)
-    if tag is not None and len(tensors_of(node.meta["val"])) == 1:
-        state.sources[node] = tag
+    if not state.marks.keys().isdisjoint(operands):
+        question = (node, identity(axis.units), kinds, tuple(map(state.marks.get, operands)))
+        if question not in scene.answers:
+            scene.answers[question] = _tags_for(scene, axis, state, node, kinds)
+        answer = scene.answers[question]
+        if isinstance(answer, tuple):
+            _add(scene, state, node, answer)
+            return True
+        if not state.tags.keys().isdisjoint(operands):
+            state.tainted.add(node)
+            if stops is not None and answer is not None:
+                stops.append(Stop(node, answer))
+            return False
+    if node in axis.single:
+        state.sources[node] = axis.single[node]
+        state.marks[node] = axis.marks[node]
     if scene.makes[node]:
         state.waiting_outside[scene.keys[node][0]] = scene.makes[node]
     return False
@@ -183,7 +220,8 @@ def _join(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozenset[
 def _tags_for(scene: Scene, axis: Axis, state: _Sweep, node: Node, kinds: frozenset[str]) -> "tuple[Tag | None, ...] | Refusal | None":
     """The tags with which `node` joins, a refusal, or None if it carries nothing of the axis."""
     refusal: Refusal | None = None
-    for operand in sorted(scene.operands[node], key=lambda o: o not in state.tags):
+    operands = scene.operands[node]
+    for operand in [*(o for o in operands if o in state.tags), *(o for o in operands if o in state.sources)]:
         tag = _carried(state, node, operand)
         if tag is None:
             continue
@@ -229,81 +267,74 @@ def _disagreement(scene: Scene, axis: Axis, state: _Sweep, node: Node, tags: tup
 
 def _add(scene: Scene, state: _Sweep, node: Node, tags: tuple[Tag | None, ...]) -> None:
     state.tags[node] = tags
+    state.marks[node] = _mark(tags, is_member=True)
     state.weights += scene.weight_bytes[node]
     if scene.makes[node]:
         state.allocating += 1
-        for tensor, key in zip(tensors_of(node.meta["val"]), scene.keys[node], strict=True):
-            if key not in state.storage_bytes:
-                state.storage_bytes[key] = hint(tensor.untyped_storage().nbytes())
-                state.live += state.storage_bytes[key]
-    state.transient = max(state.transient, state.live + scene.workspace_of[node].moving)
-    state.fixed = max(state.fixed, scene.workspace_of[node].fixed)
-    owned = [key for key in set(scene.keys[node]) if key in state.storage_bytes]
+        for key, nbytes in scene.storages[node]:
+            if key not in state.storage_users:
+                state.storage_users[key] = 0
+                state.live += nbytes
+    scratch = scene.workspace_of[node]
+    state.transient = max(state.transient, state.live + scratch.moving)
+    state.fixed = max(state.fixed, scratch.fixed)
     users = len(scene.users[node])
     state.waiting[node] = users
+    owned = [key for key, _ in scene.storages[node] if key in state.storage_users]
     if users and owned:
-        state.escaping += value_bytes(node)
+        state.leaving[node] = None
+        state.escaping += scene.bytes_of[node]
     for key in owned:
-        state.storage_users[key] = state.storage_users.get(key, 0) + users
+        state.storage_users[key] += users
     for operand in scene.operands[node]:
-        if operand not in state.tags:
-            state.hoisted += sum(state.waiting_outside.pop(key, 0) for key in scene.keys.get(operand, ()))
-            continue
-        operand_keys = [key for key in set(scene.keys[operand]) if key in state.storage_bytes]
-        state.waiting[operand] -= 1
-        if state.waiting[operand] == 0 and operand_keys:
-            state.escaping -= value_bytes(operand)
-        for key in operand_keys:
+        if operand in state.tags:
+            _use(scene, state, operand)
+        else:
+            _read(scene, state, operand)
+
+
+def _use(scene: Scene, state: _Sweep, member: Node) -> None:
+    """Counts the use of a member by a new one."""
+    state.waiting[member] -= 1
+    if state.waiting[member] == 0 and member in state.leaving:
+        del state.leaving[member]
+        state.escaping -= scene.bytes_of[member]
+    for key, nbytes in scene.storages[member]:
+        if key in state.storage_users:
             state.storage_users[key] -= 1
             if state.storage_users[key] == 0:
-                state.live -= state.storage_bytes[key]
+                state.live -= nbytes
 
 
-def _snapshot(scene: Scene, axis: Axis, state: _Sweep, order: list[Node], start: int, position: int, base: int) -> Candidate | None:
-    """The candidate that ends after `position`; None if an output could not be laid out again as it was."""
-    escaping = [node for node, waiting in state.waiting.items() if waiting and any(key in state.storage_bytes for key in scene.keys[node])]
-    if not escaping or not all(map(scene.is_dense, escaping)):
-        return None
-    donated = _donatable(scene, state, escaping)
-    return Candidate(
-        units=axis.units,
-        members=tuple(order),
-        tags=dict(state.tags),
-        first=start,
-        last=position,
-        base=base + state.hoisted + state.fixed,
-        escaping=state.escaping - donated,
-        transient=state.transient,
-        weight_bytes=state.weights,
-    )
+def _read(scene: Scene, state: _Sweep, operand: Node) -> None:
+    """Counts the use of an outside value by a new member."""
+    state.hoisted += sum(state.waiting_outside.pop(key, 0) for key in scene.keys.get(operand, ()))
+    if operand.op != "call_function" or operand not in state.sources:
+        return
+    left = state.unread.get(operand, len(scene.users[operand])) - 1
+    state.unread[operand] = left
+    if left == 0:
+        layout = scene.layout_of(operand, state.sources[operand])
+        state.donors[layout] = state.donors.get(layout, 0) + 1
 
 
-def _donatable(scene: Scene, state: _Sweep, escaping: list[Node]) -> int:
+def _can_end(scene: Scene, state: _Sweep) -> bool:
+    """Whether something leaves the members so far, and all of that can be laid out again as it was."""
+    return bool(state.leaving) and all(map(scene.is_dense, state.leaving))
+
+
+def _donated(scene: Scene, state: _Sweep) -> int:
     """Bytes of outputs that may take the storage of a sliced operand that dies in the region."""
-    dying: dict[tuple, int] = {}
-    seen: set[Node] = set()
-    for member in state.tags:
-        for operand in scene.operands[member]:
-            if operand in seen or operand in state.tags or operand.op != "call_function":
-                continue
-            seen.add(operand)
-            if operand in state.sources and all(user in state.tags for user in scene.users[operand]):
-                dying[layout_of(operand, state.sources[operand])] = dying.get(layout_of(operand, state.sources[operand]), 0) + 1
+    if not state.donors:
+        return 0
+    left = dict(state.donors)
     saved = 0
-    for node in escaping:
-        tag = state.tags[node][0]
-        key = layout_of(node, tag)
-        if dying.get(key):
-            dying[key] -= 1
-            saved += value_bytes(node)
+    for node in state.leaving:
+        layout = scene.layout_of(node, state.tags[node][0])
+        if left.get(layout):
+            left[layout] -= 1
+            saved += scene.bytes_of[node]
     return saved
 
 
-def layout_of(node: Node, tag: Tag | None) -> tuple:
-    """What must agree for one tensor to take another's storage slice by slice."""
-    value = tensors_of(node.meta["val"])[0]
-    assert tag is not None
-    return (tag.dim, identity(tag.unit), value.dtype, tuple(map(hint, value.shape)), tuple(map(hint, value.stride())))
-
-
-__all__ = ["END", "Axis", "Candidate", "Stop", "layout_of", "sweep", "trace"]
+__all__ = ["END", "Axis", "Candidate", "Stop", "sweep", "trace"]

@@ -17,8 +17,7 @@ from ...ir.infer import tensors_of
 from ...ir.links import Refusal, Tag
 from ...ir.links.sizes import Size
 from ...ir.symbols import ceil_div, hint
-from .candidate import layout_of
-from .scene import END, Scene, first_tag, value_bytes
+from .scene import END, Scene, first_tag
 
 
 @dataclass(eq=False)
@@ -307,9 +306,9 @@ class Layouts:
             for node in escaping_members(scene, region):
                 (key, *_), (tag, *_) = scene.keys[node], region.tags[node]
                 if key in self._storage and tag is not None:
-                    outputs.append((self.place[node], self._storage[key], layout_of(node, tag), value_bytes(node), tag.is_partial))
+                    outputs.append((self.place[node], self._storage[key], scene.layout_of(node, tag), scene.bytes_of[node], tag.is_partial))
             members = np.array([self.place[member] for member in region.members], dtype=np.int64)
-            donors = [(self._storage[scene.keys[o][0]], layout_of(o, tag)) for o, tag in self._donors(region)]
+            donors = [(self._storage[scene.keys[o][0]], scene.layout_of(o, tag)) for o, tag in self._donors(region)]
             self._boundaries[region] = _Boundary(members, outputs, donors)
         return self._boundaries[region]
 

@@ -19,7 +19,7 @@ from ...ir.liveness import format_bytes
 from ...ir.symbols import ceil_div, hint
 from .candidate import Axis, Candidate, Stop, is_getitem, sweep, trace
 from .layout import Layout, Layouts, PlannedRegion
-from .scene import Scene, value_bytes
+from .scene import Scene
 
 _LEAST_GAIN = 0.01  # of the peak: below this a region or a further slice is not worth its time
 _MAX_CUTS = 10
@@ -255,8 +255,9 @@ class Planner:
         position = self.scene.position[node]
         cuts = self._cuts(layout, spot, position)
         seen: set[tuple[object, frozenset]] = set()
+        after = {node, *self.scene.users[node]}  # a member or none: whether they are traced changes no sweep
         for axis in self._axes_at(self.scene, node):
-            fingerprint = (identity(axis.units), frozenset((value, tag.dim) for value, tag in axis.tags.items()))
+            fingerprint = (identity(axis.units), frozenset((value, tag.dim) for value, tag in axis.tags.items() if value not in after))
             if fingerprint in seen:
                 continue
             seen.add(fingerprint)
@@ -277,7 +278,7 @@ class Planner:
                 for v in around
                 if v.op == "call_function" and len(tensors_of(v.meta["val"])) == 1 and not isinstance(v.meta["val"], tuple)
             ]
-            values.sort(key=lambda v: -value_bytes(v))
+            values.sort(key=lambda v: -scene.bytes_of[v])
             choices = [(v, d) for v in values[:6] for d in range(v.meta["val"].dim())]
         for value, dim in choices:
             size = value.meta["val"].size(dim)

@@ -34,17 +34,21 @@ class Scene:
     users: dict[Node, tuple[Node, ...]]
     keys: dict[Node, tuple[int, ...]]
     outside_keys: frozenset[int]
+    storages: dict[Node, tuple[tuple[int, int], ...]]  # key and bytes of each storage that the value lies in
     makes: dict[Node, int]
+    bytes_of: dict[Node, int]  # of a value laid out densely, as a region's output is
     workspace_of: dict[Node, Workspace]
     weight_bytes: dict[Node, int]
     sizes: SizeNodes
     program_order: tuple[Node, ...] = ()
     random: frozenset[Node] = frozenset()  # calls that draw random numbers
+    answers: dict[Any, Any] = field(default_factory=dict)  # how a call joins a sweep, by how its operands carry the axis
     _backward: dict[Any, Any] = field(default_factory=dict)
     _forward: dict[Any, Any] = field(default_factory=dict)
     _kind: dict[Any, str] = field(default_factory=dict)
     _local: dict[Any, Any] = field(default_factory=dict)
     _dense: dict[Node, bool] = field(default_factory=dict)
+    _layouts: dict[Any, tuple] = field(default_factory=dict)
 
     @staticmethod
     def of(function: Function) -> "Scene":
@@ -69,8 +73,10 @@ class Scene:
             operands={node: tuple(node.all_input_nodes) for node in nodes},
             users={node: tuple(node.users) for node in function.graph.nodes},
             keys=keys,
+            storages={node: _storages(node) for node in nodes},
             outside_keys=frozenset(outside),
             makes=makes,
+            bytes_of={node: sum(hint(t.numel()) * t.dtype.itemsize for t in tensors_of(node.meta["val"])) for node in nodes},
             workspace_of={node: _scratch(node) for node in nodes},
             weight_bytes={n: sum(storage_bytes(o.meta["val"]) for o in n.all_input_nodes if o.op == "get_attr") for n in nodes},
             sizes=SizeNodes(function),
@@ -134,6 +140,16 @@ class Scene:
             self._dense[node] = isinstance(node.meta["val"], torch.Tensor) and _fills_storage(node.meta["val"])
         return self._dense[node]
 
+    def layout_of(self, node: Node, tag: Tag | None) -> tuple:
+        """What must agree for one tensor to take another's storage slice by slice."""
+        assert tag is not None
+        key = (node, tag.dim, identity(tag.unit))
+        if key not in self._layouts:
+            value = tensors_of(node.meta["val"])[0]
+            sizes, strides = tuple(map(hint, value.shape)), tuple(map(hint, value.stride()))
+            self._layouts[key] = (tag.dim, identity(tag.unit), value.dtype, sizes, strides)
+        return self._layouts[key]
+
 
 def first_tag(tags: Sequence[Tag | None]) -> tuple[int, Tag]:
     """The first output that carries the axis, and its tag."""
@@ -155,9 +171,9 @@ def _scratch(node: Node) -> Workspace:
     return Workspace(fixed=node_workspace(node)) if region_of(node) is not None else workspace(node)
 
 
-def value_bytes(node: Node) -> int:
-    """Bytes of a value laid out densely, as a region's output is."""
-    return sum(hint(t.numel()) * t.dtype.itemsize for t in tensors_of(node.meta["val"]))
+def _storages(node: Node) -> tuple[tuple[int, int], ...]:
+    tensors = tensors_of(node.meta["val"])
+    return tuple({storage_key(tensor): hint(tensor.untyped_storage().nbytes()) for tensor in tensors}.items())
 
 
 def _fills_storage(value: torch.Tensor) -> bool:
