@@ -15,8 +15,8 @@ import sympy
 import torch
 
 from ...ir import Node, SymbolTable
-from .addresses import RESERVED, Addresses
-from .body import KernelBody, unique
+from .addresses import RESERVED, Addresses, unique
+from .body import KernelBody
 from .index import Size, size_of
 from .pointwise import HELPERS, NotFusible
 from .reference import gw_functions, in_order, reference_lines
@@ -143,7 +143,8 @@ class _File:
         self.outputs = [unique("y" if len(plan.outputs) == 1 else f"y{n}", taken) for n in range(len(plan.outputs))]
 
     def body(self) -> str:
-        writer = KernelBody(self.plan, self.tile, self.addresses, self.inputs, self.outputs)
+        named = [dict(zip(self.inputs, self.plan.inputs)), dict(zip(self.outputs, self.plan.outputs))]
+        writer = KernelBody(self.plan, self.tile, self.addresses, *named)
         writer.lines()  # a first time for the variables that its positions use, which it defines at its head
         statements = writer.lines()
         helpers = dict.fromkeys(h for value in self.plan.values for h in value.helpers)
