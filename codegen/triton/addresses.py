@@ -58,8 +58,9 @@ class Arguments:
 class Addresses:
     """Writes indices of one kernel; `variables` collects the definitions that they use, in order."""
 
-    def __init__(self, domain: Domain, symbols: SymbolTable, arguments: Arguments | None = None):
+    def __init__(self, domain: Domain, symbols: SymbolTable, arguments: Arguments | None = None, count_name: str = "n_cols"):
         self.domain = domain
+        self.count_name = count_name  # of the argument that holds the number of columns
         self.symbols = symbols
         self.arguments = Arguments() if arguments is None else arguments
         self.symbol_names = {s.name: f"{s.name}_size" if s.name in RESERVED or keyword.iskeyword(s.name) else s.name for s in symbols}
@@ -77,7 +78,7 @@ class Addresses:
 
     def count(self, size: Size) -> str:
         """A number of elements as an expression over the kernel's arguments."""
-        return "n_cols" if self.domain.by_rows and size == self.domain.num_columns else self.size(size)
+        return self.count_name if self.domain.by_rows and size == self.domain.num_columns else self.size(size)
 
     def size(self, size: Size) -> str:
         """A size as an expression over the kernel's arguments."""

@@ -43,16 +43,27 @@ class Statements:
 
     def store(self, store: Store, needs_block: bool = False) -> str:
         """Writes a value to its output; `needs_block` where it is to be a block even if it is one element."""
+        domain, variables = self.addresses.domain, store.index.variables
+        mask = self.masks[bool(variables & {v.name for v in domain.rows}), bool(variables & {v.name for v in domain.columns})]
+        address = self.addresses.address(store.index, self.outputs[store.output][0])
+        if needs_block and not variables:
+            address, mask = f"{address} + {domain.names[0]} * 0", self.masks[True, False]
+        return self._stored(store, address, mask)
+
+    def store_tile(self, store: Store) -> str:
+        """Writes the part of a whole tile that lies inside, also where the output has one row or one column."""
+        domain, variables = self.addresses.domain, store.index.variables
+        address = self.addresses.address(store.index, self.outputs[store.output][0])
+        for name, axis in zip(domain.names, (domain.rows, domain.columns), strict=True):
+            address = address if variables & {v.name for v in axis} else f"{address} + {name} * 0"
+        return self._stored(store, address, self.masks[True, True])
+
+    def _stored(self, store: Store, address: str, mask: str) -> str:
         name, output = self.outputs[store.output]
         dtype = output.meta["val"].dtype
         value = self.operand(store.ref)
         if isinstance(store.ref, Ref) and self.values[store.ref.id].dtype != dtype:
             value = f"{value}.to({TL_TYPES[dtype]})"
-        domain, variables = self.addresses.domain, store.index.variables
-        mask = self.masks[bool(variables & {v.name for v in domain.rows}), bool(variables & {v.name for v in domain.columns})]
-        address = self.addresses.address(store.index, name)
-        if needs_block and not variables:
-            address, mask = f"{address} + {domain.names[0]} * 0", self.masks[True, False]
         pointer = f"{name}_ptr + {address}" if address != "0" else f"{name}_ptr"
         return f"tl.store({pointer}, {value}{f', mask={mask}' if mask else ''})"
 

@@ -110,6 +110,11 @@ class Plan:
     stores: tuple[Store, ...]
 
     @property
+    def kind(self) -> str:
+        """ "pointwise" or "rows"."""
+        return "rows" if self.domain.by_rows else "pointwise"
+
+    @property
     def num_stages(self) -> int:
         return max((value.stage for value in self.values), default=0) + 1
 
