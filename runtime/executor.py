@@ -10,6 +10,7 @@ import torch
 
 from ..ir import Node, Program
 from ..ir.errors import InputError
+from .cache import Cache
 from .flat import FlatGraph
 from .lowering import Backend, lower
 from .prediction import lowered_profile
@@ -25,13 +26,13 @@ class Executor:
     """`executor(inputs, states)` gives the flat outputs and the new states of `function`.
 
     `inputs` holds one value for each leaf, constants included; `states` a tensor for each state, the program's own where one
-    is missing. States are read, never written: writing back is the caller's business.
+    is missing. States are read, never written: writing back is the caller's business. Compiled code is kept in `cache`.
 
     Raises:
         InputError: a weight has no values (the program was read from text alone).
     """
 
-    def __init__(self, program: Program, function: str = "main", backend: Backend = "aten"):
+    def __init__(self, program: Program, function: str = "main", backend: Backend = "aten", cache: Cache | None = None):
         body = program.functions[function]
         self.program, self.backend = program, backend
         self._name = function
@@ -39,7 +40,7 @@ class Executor:
         self._states = {str(p.target): _tensor(program, p) for p in body.placeholders if p.meta.get("role", "input") == "state"}
         # Where each placeholder's value comes from: a name for a state, None for the next input.
         self._sources = [str(p.target) if p.meta.get("role", "input") == "state" else None for p in body.placeholders]
-        self._lowered = lower(body.graph, program.symbols, backend)
+        self._lowered = lower(body.graph, program.symbols, backend, cache)
         self._flat = FlatGraph(self._lowered, lambda node: _tensor(program, node))
 
     def predicted_peak(self) -> int | None:

@@ -17,6 +17,8 @@ from ..ir.infer import storage_key, tensors_of
 from ..ir.liveness import profile_graph
 from ..ir.program import region_of
 from ..ir.region_call import RegionCall
+from .cache import Cache
+from .code_cache import CodeCache
 from .flat import Boxed, FlatGraph
 from .prediction import lowered_profile
 from .sliced import Body, SlicedRun
@@ -27,26 +29,38 @@ if TYPE_CHECKING:
 Backend = str
 
 
-def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend) -> fx.Graph:
-    """The runnable form of `graph` for `backend`: "aten", "inductor" or "triton" ("triton_interpreter" is for tests alone)."""
+def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend, cache: Cache | None = None) -> fx.Graph:
+    """The runnable form of `graph` for `backend`: "aten", "inductor" or "triton" ("triton_interpreter" is for tests alone). What a
+    compiler made for it before may come from `cache`."""
     if backend in ("triton", "triton_interpreter"):
         from .triton_lowering import TritonLowering
 
         return _lowered(graph, TritonLowering(graph, symbols, interpreted=backend != "triton"), {})
     if backend != "inductor":
         return _lowered(graph, _Aten(), {})
-    lowering = _Inductor(symbols)
+    code = None if cache is None else CodeCache(cache, symbols)
+    lowering = _Inductor(symbols, code)
+    if any(region_of(node) is not None for node in graph.nodes):
+        lowering.left = _pieces_left(graph, lowering, code)
+    return _lowered(graph, lowering, {})
+
+
+def _pieces_left(graph: fx.Graph, lowering: "_Inductor", code: CodeCache | None) -> set[Node]:
+    """The first nodes of the pieces that library kernels run: whoever slices a program pays for memory, and compiled code that takes
+    more of it than planned gives way."""
+    nodes = list(graph.nodes)
+    known = code.left(graph) if code is not None else None
+    if known is not None:
+        return {nodes[position] for position in known}
     pieces: dict[Node, Node] = {}
-    lowered = _lowered(graph, lowering, pieces)
-    if not any(region_of(node) is not None for node in graph.nodes):
-        return lowered
-    # Whoever slices a program pays for memory: code that takes more of it than planned gives way to library kernels.
-    limit = profile_graph(graph).peak_bytes
-    memory = lowered_profile(lowered)
+    memory = lowered_profile(_lowered(graph, lowering, pieces))
     if memory is None:
-        return lowered
-    lowering.left = {pieces[node] for node, live in zip(memory.nodes, memory.live, strict=True) if live > limit and node in pieces}
-    return _lowered(graph, lowering, {}) if lowering.left else lowered
+        return set()
+    limit = profile_graph(graph).peak_bytes
+    left = {pieces[node] for node, live in zip(memory.nodes, memory.live, strict=True) if live > limit and node in pieces}
+    if code is not None:
+        code.keep_left(graph, {position for position, node in enumerate(nodes) if node in left})
+    return left
 
 
 def _lowered(graph: fx.Graph, lowering: "_Aten | _Inductor | TritonLowering", pieces: dict[Node, Node]) -> fx.Graph:
@@ -119,8 +133,8 @@ class _Segment(Boxed):
 class _Inductor(_Aten):
     """Segments and bodies as Inductor's C++, but for the pieces that begin with a node in `left`."""
 
-    def __init__(self, symbols: SymbolTable):
-        self.symbols = symbols
+    def __init__(self, symbols: SymbolTable, code: CodeCache | None = None):
+        self.symbols, self.code = symbols, code
         self.left: set[Node] = set()
         self._segments: dict[Node, _Segment] = {}
         self._regions: dict[Node, SlicedRun] = {}
@@ -157,7 +171,8 @@ class _Inductor(_Aten):
     def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Body:
         from ..codegen.cpu_inductor import CompiledGraph
 
-        return CompiledGraph(graph, examples, self.symbols, FlatGraph(graph))
+        shelf = None if self.code is None else self.code.code(graph, examples)
+        return CompiledGraph(graph, examples, self.symbols, FlatGraph(graph), shelf)
 
 
 def _computes(outputs: Sequence[Node], inputs: Sequence[Node]) -> bool:
