@@ -6,62 +6,75 @@ out convolutions anew and may keep what the plan frees.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from torch import fx
 
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
-from ..ir.infer import storage_key, tensors_of
 from ..ir.liveness import profile_graph
 from ..ir.program import region_of
 from ..ir.region_call import RegionCall
-from .flat import Boxed, FlatGraph
 from .prediction import lowered_profile
-from .sliced import Body, SlicedRun
-
-if TYPE_CHECKING:
-    from .triton_lowering import TritonLowering
+from .segments import AtenLowering, InductorLowering
+from .sliced import SlicedRun
+from .tuned_lowering import TunedLowering
 
 Backend = str
+Bound = Callable[[Node], torch.Tensor]  # gives the values of a weight
 
 
-def lower(graph: fx.Graph, symbols: SymbolTable, backend: Backend) -> fx.Graph:
-    """The runnable form of `graph` for `backend`: "aten", "inductor" or "triton" ("triton_interpreter" is for tests alone)."""
+class Lowering(Protocol):
+    """How a backend runs what a graph consists of; `runtime/segments.py` says what its attributes mean."""
+
+    pieces: dict[Node, Node]
+    left: set[Node]
+
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None: ...
+
+    def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun: ...
+
+
+def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound: Bound) -> Lowering:
+    """What makes `graph` ready for `backend`: "aten", "inductor", "tuned" or "triton" ("triton_interpreter" is for tests alone)."""
     if backend in ("triton", "triton_interpreter"):
         from .triton_lowering import TritonLowering
 
-        return _lowered(graph, TritonLowering(graph, symbols, interpreted=backend != "triton"), {})
-    if backend != "inductor":
-        return _lowered(graph, _Aten(), {})
-    lowering = _Inductor(symbols)
-    pieces: dict[Node, Node] = {}
-    lowered = _lowered(graph, lowering, pieces)
-    if not any(region_of(node) is not None for node in graph.nodes):
+        return TritonLowering(graph, symbols, interpreted=backend != "triton")
+    if backend == "tuned":
+        return TunedLowering(graph, symbols, bound)
+    return InductorLowering(symbols) if backend == "inductor" else AtenLowering()
+
+
+def lower(graph: fx.Graph, lowering: Lowering) -> fx.Graph:
+    """The runnable form of `graph`."""
+    lowered = _lowered(graph, lowering)
+    if not lowering.pieces or not any(region_of(node) is not None for node in graph.nodes):
         return lowered
     # Whoever slices a program pays for memory: code that takes more of it than planned gives way to library kernels.
     limit = profile_graph(graph).peak_bytes
     memory = lowered_profile(lowered)
     if memory is None:
         return lowered
+    pieces = lowering.pieces
     lowering.left = {pieces[node] for node, live in zip(memory.nodes, memory.live, strict=True) if live > limit and node in pieces}
-    return _lowered(graph, lowering, {}) if lowering.left else lowered
+    return _lowered(graph, lowering) if lowering.left else lowered
 
 
-def _lowered(graph: fx.Graph, lowering: "_Aten | _Inductor | TritonLowering", pieces: dict[Node, Node]) -> fx.Graph:
-    """`pieces` receives, for each call of the result that may be compiled, the node of `graph` that it begins with."""
+def _lowered(graph: fx.Graph, lowering: Lowering) -> fx.Graph:
     donors = plan_donations(graph)
     lowered = fx.Graph()
     copies: dict[Node, Node] = {}
     for piece in _pieces(graph):
         if isinstance(piece, list):
-            call = lowering.segment(piece, lowered, copies)
-            if call is not None:
-                pieces[call] = piece[0]
+            lowering.segment(piece, lowered, copies)
         elif region_of(piece) is not None:
-            call = _sliced_call(lowering.region(piece, donors.get(piece, {})), piece, lowered, copies)
-            pieces[call] = piece
+            run = lowering.region(piece, donors.get(piece, {}))
+            call = _sliced_call(run, piece, lowered, copies)
+            if not run.is_plain:
+                lowering.pieces[call] = piece
         else:
             copies[piece] = lowered.node_copy(piece, copies.__getitem__)
     return lowered
@@ -87,92 +100,3 @@ def _sliced_call(run: SlicedRun, node: Node, lowered: fx.Graph, copies: dict[Nod
     copies[node] = lowered.create_node("call_function", run, arguments, name="sliced")  # type: ignore[arg-type]
     copies[node].meta = node.meta
     return copies[node]
-
-
-class _Aten:
-    """Every operation by its own kernel."""
-
-    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> Node | None:
-        """Adds a run of calls to `lowered`; returns the one call that they became, if one."""
-        for node in nodes:
-            copies[node] = lowered.node_copy(node, copies.__getitem__)
-        return None
-
-    def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
-        return SlicedRun(node, donors)
-
-
-class _Segment(Boxed):
-    """Compiled code as an operation."""
-
-    def __init__(self, graph: fx.Graph, run: Callable[[list[Any]], list[Any]]):
-        self.graph = graph
-        self.run = run
-
-    def __call__(self, arguments: list[Any]) -> list[Any]:
-        return self.run(arguments)
-
-    def __str__(self) -> str:
-        return "a compiled segment"
-
-
-class _Inductor(_Aten):
-    """Segments and bodies as Inductor's C++, but for the pieces that begin with a node in `left`."""
-
-    def __init__(self, symbols: SymbolTable):
-        self.symbols = symbols
-        self.left: set[Node] = set()
-        self._segments: dict[Node, _Segment] = {}
-        self._regions: dict[Node, SlicedRun] = {}
-
-    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> Node | None:
-        inside = set(nodes)
-        inputs = list(dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside))
-        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
-        if nodes[0] in self.left or not _computes(outputs, inputs):
-            return super().segment(nodes, lowered, copies)
-        if nodes[0] not in self._segments:
-            types = [node.meta["val"] for node in inputs]
-            alone = _cut_out(nodes, inputs, outputs)
-            self._segments[nodes[0]] = _Segment(alone, self._compiled(alone, types))
-        call = lowered.create_node("call_function", self._segments[nodes[0]], tuple(map(copies.__getitem__, inputs)), name="segment")
-        call.meta = {"val": tuple(output.meta["val"] for output in outputs)}
-        for index, output in enumerate(outputs):
-            copies[output] = lowered.call_function(GETITEM, (call, index))
-            copies[output].meta = output.meta
-        return call
-
-    def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
-        if node in self.left:
-            return super().region(node, donors)
-        if node not in self._regions:
-            self._regions[node] = SlicedRun(node, donors, self._compile_body)
-        return self._regions[node]
-
-    def _compile_body(self, graph: fx.Graph, examples: Callable[[], list[Any]]) -> Body:
-        with self.symbols.inference():
-            types = examples()
-        return self._compiled(graph, types)
-
-    def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Body:
-        from ..codegen.cpu_inductor import CompiledGraph
-
-        return CompiledGraph(graph, examples, self.symbols, FlatGraph(graph))
-
-
-def _computes(outputs: Sequence[Node], inputs: Sequence[Node]) -> bool:
-    """Whether a segment makes a tensor: views and arithmetic on sizes are not worth a compilation."""
-    known = {storage_key(tensor) for node in inputs for tensor in tensors_of(node.meta["val"])}
-    return any(storage_key(tensor) not in known for node in outputs for tensor in tensors_of(node.meta["val"]))
-
-
-def _cut_out(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> fx.Graph:
-    """The graph of `nodes` alone."""
-    graph, copies = fx.Graph(), {}
-    for index, node in enumerate(inputs):
-        copies[node] = graph.placeholder(f"input_{index}")
-        copies[node].meta = node.meta
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in outputs))
-    return graph
