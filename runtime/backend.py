@@ -9,7 +9,7 @@ import torch
 
 from ..ir.errors import TargetError
 
-BACKENDS = ("auto", "aten", "inductor", "triton")
+BACKENDS = ("auto", "aten", "inductor", "tuned", "triton")
 
 
 def choose_backend(name: str) -> str:
