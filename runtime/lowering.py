@@ -14,9 +14,11 @@ from torch import fx
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
+from ..ir.infer import tensors_of
 from ..ir.liveness import profile_graph
 from ..ir.program import region_of
 from ..ir.region_call import RegionCall
+from .backend import has_cpp_compiler
 from .prediction import lowered_profile
 from .segments import AtenLowering, InductorLowering
 from .sliced import SlicedRun
@@ -43,9 +45,13 @@ def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound:
         from .triton_lowering import TritonLowering
 
         return TritonLowering(graph, symbols, interpreted=backend != "triton")
-    if backend == "tuned":
+    if backend == "tuned" and _is_on_cpu(graph):
         return TunedLowering(graph, symbols, bound)
-    return InductorLowering(symbols) if backend == "inductor" else AtenLowering()
+    return InductorLowering(symbols) if backend != "aten" and has_cpp_compiler() else AtenLowering()
+
+
+def _is_on_cpu(graph: fx.Graph) -> bool:
+    return all(tensor.device.type == "cpu" for node in graph.nodes for tensor in tensors_of(node.meta.get("val")))
 
 
 def lower(graph: fx.Graph, lowering: Lowering) -> fx.Graph:
