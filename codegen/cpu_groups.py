@@ -45,6 +45,11 @@ class Group:
         return self.nodes[-1]
 
     @property
+    def reads(self) -> list[Node]:
+        """The operands that are there."""
+        return [operand for operand in self.operands if operand is not None]
+
+    @property
     def operands(self) -> tuple[Node | None, ...]:
         found = (self.x, self.weight, self.bias, self.other)
         return found if self.other is not None else found[:3]
@@ -65,7 +70,7 @@ def find_groups(nodes: Sequence[Node], is_constant: IsConstant) -> list[Group]:
 
 
 def _linear(node: Node, is_constant: IsConstant) -> Group | None:
-    found = _product(node)
+    found = product_of(node)
     if found is None:
         return None
     x, weight, bias, transposed = found
@@ -79,7 +84,7 @@ def _linear(node: Node, is_constant: IsConstant) -> Group | None:
     return Group((node,), x, weight, bias, None, PackedLinear(rows, transposed))
 
 
-def _product(node: Node) -> tuple[Node, Any, Any, bool] | None:
+def product_of(node: Node) -> tuple[Node, Any, Any, bool] | None:
     """x, weight, bias and whether the weight is [K, N], of a call that is x @ weight + bias; numbers beside them are all 1."""
     args: Any = node.args
     if node.kwargs:

@@ -55,7 +55,7 @@ class Executor:
 
     def packs(self) -> tuple[int, int]:
         """How many weights are held in a second layout, and the bytes of these copies."""
-        packs = self._lowering.packs.values() if isinstance(self._lowering, TunedLowering) else ()
+        packs = list(self._lowering.packs.values()) if isinstance(self._lowering, TunedLowering) else []
         return len(packs), sum(pack.nbytes for pack in packs)
 
     def kernel_calls(self) -> "list[Kernel]":

@@ -14,9 +14,11 @@ from torch import fx
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
+from ..ir.infer import tensors_of
 from ..ir.liveness import profile_graph
 from ..ir.program import region_of
 from ..ir.region_call import RegionCall
+from .backend import has_cpp_compiler
 from .cache import Cache
 from .code_cache import CodeCache
 from .prediction import lowered_profile
@@ -47,11 +49,16 @@ def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound:
         from .triton_lowering import TritonLowering
 
         return TritonLowering(graph, symbols, interpreted=backend != "triton")
-    if backend == "tuned":
-        return TunedLowering(graph, symbols, bound)
-    if backend == "inductor":
-        return InductorLowering(symbols, None if cache is None else CodeCache(cache, symbols))
-    return AtenLowering()
+    code = None if cache is None else CodeCache(cache, symbols)
+    if backend == "tuned" and _is_on_cpu(graph):
+        return TunedLowering(graph, symbols, bound, code)
+    if backend == "aten" or not has_cpp_compiler():
+        return AtenLowering()
+    return InductorLowering(symbols, code)
+
+
+def _is_on_cpu(graph: fx.Graph) -> bool:
+    return all(tensor.device.type == "cpu" for node in graph.nodes for tensor in tensors_of(node.meta.get("val")))
 
 
 def lower(graph: fx.Graph, lowering: Lowering) -> fx.Graph:

@@ -35,7 +35,7 @@ class AtenLowering:
         return SlicedRun(node, donors)
 
 
-class _Segment(Boxed):
+class Segment(Boxed):
     """Compiled code as an operation."""
 
     def __init__(self, graph: fx.Graph, run: Callable[[list[Any]], list[Any]]):
@@ -55,18 +55,30 @@ class InductorLowering(AtenLowering):
     def __init__(self, symbols: SymbolTable, code: CodeCache | None = None):
         super().__init__()
         self.symbols, self.code = symbols, code
-        self._segments: dict[Node, _Segment] = {}
+        self._segments: dict[Node, Segment] = {}
         self._regions: dict[Node, SlicedRun] = {}
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         inputs, outputs = ends(nodes)
-        if nodes[0] in self.left or not _computes(outputs, inputs):
+        if nodes[0] in self.left or not computes(outputs, inputs):
             return super().segment(nodes, lowered, copies)
         if nodes[0] not in self._segments:
             types = [node.meta["val"] for node in inputs]
             alone = cut_out(nodes, inputs, outputs)
-            self._segments[nodes[0]] = _Segment(alone, self._compiled(alone, types))
-        call = lowered.create_node("call_function", self._segments[nodes[0]], tuple(map(copies.__getitem__, inputs)), name="segment")
+            self._segments[nodes[0]] = Segment(alone, self._compiled(alone, types))
+        self.add_call(self._segments[nodes[0]], nodes, inputs, outputs, lowered, copies)
+
+    def add_call(
+        self,
+        segment: Segment,
+        nodes: Sequence[Node],
+        inputs: Sequence[Node],
+        outputs: Sequence[Node],
+        lowered: fx.Graph,
+        copies: dict[Node, Node],
+    ) -> None:
+        """Adds to `lowered` the call of `segment` that `nodes` become."""
+        call = lowered.create_node("call_function", segment, tuple(map(copies.__getitem__, inputs)), name="segment")
         call.meta = {"val": tuple(output.meta["val"] for output in outputs)}
         for index, output in enumerate(outputs):
             copies[output] = lowered.call_function(GETITEM, (call, index))
@@ -92,7 +104,7 @@ class InductorLowering(AtenLowering):
         return CompiledGraph(graph, examples, self.symbols, FlatGraph(graph), shelf)
 
 
-def _computes(outputs: Sequence[Node], inputs: Sequence[Node]) -> bool:
+def computes(outputs: Sequence[Node], inputs: Sequence[Node]) -> bool:
     """Whether a segment makes a tensor: views and arithmetic on sizes are not worth a compilation."""
     known = {storage_key(tensor) for node in inputs for tensor in tensors_of(node.meta["val"])}
     return any(storage_key(tensor) not in known for node in outputs for tensor in tensors_of(node.meta["val"]))

@@ -5,7 +5,7 @@ Whether an instruction set or a library is there is asked nowhere: a way that do
 operands that every slice gets whole; they are packed like those outside.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,34 +14,48 @@ from torch import fx
 from ..codegen import cpu_packed
 from ..codegen.cpu_groups import Group, find_groups
 from ..codegen.cpu_packed import Pack, hinted
+from ..codegen.cpu_rows import is_row_product
 from ..ir import Node, Region, SymbolTable
+from ..ir.calls import GETITEM
 from ..ir.region_call import RegionCall
+from .backend import has_cpp_compiler
 from .code_cache import CodeCache
 from .flat import FlatGraph
+from .lazy_order import lazy_runs
 from .probe import Probe
-from .segments import cut_out
+from .segments import AtenLowering, cut_out
 from .sliced import SlicedRun
+from .tuned_segments import TunedSegments, random_like
 
 Bound = Callable[[Node], torch.Tensor]
 
 
 class TunedLowering:
-    """Lowers `graph`, whose weights are `bound`."""
+    """Lowers `graph`, whose weights are `bound`; compiled code may come from `code`."""
 
-    def __init__(self, graph: fx.Graph, symbols: SymbolTable, bound: Bound):
+    def __init__(self, graph: fx.Graph, symbols: SymbolTable, bound: Bound, code: CodeCache | None):
         self.symbols = symbols
-        self.pieces: dict[Node, Node] = {}
-        self.left: set[Node] = set()
-        self.code: CodeCache | None = None
+        self.code: CodeCache | None = None  # which pieces are left depends on what the probe finds
         self.packs: dict[tuple[Any, ...], Pack] = {}
         self._bound = bound
         self._probe = Probe(_weight_bytes(graph, bound))
+        self._between = TunedSegments(symbols, self._probe, code) if has_cpp_compiler() else AtenLowering()
+        self.pieces = self._between.pieces
+        self.left: set[Node] = set()
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
+        self._between.left = self.left
         groups = self._groups(nodes, lambda value: value if _is_weight(value) else None)
-        self._add(nodes, groups, lowered, copies)
-        self.pieces |= {copies[group.result]: group.nodes[0] for group in groups}
+        by_result = {group.result: group for group in groups}
+        inner = {node for group in groups for node in group.nodes[:-1]}
+        calls = _with_parts([node for node in nodes if node not in inner])
+        for run in lazy_runs(calls, lambda node: by_result[node].reads if node in by_result else None):
+            if isinstance(run, list):
+                self._between.segment(run, lowered, copies)
+            else:
+                _add_call(by_result[run], lowered, copies)
+                self.pieces[copies[run]] = by_result[run].nodes[0]
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
         call = RegionCall.of(node)
@@ -59,29 +73,27 @@ class TunedLowering:
         body, copies = fx.Graph(), dict[Node, Node]()
         for inner in call.body.placeholders:
             copies[inner] = body.node_copy(inner, copies.__getitem__)
-        self._add(calls, groups, body, copies)
+        by_result = {group.result: group for group in groups}
+        inside = {inner for group in groups for inner in group.nodes}
+        for inner in calls:
+            if inner in by_result:
+                _add_call(by_result[inner], body, copies)
+            elif inner not in inside:
+                copies[inner] = body.node_copy(inner, copies.__getitem__)
         body.output(tuple(copies[part] for part in call.body.outputs))
         return SlicedRun(node, donors, body=Region(body))
-
-    def _add(self, nodes: Iterable[Node], groups: Sequence[Group], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
-        """Adds `nodes` to `lowered`, a packed call in the place of the last of each group."""
-        by_result = {group.result: group for group in groups}
-        inside = {node for group in groups for node in group.nodes}
-        for node in nodes:
-            if node not in inside:
-                copies[node] = lowered.node_copy(node, copies.__getitem__)
-            elif node in by_result:
-                group = by_result[node]
-                operands = tuple(None if operand is None else copies[operand] for operand in group.operands)
-                copies[node] = lowered.create_node("call_function", group.call, operands, name=group.call.kind)
-                copies[node].meta = node.meta
 
     def _groups(self, nodes: Sequence[Node], weight_of: Callable[[Any], Node | None]) -> list[Group]:
         """The groups that are faster as one packed call; `weight_of` gives the weight behind a value that is one."""
         if not cpu_packed.is_available():
             return []
         found = find_groups(nodes, lambda value: isinstance(value, Node) and weight_of(value) is not None)
-        return [group for group in found if group.nodes[0] not in self.left and self._wins(group, weight_of(group.weight))]
+        return [group for group in found if self._may_pack(group) and self._wins(group, weight_of(group.weight))]
+
+    def _may_pack(self, group: Group) -> bool:
+        """Products of one row are faster as loops of compiled code."""
+        is_looped = isinstance(self._between, TunedSegments) and is_row_product(group.nodes[0])
+        return group.nodes[0] not in self.left and not is_looped
 
     def _wins(self, group: Group, node: Node | None) -> bool:
         assert node is not None
@@ -97,7 +109,7 @@ class TunedLowering:
 
     def _verdict(self, group: Group, weight: torch.Tensor) -> str:
         inputs = list(dict.fromkeys(operand for operand in group.operands if operand is not None))
-        values: list[Any] = [weight if operand is group.weight else _random(operand.meta["val"]) for operand in inputs]
+        values: list[Any] = [weight if operand is group.weight else random_like(operand.meta["val"]) for operand in inputs]
         by_node = dict(zip(inputs, values, strict=True))
         operands = [None if operand is None else by_node[operand] for operand in group.operands]
         aten = FlatGraph(cut_out(group.nodes, inputs, [group.result]))
@@ -108,16 +120,25 @@ class TunedLowering:
             )
 
 
+def _with_parts(nodes: Sequence[Node]) -> list[Node]:
+    """The calls with the results of one that has several right behind it: a compiled run takes and gives tensors alone."""
+    ordered = []
+    for node in nodes:
+        if node.target is not GETITEM:
+            ordered += [node, *(user for user in node.users if user.target is GETITEM)]
+    return ordered
+
+
+def _add_call(group: Group, graph: fx.Graph, copies: dict[Node, Node]) -> None:
+    """Adds the packed call of `group` to `graph`."""
+    operands = tuple(None if operand is None else copies[operand] for operand in group.operands)
+    copies[group.result] = graph.create_node("call_function", group.call, operands, name=group.call.kind)
+    copies[group.result].meta = group.result.meta
+
+
 def _is_weight(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "get_attr"
 
 
 def _weight_bytes(graph: fx.Graph, bound: Bound) -> int:
     return sum(bound(node).nbytes for node in graph.nodes if node.op == "get_attr")
-
-
-def _random(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the type of `value`, symbols at their hints. The user's generator is left alone."""
-    shape, stride = hinted(value)
-    generator = torch.Generator().manual_seed(0)
-    return torch.empty_strided(shape, stride, dtype=value.dtype).normal_(generator=generator)

@@ -11,7 +11,9 @@ import graphwright as gw
 from graphwright.codegen.cpu_packed import PackedCall, is_available
 from graphwright.ir.float64 import Widening
 from graphwright.ir.run import run
+from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.probe import MARGIN, Probe
+from graphwright.runtime.segments import Segment
 
 needs_onednn = pytest.mark.skipif(not is_available(), reason="this torch has no oneDNN: install a wheel that has it")
 
@@ -314,3 +316,144 @@ def test_when_the_time_is_up_a_question_takes_what_its_like_took(seconds):
     assert probe.fastest("linear", "b", ways("aten", "onednn")) == "onednn"  # known already
     assert probe.fastest("linear", "c", ways("aten", "onednn")) == "onednn"
     assert probe.fastest("convolution", "c", ways("aten", "onednn")) == "aten"
+
+
+# --- compiled segments between library calls ---
+
+needs_compiler = pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
+
+
+@pytest.fixture
+def compiled_wins(monkeypatch, onednn_wins):
+    """Like `onednn_wins`, and no verdict of another test is known."""
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+
+
+class Block(nn.Module):
+    """Pre-norm attention of one head and a feed-forward: products with norms, rotations and splits between them."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out, self.mlp = nn.Linear(width, 3 * width), nn.Linear(width, width), FeedForward(width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.out(F.scaled_dot_product_attention(q.cos(), k.sin(), v))
+        return self.mlp(self.norm2(x))
+
+
+def segments(model):
+    return [node.target for node in model._present.executor._lowered.nodes if isinstance(node.target, Segment)]
+
+
+@needs_onednn
+@needs_compiler
+def test_segments_that_are_alike_are_compiled_once(compiled_wins):
+    net, x = nn.Sequential(Block(), Block(), Block()), torch.randn(2, 7, 32)
+    model = tuned(net, x)
+    assert len(segments(model)) == 9  # a norm, attention and a norm each
+    assert len(set(segments(model))) <= 4  # the norms of a width are alike, but for what else they give
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@needs_compiler
+def test_what_only_later_calls_need_waits_for_them(compiled_wins):
+    class Projections(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.out = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            q = self.q(x).cos()
+            k = self.k(x).sin()
+            return self.out(q * k)
+
+    net, x = Projections(), torch.randn(5, 32)
+    model = tuned(net, x)
+    assert len(segments(model)) == 1  # cos, sin and the product between them
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@needs_compiler
+def test_results_of_a_call_that_has_several_stay_together(compiled_wins):
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            a, b = x.exp().split(8, -1)
+            return self.second(self.first(a).exp() + b)
+
+    net, x = Split(), torch.randn(4, 16)
+    assert_exact(tuned(net, x), net, x)
+
+
+@needs_onednn
+@needs_compiler
+def test_random_calls_keep_their_order(compiled_wins):
+    net, x = nn.Sequential(nn.Dropout(), nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 8)).train(), torch.ones(4, 8)
+    model = gw.compile(net, example_inputs=(x,), backend="tuned")
+    order = [type(node.target).__name__ for node in model._present.executor._lowered.nodes if node.op == "call_function"]
+    assert [name for name in order if name != "builtin_function_or_method"] == ["Segment", "PackedLinear"] * 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48)], ids=str)
+@pytest.mark.parametrize("form", ["linear", "addmm"])
+def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bias, shape):
+    class Row(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(*((40, 48) if form == "linear" else (48, 40))))
+            self.bias = nn.Parameter(torch.randn(40)) if bias else None
+
+        def forward(self, x):
+            if form == "linear":
+                return F.silu(F.linear(x, self.weight, self.bias))
+            flat = x.view(1, 48)
+            return F.silu(torch.addmm(self.bias, flat, self.weight) if bias else torch.mm(flat, self.weight))
+
+    net, x = Row(), torch.randn(shape)
+    model = tuned(net, x)
+    assert len(segments(model)) == 1 and not packed_calls(model)
+    assert_exact(model, net, x)
+    with torch.no_grad():
+        net.weight.add_(1)  # nothing is copied, so nothing can be stale
+    assert_exact(model, net, x)
+
+
+@needs_compiler
+def test_a_segment_that_does_not_win_is_left_to_its_kernels(monkeypatch):
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "aten")
+    net, x = Block(), torch.randn(2, 7, 32)
+    model = tuned(net, x)
+    assert not segments(model) and not packed_calls(model)
+    assert_exact(model, net, x)
+
+
+@needs_compiler
+def test_a_segment_that_is_known_to_lose_is_not_compiled_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Probe, "known", lambda self, kind, question: "aten")
+    monkeypatch.setattr("graphwright.codegen.cpu_inductor.CompiledGraph", lambda *_: asked.append(1))
+    tuned(Block(), torch.randn(2, 7, 32))
+    assert not asked
+
+
+@needs_compiler
+def test_a_segment_that_inductor_fails_on_stays_with_library_kernels(monkeypatch, caplog):
+    def broken(*_):
+        raise AssertionError("a defect of the compiler")
+
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+    monkeypatch.setattr("graphwright.codegen.cpu_inductor.CompiledGraph", broken)
+    net, x = Block(), torch.randn(2, 7, 32)
+    model = tuned(net, x)
+    assert not segments(model) and "a defect of the compiler" in caplog.text
+    assert_exact(model, net, x)
