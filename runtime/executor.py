@@ -9,16 +9,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
 from ..ir import Node, Program
 from ..ir.errors import InputError
-from ..ir.infer import tensors_of
 from .cache import Cache
 from .flat import FlatGraph
 from .graph_replay import Call, CudaGraphs, Replayed
-from .lowering import Backend, lower, lowering_for
+from .lowering import Backend, is_on, lower, lowering_for
 from .prediction import lowered_profile
+from .segments import AtenLowering
 from .tuned_lowering import TunedLowering
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Executor:
         self._lowered = lower(body.graph, self._lowering)
         self._flat = FlatGraph(self._lowered, bound)
         self._call: Call = self._flat
-        if backend == "triton" and all(device == "cuda" for device in _devices(self._lowered)):
+        if not isinstance(self._lowering, AtenLowering) and is_on(self._lowered, "cuda"):
             weights = [bound(node) for node in self._lowered.nodes if node.op == "get_attr"]
             self._call = Replayed(self._flat, CudaGraphs(), [source is not None for source in self._sources], weights)
 
@@ -100,10 +99,6 @@ class Executor:
             leaves = self._call(values)
         split = len(leaves) - len(self._new_states)
         return leaves[:split], dict(zip(self._new_states, leaves[split:], strict=True))
-
-
-def _devices(graph: fx.Graph) -> set[str]:
-    return {tensor.device.type for node in graph.nodes for tensor in tensors_of(node.meta.get("val"))}
 
 
 def _tensor(program: Program, node: Node) -> torch.Tensor:
