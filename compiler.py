@@ -21,6 +21,7 @@ from .runtime.backend import choose_backend
 from .runtime.cache import Cache, default_cache
 from .runtime.calling import Call, parameters_of
 from .runtime.compiled import Compilation, CompiledModel
+from .runtime.pass_cache import run_or_find
 
 Model = nn.Module | ExportedProgram | Program | str | Path
 Progress = Callable[[int, int, str], None]
@@ -47,8 +48,8 @@ def compile(
     neither is given; it stays exactly as it was, and its weights are shared. `dynamic_shapes` is torch.export's. `backend` is
     "auto", "aten" (no compiler needed, starts at once), "inductor" (needs a C++ compiler) or "triton" (needs a GPU). `verify` is
     "structure" or "numeric", which checks each pass's contract on the example. A `.pt2` file can run code when it is read, so it
-    needs `trusted=True`. What compilers make is kept in `cache` for the next process: in the user's own (True), in that of a folder,
-    or nowhere (False).
+    needs `trusted=True`. What passes and compilers make is kept in `cache` for the next process: in the user's own (True), in that of a
+    folder, or nowhere (False).
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.
@@ -65,7 +66,7 @@ def compile(
     def finish(captured: Saved, example: tuple[tuple[Any, ...], dict[str, Any]] | None, module: nn.Module | None = None) -> Compilation:
         program, parameters = captured.program, captured.parameters
         inputs = None if example is None else Call(program, program.main, parameters).bind(*example)[0]
-        result = PassManager(pipeline, verify=verify, inputs=inputs, progress=progress).run(program)
+        result = run_or_find(PassManager(pipeline, verify=verify, inputs=inputs, progress=progress), program, kept)
         contract = Contract.weakest([captured.contract, result.contract])
         reports = (*captured.reports, *result.reports)
         return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training, module, kept)
