@@ -46,10 +46,10 @@ def compile(
 
     A module is captured in its present train/eval mode with `example_inputs` and `example_kwargs`, or on the first call when
     neither is given; it stays exactly as it was, and its weights are shared. `dynamic_shapes` is torch.export's. `backend` is
-    "auto", "aten" (no compiler needed, starts at once), "inductor" (needs a C++ compiler) or "triton" (needs a GPU). `verify` is
-    "structure" or "numeric", which checks each pass's contract on the example. A `.pt2` file can run code when it is read, so it
-    needs `trusted=True`. What passes and compilers make is kept in `cache` for the next process: in the user's own (True), in that of a
-    folder, or nowhere (False).
+    "tuned" (what is fastest on this CPU, timed when the model is made ready; on a GPU what "inductor" does), which "auto" means, "aten" (no
+    compiler needed, starts at once), "inductor" (needs a C++ compiler) or "triton" (needs a GPU). `verify` is "structure" or "numeric",
+    which checks each pass's contract on the example. A `.pt2` file can run code when it is read, so it needs `trusted=True`. What
+    passes and compilers make is kept in `cache` for the next process: in the user's own (True), in that of a folder, or nowhere (False).
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.

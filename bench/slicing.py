@@ -69,7 +69,9 @@ def main() -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help="only cases whose name contains NAME; may be repeated")
-    parser.add_argument("--backend", action="append", choices=["aten", "inductor"], help="ours on this backend only; may be repeated")
+    parser.add_argument(
+        "--backend", action="append", choices=["aten", "inductor", "tuned"], help="ours on this backend only; may be repeated"
+    )
     parser.add_argument("--skip", action="append", default=[], choices=list(PEERS), help="leave this peer out; may be repeated")
     parser.add_argument("--budget", default="25%", help="memory_budget of slice-groups (default %(default)s)")
     parser.add_argument("--no-time", action="store_true", help="memory and errors only")

@@ -9,7 +9,7 @@ import torch
 
 from ..ir.errors import TargetError
 
-BACKENDS = ("auto", "aten", "inductor", "triton")
+BACKENDS = ("auto", "aten", "inductor", "tuned", "triton")
 
 
 def choose_backend(name: str) -> str:
@@ -21,7 +21,7 @@ def choose_backend(name: str) -> str:
     if name not in BACKENDS:
         raise TargetError(f"unknown backend {name!r}: it is one of {', '.join(BACKENDS)}")
     if name == "auto":
-        return "inductor" if has_cpp_compiler() else "aten"
+        return "tuned"
     if name == "inductor" and not has_cpp_compiler():
         raise TargetError("backend inductor needs a C++ compiler and found none: install g++ or clang++, or use backend='aten'")
     if name == "triton":

@@ -105,7 +105,8 @@ class CompiledModel(nn.Module):
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         memory = replace(memory, compiled=self._compiled_peak, threads=self._on_threads)
         promised = (compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports)
-        return Report(*promised, memory, self._measured, compiled.training, self._present.executor.kernel_calls())
+        executor = self._present.executor
+        return Report(*promised, memory, self._measured, compiled.training, executor.kernel_calls(), executor.packs())
 
     def kernels(self) -> "tuple[Kernel, ...]":
         """The Triton kernels that run, each once: `name`, `source` (a file that checks itself), `ir` (the lines that it computes),

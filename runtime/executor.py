@@ -3,6 +3,7 @@
 Values that a call made die inside it; inputs stay with the caller. Outputs are ordinary tensors, usable in autograd.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from ..ir import Node, Program
 from ..ir.errors import InputError
 from .cache import Cache
 from .flat import FlatGraph
-from .lowering import Backend, lower
+from .lowering import Backend, lower, lowering_for
 from .prediction import lowered_profile
+from .tuned_lowering import TunedLowering
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
@@ -40,14 +42,21 @@ class Executor:
         self._states = {str(p.target): _tensor(program, p) for p in body.placeholders if p.meta.get("role", "input") == "state"}
         # Where each placeholder's value comes from: a name for a state, None for the next input.
         self._sources = [str(p.target) if p.meta.get("role", "input") == "state" else None for p in body.placeholders]
-        self._lowered = lower(body.graph, program.symbols, backend, cache)
-        self._flat = FlatGraph(self._lowered, lambda node: _tensor(program, node))
+        bound = functools.partial(_tensor, program)
+        self._lowering = lowering_for(backend, body.graph, program.symbols, bound, cache)
+        self._lowered = lower(body.graph, self._lowering)
+        self._flat = FlatGraph(self._lowered, bound)
 
     def predicted_peak(self) -> int | None:
         """The peak of what a compiler made of the program, in bytes; None where library kernels run it as it stands, and while a
         profiler is running."""
         memory = None if self.backend == "aten" else lowered_profile(self._lowered)
         return None if memory is None else memory.peak_bytes
+
+    def packs(self) -> tuple[int, int]:
+        """How many weights are held in a second layout, and the bytes of these copies."""
+        packs = list(self._lowering.packs.values()) if isinstance(self._lowering, TunedLowering) else []
+        return len(packs), sum(pack.nbytes for pack in packs)
 
     def kernel_calls(self) -> "list[Kernel]":
         """The Triton kernel of each call of one, in order."""

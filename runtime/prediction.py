@@ -13,11 +13,11 @@ from torch import fx
 
 from ..ir import Node
 from ..ir.infer import storage_key, tensors_of
-from ..ir.liveness import MemoryProfile, last_uses, node_workspace, profile_graph, storage_bytes
+from ..ir.liveness import MemoryProfile, last_uses, profile_graph, storage_bytes
 from ..ir.symbols import hint
 from .flat import Boxed
 from .memory import measure_peak, profiler_is_running
-from .sliced import SlicedRun
+from .sliced import SlicedRun, call_workspace
 
 _metering = threading.Lock()
 # What each piece was seen to allocate, by the operands that it may free.
@@ -42,7 +42,7 @@ def _profile(graph: fx.Graph) -> MemoryProfile:
             seen = [_seen(body, types, ()) for body, types in node.target.compiled]
             return max((peak for peak in seen if peak is not None), default=node.target.workspace)
         if not isinstance(node.target, Boxed):
-            return node_workspace(node)
+            return call_workspace(node)
         operands = node.all_input_nodes
         dead = [i for i, operand in enumerate(operands) if operand in dying.get(node, ()) and operand.op == "call_function"]
         made = _storages([node])

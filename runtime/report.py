@@ -50,7 +50,7 @@ def predicted_on(threads: int, program: Program) -> Threads | None:
 @dataclass(frozen=True)
 class Report:
     """`str(report)` is what users read. `passes` are the pass manager's reports, `kernels` the Triton kernel of each call of one, in
-    order."""
+    order, `packs` how many weights are held in a second layout and the bytes of these copies."""
 
     pipeline: str
     contract: Contract
@@ -60,6 +60,7 @@ class Report:
     measured: Measurement | None = None
     training: bool = False
     kernels: Sequence[Any] = ()
+    packs: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         head = f"pipeline: {self.pipeline or 'no passes'}\ncontract: {self.contract}. {self.contract.promise}\nbackend: {self.backend}"
@@ -89,7 +90,9 @@ class Report:
             "measured": None if self.measured is None else self.measured.peak_bytes,
         }
         known = [f"{name} {format_bytes(value)}" for name, value in figures.items() if value is not None]
-        return [f"peak memory: {'; '.join(known)}", *self._contradictions()] if known else []
+        peaks = [f"peak memory: {'; '.join(known)}", *self._contradictions()] if known else []
+        count, nbytes = self.packs
+        return [*peaks, f"packed weights: {count}, copies of {format_bytes(nbytes)} beside the weights"] if count else peaks
 
     def _of_threads(self) -> str:
         """What the prediction for the threads of the measurement is called."""

@@ -5,17 +5,18 @@ it where it belongs. An output that takes a donated operand's storage is written
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..codegen.cpu_packed import PackedCall
 from ..ir import Node, Region
 from ..ir.infer import operands_of, same_strides, storage_key
 from ..ir.links.sizes import quotient
-from ..ir.liveness import profile_graph
+from ..ir.liveness import node_workspace, profile_graph
 from ..ir.region import dense_stride, empty_whole, memory_order, narrow, slice_bounds, units_of
 from ..ir.region_call import RegionCall
 from .flat import FlatGraph
@@ -112,11 +113,13 @@ class _Cut:
 
 
 class SlicedRun:
-    """One region call, ready to run on `(count, units, *operands)`; with `compile`, its body is compiled for each slice length."""
+    """One region call, ready to run on `(count, units, *operands)`; with `compile`, its body is compiled for each slice length. `body`
+    is run in the place of the call's own: the same function by other calls."""
 
-    def __init__(self, node: Node, donors: Mapping[int, int], compile: Compile | None = None):
-        self.call = call = RegionCall.of(node)
+    def __init__(self, node: Node, donors: Mapping[int, int], compile: Compile | None = None, body: Region | None = None):
+        self.call = call = RegionCall.of(node) if body is None else replace(RegionCall.of(node), body=body)
         self.donors = donors
+        self._body = body
         self.in_dims = call.in_dims
         self._outputs = [
             _Output.of(whole, part.meta["val"], dim, donors.get(j), [operand.meta["val"] for operand in call.operands])
@@ -145,9 +148,14 @@ class SlicedRun:
         return wholes
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the body runs as the program has it, each call by its own kernel."""
+        return not self._compiled and self._body is None
+
+    @property
     def workspace(self) -> int:
         """Bytes that library kernels need for a slice."""
-        return profile_graph(self.call.body.graph).peak_bytes
+        return profile_graph(self.call.body.graph, workspace_of=call_workspace).peak_bytes
 
     @property
     def compiled(self) -> list[tuple[Body, Types]]:
@@ -195,6 +203,14 @@ class SlicedRun:
         """The types of what a compiled body takes for one slice."""
         inputs = [cut.narrow(value, dim) for value, dim in zip(values, call.in_dims, strict=True)]
         return [*inputs, *self._destinations(call.outputs, cut, fresh_only=True)]
+
+
+def call_workspace(node: Node) -> int:
+    """Bytes that a call of a library kernel needs beside operands and results."""
+    if not isinstance(node.target, PackedCall):
+        return node_workspace(node)
+    x: Any = node.args[0]
+    return node.target.scratch(x.meta["val"], node.meta["val"])
 
 
 def _is_sole_owner(tensor: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from ..ir.calls import GETITEM
 from ..ir.infer import tensors_of
 from ..ir.printer import node_lines
 from ..ir.tree import LEAF
+from .code_cache import CodeCache
 from .sliced import SlicedRun
 
 if TYPE_CHECKING:
@@ -34,13 +35,16 @@ class TritonLowering:
             require_interpreter()
         self.graph = graph
         self.symbols = symbols
+        self.pieces: dict[Node, Node] = {}
+        self.left: set[Node] = set()
+        self.code: CodeCache | None = None
         self.device = "cpu" if interpreted else "cuda"
         self._lines = node_lines(Function("main", graph, LEAF, LEAF), symbols)
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
         return SlicedRun(node, donors)
 
-    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> Node | None:
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
         from ..codegen.triton import NotFusible, emit
         from ..codegen.triton.groups import find_groups
@@ -66,7 +70,6 @@ class TritonLowering:
             for index, output in enumerate(group.outputs):
                 copies[output] = lowered.call_function(GETITEM, (call, index))
                 copies[output].meta = output.meta
-        return None
 
 
 def _schedule(nodes: Sequence[Node], group_of: "Mapping[Node, Group]") -> Iterable[Node]:

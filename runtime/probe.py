@@ -1,0 +1,84 @@
+"""Which of several ways to compute the same is the fastest here: timed, in turns, within a limit of seconds for the questions of a kind.
+
+A verdict holds for the machine, torch and its number of threads; it is remembered for the life of the process. A question that comes
+when the time is up takes the first way, unless what the model asked before of the same kind mostly had another answer.
+"""
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+
+SECONDS = 2.0  # for all questions of one kind that one model asks
+_ROUNDS = 9
+_LONG_CALL = 0.002  # seconds; three rounds tell such calls apart
+# A way is taken in the place of the first where it needs at most this share of its time: clocks and caches are worth a few per cent.
+MARGIN = 0.96
+# More bytes than the caches of most machines hold. Weights of larger models come from memory in each call, and so they do in a probe.
+CACHE_BYTES = 2**25
+
+_verdicts: dict[tuple[str, int], str] = {}
+_turn = threading.Lock()  # two probes at once would time each other
+
+
+class Probe:
+    """The questions of one model, whose weights have `weight_bytes`."""
+
+    def __init__(self, weight_bytes: int, seconds: float = SECONDS):
+        self._cold = weight_bytes > CACHE_BYTES
+        self._seconds = seconds
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+
+    def fastest(self, kind: str, question: str, ways: Mapping[str, Callable[[], object]]) -> str:
+        """The name of the fastest of `ways`; the first is what counts without a measurement. `question` tells all that the times depend
+        on beside the machine. A way that fails is out."""
+        first = next(iter(ways))
+        key, answers = self._key(kind, question), self._answers[kind]
+        with _turn:
+            if key not in _verdicts:
+                if self._spent[kind] >= self._seconds:
+                    return next((name for name, _ in answers.most_common() if name in ways), first)
+                start = time.perf_counter()
+                _verdicts[key] = self._measured(ways)
+                self._spent[kind] += time.perf_counter() - start
+        answers[_verdicts[key]] += 1
+        return _verdicts[key]
+
+    def known(self, kind: str, question: str) -> str | None:
+        """The verdict on a question that was asked before, for ways that are dear to prepare."""
+        return _verdicts.get(self._key(kind, question))
+
+    def _key(self, kind: str, question: str) -> tuple[str, int]:
+        return f"{kind} {question} {'cold' if self._cold else 'warm'}", torch.get_num_threads()
+
+    def _measured(self, ways: Mapping[str, Callable[[], object]]) -> str:
+        first = next(iter(ways))
+        best: dict[str, float] = {}
+        for name, call in ways.items():
+            try:
+                call()
+                best[name] = self._sample(call)
+            except (RuntimeError, NotImplementedError):
+                continue
+        rounds = 2 if best and min(best.values()) > _LONG_CALL else _ROUNDS
+        for _ in range(rounds):
+            for name in best:
+                best[name] = min(best[name], self._sample(ways[name]))
+        if not best:
+            return first
+        fastest = min(best, key=best.__getitem__)
+        return first if first in best and best[fastest] > MARGIN * best[first] else fastest
+
+    def _sample(self, call: Callable[[], object]) -> float:
+        if self._cold:
+            _fill_caches()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+def _fill_caches() -> None:
+    torch.zeros(CACHE_BYTES // 4).add_(1.0)

@@ -1,0 +1,129 @@
+"""Runs of calls as what runs them: each call by its own kernel, or all in one as Inductor's C++.
+
+A lowering adds a run of calls to the graph that is being made (`segment`), and makes regions ready (`region`). `pieces` says of each
+call that it made of something else what that began with; what begins with a node in `left` stays with library kernels. `code` holds what
+was compiled before.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from ..ir import Node, SymbolTable
+from ..ir.calls import GETITEM
+from ..ir.infer import storage_key, tensors_of
+from .code_cache import CodeCache
+from .flat import Boxed, FlatGraph
+from .sliced import Body, SlicedRun
+
+
+class AtenLowering:
+    """Every operation by its own kernel."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[Node, Node] = {}
+        self.left: set[Node] = set()
+        self.code: CodeCache | None = None
+
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+        """Adds a run of calls to `lowered`."""
+        for node in nodes:
+            copies[node] = lowered.node_copy(node, copies.__getitem__)
+
+    def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
+        return SlicedRun(node, donors)
+
+
+class Segment(Boxed):
+    """Compiled code as an operation."""
+
+    def __init__(self, graph: fx.Graph, run: Callable[[list[Any]], list[Any]]):
+        self.graph = graph
+        self.run = run
+
+    def __call__(self, arguments: list[Any]) -> list[Any]:
+        return self.run(arguments)
+
+    def __str__(self) -> str:
+        return "a compiled segment"
+
+
+class InductorLowering(AtenLowering):
+    """Segments and bodies as Inductor's C++."""
+
+    def __init__(self, symbols: SymbolTable, code: CodeCache | None = None):
+        super().__init__()
+        self.symbols, self.code = symbols, code
+        self._segments: dict[Node, Segment] = {}
+        self._regions: dict[Node, SlicedRun] = {}
+
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+        inputs, outputs = ends(nodes)
+        if nodes[0] in self.left or not computes(outputs, inputs):
+            return super().segment(nodes, lowered, copies)
+        if nodes[0] not in self._segments:
+            types = [node.meta["val"] for node in inputs]
+            alone = cut_out(nodes, inputs, outputs)
+            self._segments[nodes[0]] = Segment(alone, self._compiled(alone, types))
+        self.add_call(self._segments[nodes[0]], nodes, inputs, outputs, lowered, copies)
+
+    def add_call(
+        self,
+        segment: Segment,
+        nodes: Sequence[Node],
+        inputs: Sequence[Node],
+        outputs: Sequence[Node],
+        lowered: fx.Graph,
+        copies: dict[Node, Node],
+    ) -> None:
+        """Adds to `lowered` the call of `segment` that `nodes` become."""
+        call = lowered.create_node("call_function", segment, tuple(map(copies.__getitem__, inputs)), name="segment")
+        call.meta = {"val": tuple(output.meta["val"] for output in outputs)}
+        for index, output in enumerate(outputs):
+            copies[output] = lowered.call_function(GETITEM, (call, index))
+            copies[output].meta = output.meta
+        self.pieces[call] = nodes[0]
+
+    def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
+        if node in self.left:
+            return super().region(node, donors)
+        if node not in self._regions:
+            self._regions[node] = SlicedRun(node, donors, self._compile_body)
+        return self._regions[node]
+
+    def _compile_body(self, graph: fx.Graph, examples: Callable[[], list[Any]]) -> Body:
+        with self.symbols.inference():
+            types = examples()
+        return self._compiled(graph, types)
+
+    def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Body:
+        from ..codegen.cpu_inductor import CompiledGraph
+
+        shelf = None if self.code is None else self.code.code(graph, examples)
+        return CompiledGraph(graph, examples, self.symbols, FlatGraph(graph), shelf)
+
+
+def computes(outputs: Sequence[Node], inputs: Sequence[Node]) -> bool:
+    """Whether a segment makes a tensor: views and arithmetic on sizes are not worth a compilation."""
+    known = {storage_key(tensor) for node in inputs for tensor in tensors_of(node.meta["val"])}
+    return any(storage_key(tensor) not in known for node in outputs for tensor in tensors_of(node.meta["val"]))
+
+
+def ends(nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """What a run of calls reads, and which of its results others read."""
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside))
+    return inputs, [node for node in nodes if any(user not in inside for user in node.users)]
+
+
+def cut_out(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> fx.Graph:
+    """The graph of `nodes` alone."""
+    graph, copies = fx.Graph(), {}
+    for index, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"input_{index}")
+        copies[node].meta = node.meta
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return graph

@@ -1,0 +1,91 @@
+"""Runs of calls between library calls, compiled where that is faster; runs that are alike are compiled once.
+
+Two runs are alike when they are the same calls on operands of the same types: the norms of a network's layers are, whichever weights
+they have.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..codegen.cpu_packed import hinted
+from ..codegen.cpu_rows import with_rows_spelled_out
+from ..ir import Node, SymbolTable
+from ..ir.symbols import hint
+from .code_cache import CodeCache
+from .flat import FlatGraph
+from .probe import Probe
+from .segments import AtenLowering, InductorLowering, Segment, computes, cut_out, ends
+
+_log = logging.getLogger(__name__)
+Run = Callable[[list[Any]], list[Any]]
+
+
+class TunedSegments(InductorLowering):
+    """Segments by Inductor where the probe finds it faster than each call by its own kernel."""
+
+    def __init__(self, symbols: SymbolTable, probe: Probe, code: CodeCache | None):
+        super().__init__(symbols, code)
+        self._probe = probe
+        self._alike: dict[tuple[Any, ...], Segment | None] = {}
+
+    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+        inputs, outputs = ends(nodes)
+        if nodes[0] in self.left or not computes(outputs, inputs):
+            return AtenLowering.segment(self, nodes, lowered, copies)
+        key = likeness(nodes, inputs, outputs)
+        if key not in self._alike:
+            self._alike[key] = self._fastest(cut_out(nodes, inputs, outputs), [node.meta["val"] for node in inputs], str(key))
+        compiled = self._alike[key]
+        if compiled is None:
+            return AtenLowering.segment(self, nodes, lowered, copies)
+        self.add_call(compiled, nodes, inputs, outputs, lowered, copies)
+
+    def _fastest(self, graph: fx.Graph, types: Sequence[Any], question: str) -> Segment | None:
+        """The compiled form of `graph`, None where the kernels of its calls are faster."""
+        if self._probe.known("segment", question) == "aten":
+            return None
+        try:
+            compiled = Segment(graph, self._compiled(graph, types))
+        except Exception as error:  # a compiler that fails on some segment is no reason to have no model
+            _log.warning("a segment of %d calls stays with library kernels, Inductor fails on it: %s", len(graph.nodes), error)
+            return None
+        aten = FlatGraph(graph)
+        values = [random_like(value) for value in types]
+        ways = {"aten": lambda: aten(list(values)), "inductor": lambda: compiled(list(values))}
+        with torch.no_grad(), torch._C._DisableAutocast(), torch.random.fork_rng(devices=[]):
+            return compiled if self._probe.fastest("segment", question, ways) == "inductor" else None
+
+    def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Run:
+        return super()._compiled(with_rows_spelled_out(graph), examples)
+
+
+def likeness(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> tuple[Any, ...]:
+    """Equal for two runs that are the same calls on operands of the same types."""
+    place = {node: n for n, node in enumerate((*inputs, *nodes))}
+    calls = tuple((str(node.target), _written(node.args, place), _written(node.kwargs, place)) for node in nodes)
+    return tuple(_type(node.meta["val"]) for node in inputs), calls, tuple(place[node] for node in outputs)
+
+
+def _written(value: Any, place: dict[Node, int]) -> str:
+    return str(fx.map_arg(value, lambda node: f"%{place[node]}"))
+
+
+def _type(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, torch.Tensor):
+        return (type(value).__name__, str(value))
+    return str(value.dtype), str(value.device), str(tuple(value.shape)), str(value.stride())
+
+
+def random_like(value: Any) -> Any:
+    """A value of that type, symbols at their hints: normal numbers, and zeros where they are whole, which index anything."""
+    if not isinstance(value, torch.Tensor):
+        return hint(value)
+    shape, stride = hinted(value)
+    made = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+    if not value.dtype.is_floating_point:
+        return made.zero_()
+    return made.normal_(generator=torch.Generator(value.device).manual_seed(0))

@@ -1,0 +1,459 @@
+"""Backend "tuned": oneDNN on packed weights where it wins, the same numbers within the exact contract, and weights that may change."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import graphwright as gw
+from graphwright.codegen.cpu_packed import PackedCall, is_available
+from graphwright.ir.float64 import Widening
+from graphwright.ir.run import run
+from graphwright.runtime.backend import has_cpp_compiler
+from graphwright.runtime.probe import MARGIN, Probe
+from graphwright.runtime.segments import Segment
+
+needs_onednn = pytest.mark.skipif(not is_available(), reason="this torch has no oneDNN: install a wheel that has it")
+
+
+@pytest.fixture
+def onednn_wins(monkeypatch):
+    """Every question of a product or a convolution is answered with oneDNN, however fast it is here."""
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: list(ways)[-1])
+
+
+class Linear(nn.Module):
+    def __init__(self, then=lambda y, x: y, width=24, out=24, bias=True):
+        super().__init__()
+        self.linear, self.then = nn.Linear(width, out, bias=bias), then
+
+    def forward(self, x):
+        return self.then(self.linear(x), x)
+
+
+class Product(nn.Module):
+    """x W + b, the weight [in, out] as transformers' Conv1D has it."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.weight, self.bias, self.form = nn.Parameter(torch.randn(24, 40) / 5), nn.Parameter(torch.randn(40)), form
+
+    def forward(self, x):
+        return self.form(self, x)
+
+
+class Conv(nn.Module):
+    def __init__(self, conv, then=lambda y: y):
+        super().__init__()
+        self.conv, self.then = conv, then
+
+    def forward(self, x):
+        return self.then(self.conv(x))
+
+
+def packed_calls(model):
+    """The packed calls of a compiled model and of its regions, as text."""
+    found = []
+    for node in model._present.executor._lowered.nodes:
+        if isinstance(node.target, PackedCall):
+            found.append(str(node.target))
+        elif type(node.target).__name__ == "SlicedRun":
+            found += [str(inner.target) for inner in node.target.call.body.graph.nodes if isinstance(inner.target, PackedCall)]
+    return found
+
+
+def tuned(net, *inputs, passes=(), **options):
+    return gw.compile(net.eval(), passes, example_inputs=inputs, backend="tuned", **options)
+
+
+def assert_exact(model, net, *inputs):
+    """The exact contract: an error against float64 of at most 4 times eager's own, or of 8 roundings where eager has next to none."""
+    program = model.history[0]
+    exact = run(Widening().program(program), [value.double() for value in inputs])[0][0]
+    y, eager = model(*inputs), net(*inputs)
+    assert y.shape == eager.shape and y.stride() == eager.stride()
+
+    def error(values):
+        return torch.linalg.vector_norm(values.double() - exact)
+
+    floor = 8 * torch.finfo(torch.float32).eps * torch.linalg.vector_norm(exact)
+    assert error(y) <= torch.maximum(4 * error(eager), floor)
+
+
+def assert_same(y, expected):
+    """Equal but for the order of sums of some tens of float32 terms."""
+    assert torch.linalg.vector_norm(y - expected) <= 1e-6 * torch.linalg.vector_norm(expected)
+
+
+FOLLOWED = {
+    "": lambda y, x: y,
+    " with silu": lambda y, x: F.silu(y),
+    " with gelu": lambda y, x: F.gelu(y),
+    " with gelu_tanh": lambda y, x: F.gelu(y, approximate="tanh"),
+    " with sigmoid": lambda y, x: torch.sigmoid(y),
+    " with tanh": lambda y, x: torch.tanh(y),
+    " with add": lambda y, x: x + y,
+    " with mul": lambda y, x: y * x,
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(5, 24), (2, 7, 24), (1, 63, 24), (2, 3, 4, 24)], ids=str)
+@pytest.mark.parametrize("suffix", FOLLOWED)
+def test_a_linear_takes_what_follows_it(onednn_wins, suffix, shape):
+    net, x = Linear(FOLLOWED[suffix]), torch.randn(shape)
+    model = tuned(net, x)
+    assert packed_calls(model) == [f"oneDNN's linear{suffix}"]
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda self, x: torch.addmm(self.bias, x, self.weight),
+        lambda self, x: torch.mm(x, self.weight),
+        lambda self, x: torch.matmul(x[None], self.weight),
+        lambda self, x: F.gelu(torch.addmm(self.bias, x, self.weight)),
+    ],
+    ids=["addmm", "mm", "matmul", "addmm, gelu"],
+)
+def test_products_with_a_constant_matrix_are_linears(onednn_wins, form):
+    net, x = Product(form), torch.randn(9, 24)
+    model = tuned(net, x)
+    assert len(packed_calls(model)) == 1
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("then", "why"),
+    [
+        (lambda y, x: F.relu(y), "oneDNN's ReLU makes 0 of a NaN"),
+        (lambda y, x: F.silu(y) + y, "two read the product"),
+        (lambda y, x: y + x[:1], "the other operand is broadcast"),
+        (lambda y, x: torch.add(y, x, alpha=2), "the sum has a factor"),
+        (lambda y, x: y * y, "the other operand is the product itself"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_form_of_onednn_stays_an_operation_of_its_own(onednn_wins, then, why):
+    net, x = Linear(then), torch.randn(6, 24)
+    model = tuned(net, x)
+    assert packed_calls(model) == ["oneDNN's linear"], why
+    assert_exact(model, net, x)
+    assert model(torch.full_like(x, torch.nan)).isnan().all()
+
+
+@needs_onednn
+def test_a_product_of_two_activations_is_left_alone(onednn_wins):
+    class Net(nn.Module):
+        def forward(self, x):
+            return torch.mm(x, x.t())
+
+    assert packed_calls(tuned(Net(), torch.randn(4, 4))) == []
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("conv", "shape"),
+    [
+        (nn.Conv2d(6, 8, 3, padding=1), (2, 6, 9, 7)),
+        (nn.Conv2d(6, 8, 3, stride=2, padding=(1, 0), bias=False), (1, 6, 9, 7)),
+        (nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8), (1, 8, 12, 12)),
+        (nn.Conv2d(6, 8, 1), (2, 6, 5, 5)),
+        (nn.Conv3d(4, 6, 3, padding=1), (1, 4, 5, 6, 7)),
+        (nn.Conv3d(4, 6, (3, 1, 1), padding=(1, 0, 0)), (1, 4, 5, 6, 7)),
+    ],
+    ids=lambda value: str(value),
+)
+@pytest.mark.parametrize("then", [lambda y: y, F.silu], ids=["", "silu"])
+def test_convolutions_are_packed(onednn_wins, conv, shape, then):
+    net, x = Conv(conv, then), torch.randn(shape)
+    model = tuned(net, x)
+    assert packed_calls(model) == ["oneDNN's convolution" + (" with silu" if then is F.silu else "")]
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@pytest.mark.parametrize("net", [Linear(), Conv(nn.Conv2d(4, 4, 3, padding=1))], ids=["linear", "convolution"])
+def test_a_weight_that_changes_is_packed_again(onednn_wins, net):
+    x = torch.randn(6, 24) if isinstance(net, Linear) else torch.randn(1, 4, 6, 6)
+    model = tuned(net, x)
+    (weight, *_) = net.parameters()
+    with torch.no_grad():
+        weight.mul_(3)
+        assert_same(model(x), net(x))
+        net.load_state_dict({name: value + 1 for name, value in net.state_dict().items()})
+        assert_same(model(x), net(x))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    net(x).square().sum().backward()
+    optimizer.step()
+    assert_same(model(x), net(x))
+
+
+@needs_onednn
+def test_one_copy_serves_two_calls_with_one_weight_and_the_report_says_its_bytes(onednn_wins):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(32, 32, bias=False)
+
+        def forward(self, x):
+            return self.linear(torch.cos(self.linear(x)))
+
+    net, x = Twice(), torch.randn(4, 32)
+    model = tuned(net, x)
+    assert len(packed_calls(model)) == 2
+    assert "packed weights: 1, copies of 4.00 KiB beside the weights" in str(model.report())
+    assert "packed" not in str(gw.compile(net, example_inputs=(x,), backend="aten").report())
+
+
+@needs_onednn
+def test_weights_made_in_inference_mode_are_packed(onednn_wins):
+    with torch.inference_mode():
+        net, x = Linear(), torch.randn(4, 24)
+        model = tuned(net, x)
+        torch.testing.assert_close(model(x), net(x))
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [0, 1, 5, 64])
+def test_a_packed_linear_serves_any_number_of_rows(onednn_wins, rows):
+    net = Linear(FOLLOWED[" with gelu"])
+    model = tuned(net, torch.randn(5, 24), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=0, max=64)}})
+    assert packed_calls(model)
+    x = torch.randn(rows, 24)
+    torch.testing.assert_close(model(x), net(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width=32, hidden=128):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@needs_onednn
+def test_weights_of_region_bodies_are_packed(onednn_wins):
+    net, x = FeedForward(), torch.randn(257, 32)
+    model = tuned(net, x, passes=[gw.SliceGroups(memory_budget="30%")])
+    assert packed_calls(model) == ["oneDNN's linear with gelu", "oneDNN's linear"]
+    assert_exact(model, net, x)
+    with torch.no_grad():
+        net.up.weight.add_(1)
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@pytest.mark.parametrize("passes", [(), (gw.SliceGroups(memory_budget="40%"),)], ids=["whole", "sliced"])
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [(FeedForward(64, 256), (512, 64)), (nn.Sequential(Conv(nn.Conv2d(8, 32, 3, padding=1), F.silu), nn.Conv2d(32, 8, 1)), (4, 8, 32, 32))],
+    ids=["linear", "convolution"],
+)
+def test_the_prediction_knows_what_packed_calls_allocate(onednn_wins, net, shape, passes):
+    x = torch.randn(shape)
+    model = tuned(copy.deepcopy(net), x, passes=passes)
+    measured = model.measure(x)
+    predicted = model.report().memory.compiled
+    # oneDNN takes a few KiB a thread for a convolution beside the copies.
+    assert predicted == pytest.approx(measured.peak_bytes, abs=2**13 * torch.get_num_threads())
+
+
+# --- the probe ---
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """What each way of a question takes, in the place of a clock."""
+    times = {}
+    monkeypatch.setattr(Probe, "_sample", lambda self, call: times[call()])
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+    return times
+
+
+def ways(*names):
+    return {name: lambda name=name: name for name in names}
+
+
+def test_the_fastest_way_is_taken_where_it_wins_by_more_than_the_clock_does(seconds):
+    seconds |= {"aten": 1.0, "onednn": 0.5, "close": MARGIN + 0.01}
+    assert Probe(0).fastest("linear", "a", ways("aten", "onednn")) == "onednn"
+    assert Probe(0).fastest("linear", "b", ways("aten", "close")) == "aten"
+
+
+def test_a_way_that_fails_is_out(seconds):
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    seconds["aten"] = 1.0
+    assert Probe(0).fastest("linear", "a", {"aten": lambda: "aten", "onednn": broken}) == "aten"
+
+
+def test_a_verdict_holds_until_the_threads_change(seconds):
+    seconds |= {"aten": 1.0, "onednn": 0.5}
+    assert Probe(0).fastest("linear", "a", ways("aten", "onednn")) == "onednn"
+    seconds["aten"] = 0.1
+    assert Probe(0).fastest("linear", "a", ways("aten", "onednn")) == "onednn"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert Probe(0).fastest("linear", "a", ways("aten", "onednn")) == "aten"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_when_the_time_is_up_a_question_takes_what_its_like_took(seconds):
+    seconds |= {"aten": 1.0, "onednn": 0.5}
+    probe = Probe(0, seconds=0.0)
+    assert probe.fastest("linear", "a", ways("aten", "onednn")) == "aten"  # nothing is known yet
+    Probe(0).fastest("linear", "b", ways("aten", "onednn"))
+    assert probe.fastest("linear", "b", ways("aten", "onednn")) == "onednn"  # known already
+    assert probe.fastest("linear", "c", ways("aten", "onednn")) == "onednn"
+    assert probe.fastest("convolution", "c", ways("aten", "onednn")) == "aten"
+
+
+# --- compiled segments between library calls ---
+
+needs_compiler = pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
+
+
+@pytest.fixture
+def compiled_wins(monkeypatch, onednn_wins):
+    """Like `onednn_wins`, and no verdict of another test is known."""
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+
+
+class Block(nn.Module):
+    """Pre-norm attention of one head and a feed-forward: products with norms, rotations and splits between them."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out, self.mlp = nn.Linear(width, 3 * width), nn.Linear(width, width), FeedForward(width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.out(F.scaled_dot_product_attention(q.cos(), k.sin(), v))
+        return self.mlp(self.norm2(x))
+
+
+def segments(model):
+    return [node.target for node in model._present.executor._lowered.nodes if isinstance(node.target, Segment)]
+
+
+@needs_onednn
+@needs_compiler
+def test_segments_that_are_alike_are_compiled_once(compiled_wins):
+    net, x = nn.Sequential(Block(), Block(), Block()), torch.randn(2, 7, 32)
+    model = tuned(net, x)
+    assert len(segments(model)) == 9  # a norm, attention and a norm each
+    assert len(set(segments(model))) <= 4  # the norms of a width are alike, but for what else they give
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@needs_compiler
+def test_what_only_later_calls_need_waits_for_them(compiled_wins):
+    class Projections(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.out = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            q = self.q(x).cos()
+            k = self.k(x).sin()
+            return self.out(q * k)
+
+    net, x = Projections(), torch.randn(5, 32)
+    model = tuned(net, x)
+    assert len(segments(model)) == 1  # cos, sin and the product between them
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@needs_compiler
+def test_results_of_a_call_that_has_several_stay_together(compiled_wins):
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            a, b = x.exp().split(8, -1)
+            return self.second(self.first(a).exp() + b)
+
+    net, x = Split(), torch.randn(4, 16)
+    assert_exact(tuned(net, x), net, x)
+
+
+@needs_onednn
+@needs_compiler
+def test_random_calls_keep_their_order(compiled_wins):
+    net, x = nn.Sequential(nn.Dropout(), nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 8)).train(), torch.ones(4, 8)
+    model = gw.compile(net, example_inputs=(x,), backend="tuned")
+    order = [type(node.target).__name__ for node in model._present.executor._lowered.nodes if node.op == "call_function"]
+    assert [name for name in order if name != "builtin_function_or_method"] == ["Segment", "PackedLinear"] * 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48)], ids=str)
+@pytest.mark.parametrize("form", ["linear", "addmm"])
+def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bias, shape):
+    class Row(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(*((40, 48) if form == "linear" else (48, 40))))
+            self.bias = nn.Parameter(torch.randn(40)) if bias else None
+
+        def forward(self, x):
+            if form == "linear":
+                return F.silu(F.linear(x, self.weight, self.bias))
+            flat = x.view(1, 48)
+            return F.silu(torch.addmm(self.bias, flat, self.weight) if bias else torch.mm(flat, self.weight))
+
+    net, x = Row(), torch.randn(shape)
+    model = tuned(net, x)
+    assert len(segments(model)) == 1 and not packed_calls(model)
+    assert_exact(model, net, x)
+    with torch.no_grad():
+        net.weight.add_(1)  # nothing is copied, so nothing can be stale
+    assert_exact(model, net, x)
+
+
+@needs_compiler
+def test_a_segment_that_does_not_win_is_left_to_its_kernels(monkeypatch):
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "aten")
+    net, x = Block(), torch.randn(2, 7, 32)
+    model = tuned(net, x)
+    assert not segments(model) and not packed_calls(model)
+    assert_exact(model, net, x)
+
+
+@needs_compiler
+def test_a_segment_that_is_known_to_lose_is_not_compiled_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Probe, "known", lambda self, kind, question: "aten")
+    monkeypatch.setattr("graphwright.codegen.cpu_inductor.CompiledGraph", lambda *_: asked.append(1))
+    tuned(Block(), torch.randn(2, 7, 32))
+    assert not asked
+
+
+@needs_compiler
+def test_a_segment_that_inductor_fails_on_stays_with_library_kernels(monkeypatch, caplog):
+    def broken(*_):
+        raise AssertionError("a defect of the compiler")
+
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+    monkeypatch.setattr("graphwright.codegen.cpu_inductor.CompiledGraph", broken)
+    net, x = Block(), torch.randn(2, 7, 32)
+    model = tuned(net, x)
+    assert not segments(model) and "a defect of the compiler" in caplog.text
+    assert_exact(model, net, x)
