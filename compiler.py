@@ -74,7 +74,7 @@ def compile(
     if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
         if dynamic_shapes is not None:
             raise InputError(f"dynamic_shapes is for capturing a module, not for {type(model).__name__}, whose sizes stand: leave it out")
-        return CompiledModel(finish(_saved(model, trusted), _example(example_inputs, example_kwargs)))
+        return CompiledModel(finish(_saved(model, trusted, kept), _example(example_inputs, example_kwargs)))
 
     def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compilation:
         # torch.export takes two arguments that are one tensor for one argument; each is a tensor of its own here.
@@ -96,7 +96,7 @@ def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, 
         TargetError: the backend cannot run here.
     """
     kept = _cache(cache)
-    saved = artifact.load(path, sha256=sha256)
+    saved = artifact.load(path, sha256=sha256, cache=kept)
     backend = choose_backend(backend)
     return CompiledModel(
         Compilation(saved.program, backend, saved.parameters, (), saved.reports, saved.contract, saved.training, cache=kept)
@@ -113,7 +113,7 @@ def _cache(choice: Any) -> Cache | None:
     return choice
 
 
-def _saved(model: Any, trusted: bool) -> Saved:
+def _saved(model: Any, trusted: bool, cache: Cache | None) -> Saved:
     """A program that exists already, with the names of its caller's parameters where these are known."""
     if isinstance(model, Program):
         return Saved(model)
@@ -122,13 +122,13 @@ def _saved(model: Any, trusted: bool) -> Saved:
     if isinstance(model, ExportedProgram):
         return Saved(from_exported(model))
     if isinstance(model, str | Path):
-        return _read(Path(model), trusted)
+        return _read(Path(model), trusted, cache)
     raise InputError(f"compile takes a module, an exported program, a program or a path, not a {type(model).__name__}")
 
 
-def _read(path: Path, trusted: bool) -> Saved:
+def _read(path: Path, trusted: bool, cache: Cache | None) -> Saved:
     if path.suffix == ".gw":
-        return artifact.load(path)
+        return artifact.load(path, cache=cache)
     if path.suffix != ".pt2":
         raise InputError(f"{path} is no model file: compile reads .gw and .pt2")
     if not trusted:
