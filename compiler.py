@@ -18,11 +18,13 @@ from .passes.pipeline import Pipeline
 from .runtime import artifact
 from .runtime.artifact import Saved
 from .runtime.backend import choose_backend
+from .runtime.cache import Cache, default_cache
 from .runtime.calling import Call, parameters_of
 from .runtime.compiled import Compilation, CompiledModel
 
 Model = nn.Module | ExportedProgram | Program | str | Path
 Progress = Callable[[int, int, str], None]
+CacheChoice = bool | Cache | str | Path
 
 
 def compile(
@@ -37,6 +39,7 @@ def compile(
     cleanups: bool = True,
     trusted: bool = False,
     progress: Progress | None = None,
+    cache: CacheChoice = True,
 ) -> CompiledModel:
     """`model` with `passes` applied, ready to be called as `model` is.
 
@@ -44,7 +47,9 @@ def compile(
     neither is given; it stays exactly as it was, and its weights are shared. `dynamic_shapes` is torch.export's. `backend` is
     "tuned" (what is fastest on this CPU, timed when the model is made ready; on a GPU what "inductor" does), which "auto" means, "aten" (no
     compiler needed, starts at once), "inductor" (needs a C++ compiler) or "triton" (needs a GPU). `verify` is "structure" or "numeric",
-    which checks each pass's contract on the example. A `.pt2` file can run code when it is read, so it needs `trusted=True`.
+    which checks each pass's contract on the example. A `.pt2` file can run code when it is read, so it needs `trusted=True`. What
+    compilers and measurements found out is kept in `cache` for the next process: in the user's own (True), in that of a folder, or
+    nowhere (False).
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.
@@ -54,7 +59,7 @@ def compile(
     _check_examples(example_inputs, example_kwargs)
     if progress is not None and not callable(progress):
         raise InputError(f"progress is a function of (passes done, passes in all, name of the next), not {progress!r}")
-    backend = choose_backend(backend)
+    backend, kept = choose_backend(backend), _cache(cache)
     pipeline = parse_pipeline([*(CLEANUPS if cleanups else ()), *parse_pipeline(passes)])
     PassManager(pipeline, verify=verify)  # refuses them now, not on the first call
 
@@ -64,7 +69,7 @@ def compile(
         result = PassManager(pipeline, verify=verify, inputs=inputs, progress=progress).run(program)
         contract = Contract.weakest([captured.contract, result.contract])
         reports = (*captured.reports, *result.reports)
-        return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training, module)
+        return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training, module, kept)
 
     if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
         if dynamic_shapes is not None:
@@ -82,16 +87,30 @@ def compile(
     return CompiledModel(make(example_inputs or (), example_kwargs or {}))
 
 
-def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None) -> CompiledModel:
-    """The model that `compiled.save(path)` wrote, as it was: no pass runs again. `sha256` is the digest that the file must have.
+def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, cache: CacheChoice = True) -> CompiledModel:
+    """The model that `compiled.save(path)` wrote, as it was: no pass runs again. `sha256` is the digest that the file must have, `cache`
+    where compiled code is kept, as for `compile`.
 
     Raises:
         ArtifactError: the file is not a whole, unedited artifact of a version that this graphwright reads.
         TargetError: the backend cannot run here.
     """
+    kept = _cache(cache)
     saved = artifact.load(path, sha256=sha256)
     backend = choose_backend(backend)
-    return CompiledModel(Compilation(saved.program, backend, saved.parameters, (), saved.reports, saved.contract, saved.training))
+    return CompiledModel(
+        Compilation(saved.program, backend, saved.parameters, (), saved.reports, saved.contract, saved.training, cache=kept)
+    )
+
+
+def _cache(choice: Any) -> Cache | None:
+    if isinstance(choice, bool):
+        return default_cache() if choice else None
+    if isinstance(choice, str | Path):
+        return Cache(choice)
+    if not isinstance(choice, Cache):
+        raise InputError(f"cache is True, False, a folder or a Cache, not a {type(choice).__name__}")
+    return choice
 
 
 def _saved(model: Any, trusted: bool) -> Saved:

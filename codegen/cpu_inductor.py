@@ -1,13 +1,14 @@
 """Inductor's C++ for a functional graph: straight from FX, without Dynamo, and boxed, so that inputs die at their last use.
 
 Compiling guesses at dynamic sizes and records what it took for granted; `CompiledGraph` holds these guards against the sizes of
-each call and runs ATen where one fails. Symbols are declared anew for it, so that no guess reaches the program.
+each call and runs ATen where one fails. Symbols are declared anew for it, so that no guess reaches the program. Code for fixed sizes
+took nothing for granted, and can be kept.
 """
 
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -15,26 +16,46 @@ from torch import fx
 
 from ..ir import Node, Symbol, SymbolTable
 from ..ir.infer import fake_like
+from .stored_code import restore, store
 
-Boxed = Callable[[list[Any]], list[Any]]
+Boxed = Callable[[list[Any]], Any]
+
+
+class Shelf(Protocol):
+    """Where the code of one graph is kept, for this version of everything and this machine."""
+
+    def get(self) -> bytes | None: ...
+
+    def put(self, value: bytes) -> None: ...
 
 
 class CompiledGraph:
     """A graph compiled for inputs of the types `examples` (FakeTensors and SymInts), called with a list that it empties.
 
-    `fallback` runs the same graph for sizes that the compiled code was not made for.
+    `fallback` runs the same graph for sizes that the compiled code was not made for. What lies on `shelf` is not compiled again.
     """
 
-    def __init__(self, graph: fx.Graph, examples: Sequence[Any], symbols: SymbolTable, fallback: Boxed):
-        fresh = _FreshSymbols(symbols)
-        inputs = [fresh.value(example) for example in examples]
-        self._run = _compile(graph, inputs)
+    def __init__(self, graph: fx.Graph, examples: Sequence[Any], symbols: SymbolTable, fallback: Boxed, shelf: Shelf | None = None):
         self._fallback = fallback
         leaves: Any = graph.output_node().args[0]
         self._strides = [_static_stride(leaf) for leaf in leaves]
-        self._guards = fresh.guards()
-        self._sizes = _size_places(inputs)
+        self._guards: list[Any] = []
+        self._sizes: list[tuple[Any, int, int | None]] = []
         self._verdicts: dict[tuple[int, ...], bool] = {}
+        if not all(map(_is_static, examples)):
+            shelf = None
+        kept = _taken(shelf)
+        self._run = self._compiled(graph, examples, symbols, shelf) if kept is None else kept
+
+    def _compiled(self, graph: fx.Graph, examples: Sequence[Any], symbols: SymbolTable, shelf: Shelf | None) -> Boxed:
+        fresh = _FreshSymbols(symbols)
+        inputs = [fresh.value(example) for example in examples]
+        whole, function = _compile(graph, inputs)
+        self._guards, self._sizes = fresh.guards(), _size_places(inputs)
+        code = store(function) if shelf is not None and function is not None and not self._guards else None
+        if shelf is not None and code is not None:
+            shelf.put(code)
+        return function or whole
 
     def __call__(self, arguments: list[Any]) -> list[Any]:
         if self._guards and not self._holds(arguments):
@@ -58,18 +79,44 @@ class CompiledGraph:
         return torch.empty_strided(output.shape, stride, dtype=output.dtype, device=output.device).copy_(output)
 
 
-def _compile(graph: fx.Graph, inputs: list[Any]) -> Boxed:
+def _taken(shelf: Shelf | None) -> Boxed | None:
+    code = shelf.get() if shelf is not None else None
+    if code is None:
+        return None
+    try:
+        return restore(code)
+    except Exception:  # libraries that this machine does not load, a full disk for temporary files: it is compiled again
+        return None
+
+
+def _compile(graph: fx.Graph, inputs: list[Any]) -> tuple[Boxed, Boxed | None]:
+    """The compiled graph; and the one function that Inductor wrote for it, where that takes and gives just what the graph does, without
+    what AOTAutograd puts around functions: functions that write to inputs from outside, or give more values than the graph."""
+    from torch._functorch import config as functorch_config
     from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     from .inductor_checks import KeepChecks
 
+    made: list[tuple[int, Any]] = []
+
+    def compile_inner(module: fx.GraphModule, *arguments: Any, **keywords: Any) -> Any:
+        results: Any = module.graph.output_node().args[0]
+        made.append((len(results), compile_fx_inner(module, *arguments, **keywords)))
+        return made[-1][1]
+
     module = fx.GraphModule({}, _boxed(graph))
     options = config.patch(fallback_random=True, post_grad_custom_post_pass=KeepChecks())
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), options:
-        warnings.simplefilter("ignore")
-        compiled: Any = compile_fx(module, [inputs])  # type: ignore[list-item]
-    return compiled
+    # AOTAutograd's own cache would not ask for a function to be compiled.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), options, functorch_config.patch(enable_autograd_cache=False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            whole: Any = compile_fx(module, [inputs], inner_compile=compile_inner)  # type: ignore[list-item]
+    leaves: Any = graph.output_node().args[0]
+    if len(made) != 1 or made[0][0] != len(leaves):
+        return whole, None
+    # `current_callable` is what torch's CompiledFxGraph calls: what Inductor's file defines, or a wrapper where inputs must be aligned.
+    return whole, getattr(made[0][1], "current_callable", None)
 
 
 def _boxed(graph: fx.Graph) -> fx.Graph:
@@ -139,6 +186,11 @@ def _distinct(outputs: list[Any], passed: Sequence[Any]) -> list[Any]:
         result.append(torch.ops.aten.alias(output) if id(output) in seen and isinstance(output, torch.Tensor) else output)
         seen.add(id(output))
     return result
+
+
+def _is_static(value: Any) -> bool:
+    """Whether a type has no size that is known at the call only."""
+    return isinstance(value, torch.Tensor) and all(isinstance(n, int) for n in (*value.shape, *value.stride()))
 
 
 def _static_stride(leaf: Any) -> tuple[int, ...] | None:

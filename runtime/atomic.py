@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -9,20 +10,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<boot>[^-]+)-(?P<pid>[0-9]+)-[0-9a-f]+\.tmp", re.DOTALL)
+
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, mode: int | None = None) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends well; on any exception `path` is as before and nothing is left.
 
-    A link stays, and what it leads to is replaced; the new file has the permissions of the old one. What a killed writer of the
-    same file left behind is removed first.
+    A link stays, and what it leads to is replaced; the new file has the permissions `mode`, else those of the old one. What a
+    killed writer of the same file left behind is removed first.
 
     Raises:
         OSError: the file cannot be written, as `check_writable` says or while it is.
     """
     path = Path(os.path.realpath(path))
-    permissions = check_writable(path)
-    _remove_debris(path)
+    old = check_writable(path)
+    permissions = old if mode is None else mode
+    remove_debris(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{_boot()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666 if permissions is None else 0o600)
     try:
@@ -67,20 +71,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_debris(path: Path) -> None:
-    prefix = f".{path.name}."
+def remove_debris(folder: Path, name: str | None = None) -> None:
+    """Removes what killed writers of `name`, or of any file, left in `folder`."""
     with suppress(OSError):
-        for entry in os.scandir(path.parent):
-            if entry.name.startswith(prefix) and entry.name.endswith(".tmp") and _writer_is_dead(entry.name[len(prefix) :]):
+        for entry in os.scandir(folder):
+            temporary = _TEMPORARY.fullmatch(entry.name)
+            if temporary is not None and name in (None, temporary["name"]) and _is_dead(temporary["boot"], temporary["pid"]):
                 with suppress(OSError):
                     os.unlink(entry.path)
 
 
-def _writer_is_dead(tail: str) -> bool:
-    boot, _, rest = tail.partition("-")
-    pid, _, _ = rest.partition("-")
-    if not pid.isdigit():
-        return False
+def _is_dead(boot: str, pid: str) -> bool:
     return boot != _boot() or not os.path.exists(f"/proc/{pid}")
 
 

@@ -17,6 +17,7 @@ from ..ir.tree import unflatten
 from ..passes import Contract
 from . import artifact
 from .artifact import Saved
+from .cache import Cache
 from .calling import Call, Parameter
 from .executor import Executor
 from .memory import Measurement, measure_peak
@@ -31,7 +32,7 @@ Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 @dataclass(frozen=True)
 class Compilation:
     """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract, whether
-    the module was in train mode when it was captured, and the module, where there was one."""
+    the module was in train mode when it was captured, the module, where there was one, and where compiled code is kept."""
 
     program: Program
     backend: str
@@ -41,6 +42,7 @@ class Compilation:
     contract: Contract = Contract.EXACT
     training: bool = False
     module: nn.Module | None = None
+    cache: Cache | None = None
 
 
 class CompiledModel(nn.Module):
@@ -217,7 +219,7 @@ class _Runner:
         main = program.main
         signature = main.signature()
         self.compilation = compilation
-        self.executor = Executor(program, backend=compilation.backend)
+        self.executor = Executor(program, backend=compilation.backend, cache=compilation.cache)
         self.call = Call(program, main, compilation.parameters)
         self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
         self._updates = _updates(signature)

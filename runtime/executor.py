@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
+from ..codegen.cpu_packed import PackedCall
 from ..ir import Node, Program
 from ..ir.errors import InputError
+from .cache import Cache
 from .flat import FlatGraph
 from .lowering import Backend, lower, lowering_for
 from .prediction import lowered_profile
-from .tuned_lowering import TunedLowering
+from .sliced import SlicedRun
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
@@ -27,13 +30,13 @@ class Executor:
     """`executor(inputs, states)` gives the flat outputs and the new states of `function`.
 
     `inputs` holds one value for each leaf, constants included; `states` a tensor for each state, the program's own where one
-    is missing. States are read, never written: writing back is the caller's business.
+    is missing. States are read, never written: writing back is the caller's business. Compiled code is kept in `cache`.
 
     Raises:
         InputError: a weight has no values (the program was read from text alone).
     """
 
-    def __init__(self, program: Program, function: str = "main", backend: Backend = "aten"):
+    def __init__(self, program: Program, function: str = "main", backend: Backend = "aten", cache: Cache | None = None):
         body = program.functions[function]
         self.program, self.backend = program, backend
         self._name = function
@@ -42,8 +45,7 @@ class Executor:
         # Where each placeholder's value comes from: a name for a state, None for the next input.
         self._sources = [str(p.target) if p.meta.get("role", "input") == "state" else None for p in body.placeholders]
         bound = functools.partial(_tensor, program)
-        self._lowering = lowering_for(backend, body.graph, program.symbols, bound)
-        self._lowered = lower(body.graph, self._lowering)
+        self._lowered = lower(body.graph, lowering_for(backend, body.graph, program.symbols, bound, cache))
         self._flat = FlatGraph(self._lowered, bound)
 
     def predicted_peak(self) -> int | None:
@@ -54,8 +56,13 @@ class Executor:
 
     def packs(self) -> tuple[int, int]:
         """How many weights are held in a second layout, and the bytes of these copies."""
-        packs = self._lowering.packs.values() if isinstance(self._lowering, TunedLowering) else ()
+        packs = {node.target.pack for graph in self._graphs() for node in graph.nodes if isinstance(node.target, PackedCall)}
         return len(packs), sum(pack.nbytes for pack in packs)
+
+    def _graphs(self) -> list[fx.Graph]:
+        """The graph that runs, and the bodies of its regions."""
+        runs = [node.target for node in self._lowered.nodes if isinstance(node.target, SlicedRun)]
+        return [self._lowered, *(run.call.body.graph for run in runs)]
 
     def kernel_calls(self) -> "list[Kernel]":
         """The Triton kernel of each call of one, in order."""

@@ -19,6 +19,8 @@ from ..ir.liveness import profile_graph
 from ..ir.program import region_of
 from ..ir.region_call import RegionCall
 from .backend import has_cpp_compiler
+from .cache import Cache
+from .code_cache import CodeCache
 from .prediction import lowered_profile
 from .segments import AtenLowering, InductorLowering
 from .sliced import SlicedRun
@@ -33,21 +35,24 @@ class Lowering(Protocol):
 
     pieces: dict[Node, Node]
     left: set[Node]
+    code: CodeCache | None
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None: ...
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun: ...
 
 
-def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound: Bound) -> Lowering:
-    """What makes `graph` ready for `backend`: "aten", "inductor", "tuned" or "triton" ("triton_interpreter" is for tests alone)."""
+def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound: Bound, cache: Cache | None = None) -> Lowering:
+    """What makes `graph` ready for `backend`: "aten", "inductor", "tuned" or "triton" ("triton_interpreter" is for tests alone). What a
+    compiler made for it before may come from `cache`."""
     if backend in ("triton", "triton_interpreter"):
         from .triton_lowering import TritonLowering
 
         return TritonLowering(graph, symbols, interpreted=backend != "triton")
     if backend == "tuned" and _is_on_cpu(graph):
-        return TunedLowering(graph, symbols, bound)
-    return InductorLowering(symbols) if backend != "aten" and has_cpp_compiler() else AtenLowering()
+        return TunedLowering(graph, symbols, bound, cache)
+    compiles = backend != "aten" and has_cpp_compiler()
+    return InductorLowering(symbols, None if cache is None else CodeCache(cache, symbols)) if compiles else AtenLowering()
 
 
 def _is_on_cpu(graph: fx.Graph) -> bool:
@@ -56,17 +61,28 @@ def _is_on_cpu(graph: fx.Graph) -> bool:
 
 def lower(graph: fx.Graph, lowering: Lowering) -> fx.Graph:
     """The runnable form of `graph`."""
-    lowered = _lowered(graph, lowering)
-    if not lowering.pieces or not any(region_of(node) is not None for node in graph.nodes):
-        return lowered
-    # Whoever slices a program pays for memory: code that takes more of it than planned gives way to library kernels.
-    limit = profile_graph(graph).peak_bytes
-    memory = lowered_profile(lowered)
+    if not any(region_of(node) is not None for node in graph.nodes):
+        return _lowered(graph, lowering)
+    nodes = list(graph.nodes)
+    known = None if lowering.code is None else lowering.code.left(graph)
+    if known is None:
+        lowered = _lowered(graph, lowering)
+        lowering.left = _left(graph, lowered, lowering.pieces)
+        if lowering.code is not None:
+            lowering.code.keep_left(graph, {position for position, node in enumerate(nodes) if node in lowering.left})
+        return _lowered(graph, lowering) if lowering.left else lowered
+    lowering.left = {nodes[position] for position in known}
+    return _lowered(graph, lowering)
+
+
+def _left(graph: fx.Graph, lowered: fx.Graph, pieces: Mapping[Node, Node]) -> set[Node]:
+    """The first nodes of the pieces that library kernels run: whoever slices a program pays for memory, and what takes more of it than
+    planned gives way."""
+    memory = lowered_profile(lowered) if pieces else None
     if memory is None:
-        return lowered
-    pieces = lowering.pieces
-    lowering.left = {pieces[node] for node, live in zip(memory.nodes, memory.live, strict=True) if live > limit and node in pieces}
-    return _lowered(graph, lowering) if lowering.left else lowered
+        return set()
+    limit = profile_graph(graph).peak_bytes
+    return {pieces[node] for node, live in zip(memory.nodes, memory.live, strict=True) if live > limit and node in pieces}
 
 
 def _lowered(graph: fx.Graph, lowering: Lowering) -> fx.Graph:

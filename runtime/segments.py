@@ -1,7 +1,8 @@
 """Runs of calls as what runs them: each call by its own kernel, or all in one as Inductor's C++.
 
 A lowering adds a run of calls to the graph that is being made (`segment`), and makes regions ready (`region`). `pieces` says of each
-call that it made of something else what that began with; what begins with a node in `left` stays with library kernels.
+call that it made of something else what that began with; what begins with a node in `left` stays with library kernels. `code` holds what
+was compiled before.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import fx
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.infer import storage_key, tensors_of
+from .code_cache import CodeCache
 from .flat import Boxed, FlatGraph
 from .sliced import Body, SlicedRun
 
@@ -22,6 +24,7 @@ class AtenLowering:
     def __init__(self) -> None:
         self.pieces: dict[Node, Node] = {}
         self.left: set[Node] = set()
+        self.code: CodeCache | None = None
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
@@ -49,9 +52,9 @@ class Segment(Boxed):
 class InductorLowering(AtenLowering):
     """Segments and bodies as Inductor's C++."""
 
-    def __init__(self, symbols: SymbolTable):
+    def __init__(self, symbols: SymbolTable, code: CodeCache | None = None):
         super().__init__()
-        self.symbols = symbols
+        self.symbols, self.code = symbols, code
         self._segments: dict[Node, Segment] = {}
         self._regions: dict[Node, SlicedRun] = {}
 
@@ -97,7 +100,8 @@ class InductorLowering(AtenLowering):
     def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Body:
         from ..codegen.cpu_inductor import CompiledGraph
 
-        return CompiledGraph(graph, examples, self.symbols, FlatGraph(graph))
+        shelf = None if self.code is None else self.code.code(graph, examples)
+        return CompiledGraph(graph, examples, self.symbols, FlatGraph(graph), shelf)
 
 
 def computes(outputs: Sequence[Node], inputs: Sequence[Node]) -> bool:

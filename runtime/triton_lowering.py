@@ -14,6 +14,7 @@ from ..ir.calls import GETITEM
 from ..ir.infer import tensors_of
 from ..ir.printer import node_lines
 from ..ir.tree import LEAF
+from .code_cache import CodeCache
 from .sliced import SlicedRun
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class TritonLowering:
         self.symbols = symbols
         self.pieces: dict[Node, Node] = {}
         self.left: set[Node] = set()
+        self.code: CodeCache | None = None
         self.device = "cpu" if interpreted else "cuda"
         self._lines = node_lines(Function("main", graph, LEAF, LEAF), symbols)
 

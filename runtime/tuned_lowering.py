@@ -7,6 +7,7 @@ operands that every slice gets whole; they are packed like those outside.
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
@@ -19,6 +20,8 @@ from ..ir import Node, Region, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.region_call import RegionCall
 from .backend import has_cpp_compiler
+from .cache import Cache
+from .code_cache import CodeCache
 from .flat import FlatGraph
 from .lazy_order import lazy_runs
 from .probe import Probe
@@ -32,14 +35,16 @@ Bound = Callable[[Node], torch.Tensor]
 class TunedLowering:
     """Lowers `graph`, whose weights are `bound`."""
 
-    def __init__(self, graph: fx.Graph, symbols: SymbolTable, bound: Bound):
+    def __init__(self, graph: fx.Graph, symbols: SymbolTable, bound: Bound, cache: Cache | None = None):
         self.symbols = symbols
-        self.packs: dict[tuple[Any, ...], Pack] = {}
+        self._packs: WeakValueDictionary[tuple[Any, ...], Pack] = WeakValueDictionary()
         self._bound = bound
-        self._probe = Probe(_weight_bytes(graph, bound))
-        self._between = TunedSegments(symbols, self._probe) if has_cpp_compiler() else AtenLowering()
+        self._probe = Probe(_weight_bytes(graph, bound), cache=cache)
+        code = None if cache is None else CodeCache(cache, symbols)
+        self._between = TunedSegments(symbols, self._probe, code) if has_cpp_compiler() else AtenLowering()
         self.pieces = self._between.pieces
         self.left: set[Node] = set()
+        self.code: CodeCache | None = None  # what is left to library kernels depends on verdicts, and is found out anew
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
@@ -94,28 +99,32 @@ class TunedLowering:
         return group.nodes[0] not in self.left and not is_looped
 
     def _wins(self, group: Group, node: Node | None) -> bool:
+        """Whether `group` is faster as one call, which has its packed weight then."""
         assert node is not None
         weight = self._bound(node)
+        question = (
+            f"{[str(n.target) for n in group.nodes]} {group.call} {[hinted(n.meta['val']) for n in group.reads]} {group.call.layout()}"
+        )
+        known = self._probe.known(group.call.kind, question)
+        if known == "aten":
+            return False
         key = (id(weight), *group.call.layout())
-        is_new = key not in self.packs
-        pack = self.packs[key] if key in self.packs else Pack(weight, group.call.lay_out)
+        pack = self._packs.get(key) or Pack(weight, group.call.lay_out)
         group.call.pack = pack
-        wins = self._verdict(group, weight) == "onednn"
-        if wins and is_new:
-            self.packs[key] = pack
-        return wins
+        if known is None and self._verdict(group, weight, question) == "aten":
+            return False
+        self._packs[key] = pack
+        return True
 
-    def _verdict(self, group: Group, weight: torch.Tensor) -> str:
-        inputs = list(dict.fromkeys(operand for operand in group.operands if operand is not None))
+    def _verdict(self, group: Group, weight: torch.Tensor, question: str) -> str:
+        inputs = list(dict.fromkeys(group.reads))
         values: list[Any] = [weight if operand is group.weight else random_like(operand.meta["val"]) for operand in inputs]
         by_node = dict(zip(inputs, values, strict=True))
         operands = [None if operand is None else by_node[operand] for operand in group.operands]
         aten = FlatGraph(cut_out(group.nodes, inputs, [group.result]))
-        question = f"{[str(node.target) for node in group.nodes]} {[(*hinted(node.meta['val']),) for node in inputs]} {group.call.layout()}"
+        ways = {"aten": lambda: aten(list(values)), "onednn": lambda: group.call(*operands)}
         with torch.no_grad(), torch._C._DisableAutocast():
-            return self._probe.fastest(
-                group.call.kind, question, {"aten": lambda: aten(list(values)), "onednn": lambda: group.call(*operands)}
-            )
+            return self._probe.fastest(group.call.kind, question, ways)
 
 
 def _with_parts(nodes: Sequence[Node]) -> list[Node]:

@@ -15,6 +15,7 @@ from ..codegen.cpu_packed import hinted
 from ..codegen.cpu_rows import with_rows_spelled_out
 from ..ir import Node, SymbolTable
 from ..ir.symbols import hint
+from .code_cache import CodeCache
 from .flat import FlatGraph
 from .probe import Probe
 from .segments import AtenLowering, InductorLowering, Segment, computes, cut_out, ends
@@ -26,8 +27,8 @@ Run = Callable[[list[Any]], list[Any]]
 class TunedSegments(InductorLowering):
     """Segments by Inductor where the probe finds it faster than each call by its own kernel."""
 
-    def __init__(self, symbols: SymbolTable, probe: Probe):
-        super().__init__(symbols)
+    def __init__(self, symbols: SymbolTable, probe: Probe, code: CodeCache | None):
+        super().__init__(symbols, code)
         self._probe = probe
         self._alike: dict[tuple[Any, ...], Segment | None] = {}
 
@@ -61,7 +62,9 @@ class TunedSegments(InductorLowering):
     def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Run:
         from ..codegen.cpu_inductor import CompiledGraph
 
-        return CompiledGraph(with_rows_spelled_out(graph), examples, self.symbols, FlatGraph(graph))
+        spelled = with_rows_spelled_out(graph)
+        shelf = None if self.code is None else self.code.code(spelled, examples)
+        return CompiledGraph(spelled, examples, self.symbols, FlatGraph(graph), shelf)
 
 
 def likeness(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """What holds for every test: the checkout root is never imported as a package of another name, and no test has a deadline."""
 
 import os
+import uuid
 from pathlib import Path
 
 import hypothesis
@@ -25,6 +26,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    """Each test has an empty cache: one that patches a pass would otherwise find results of the pass that it patched."""
+    monkeypatch.setenv("GRAPHWRIGHT_CACHE_DIR", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
 
 
 class RootIsAFolder:

@@ -54,6 +54,31 @@ def families():
             [half(2, 32, 1024, 128), half(128), half(1024, 128), half(1024, 128)],
         ),
         "reductions": (lambda x: ((x * x).sum(-1), x.amax(-1), x.float().var(-1)), [half(4096, 1024)]),
+        "linear, gelu": (lambda x, w, b: F.gelu(F.linear(x, w, b)), [half(4096, 1152), half(4608, 1152), half(4608)]),
+        "linear, gate, residual": (
+            lambda x, w, b, g, r: r + g[:, None] * F.linear(x, w, b),
+            [half(2, 256, 1152), half(1152, 1152), half(1152), half(2, 1152), half(2, 256, 1152)],
+        ),
+        "SwiGLU of two products": (
+            lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u),
+            [half(2048, 2048), half(8192, 2048), half(8192, 2048)],
+        ),
+        "rms_norm, linear of one token": (
+            lambda x, s, w: F.linear(F.rms_norm(x, (2048,), s, 1e-5), w),
+            [half(1, 2048), half(2048), half(8192, 2048)],
+        ),
+        "scale, linear": (lambda x, s, w: F.relu(F.linear(x * s, w)), [half(2048, 1024), half(1024), half(1024, 1024)]),
+        "batched product": (lambda a, b: torch.bmm(a, b) * 0.125, [half(32, 256, 64), half(32, 64, 256)]),
+        "float16 product": (lambda a, b: F.relu(a @ b), [half(512, 512).half(), half(512, 512).half()]),
+        "float32 product": (lambda a, b: F.relu(a @ b), [half(512, 512).float(), half(512, 512).float()]),
+        "int8 product, scale": (
+            lambda a, b, s: torch._int_mm(a, b).float() * s,
+            [torch.empty(512, 1024, dtype=torch.int8), torch.empty(1024, 512, dtype=torch.int8), torch.empty(512, 1)],
+        ),
+        "8-bit weights": (
+            lambda x, w, s: F.linear(x, w.bfloat16() * s),
+            [half(64, 1024), torch.empty(1024, 1024, dtype=torch.int8), half(1024, 1)],
+        ),
         "float64": (lambda x, w: F.layer_norm(torch.tanh(x), (1000,), w), [torch.empty(64, 1000).double(), torch.empty(1000).double()]),
     }
 
@@ -61,15 +86,17 @@ def families():
 def main():
     from triton_kernels import capture, kernel_of
 
-    from graphwright.codegen.triton.aot import compile_all
+    from graphwright.codegen.triton.aot import compile_for
+    from graphwright.codegen.triton.targets import TARGETS
 
     table = {}
     for name, (function, args) in families().items():
-        kernel = kernel_of(capture(function, args))
-        table[name] = {
-            b.target: {"registers": b.registers, "shared": b.shared_bytes, "spills": b.spills, "bytes": len(b.code)}
-            for b in compile_all(kernel)
-        }
+        program = capture(function, args)
+        table[name] = {}
+        for target in TARGETS.values():
+            binary = compile_for(kernel_of(program, target), target.name)
+            figures = {"registers": binary.registers, "shared": binary.shared_bytes, "spills": binary.spills, "bytes": len(binary.code)}
+            table[name][target.name] = figures | {"room": target.shared_bytes}
     json.dump(table, sys.stdout)
 
 
@@ -87,7 +114,7 @@ def test_a_family_compiles_for_every_target_without_spills(family, table):
     for target, usage in table[family].items():
         assert usage["bytes"] > 0 and 0 < usage["registers"] <= (512 if target == "gfx942" else 255)
         assert usage["spills"] == 0, target
-        assert usage["shared"] <= 64 * 1024, "what every target has for a program"
+        assert usage["shared"] <= usage["room"]
 
 
 def test_a_process_that_interprets_compiles_nothing():

@@ -12,6 +12,7 @@ from graphwright.codegen.cpu_packed import PackedCall, is_available
 from graphwright.ir.float64 import Widening
 from graphwright.ir.run import run
 from graphwright.runtime.backend import has_cpp_compiler
+from graphwright.runtime.cache import Cache
 from graphwright.runtime.probe import MARGIN, Probe
 from graphwright.runtime.segments import Segment
 
@@ -261,8 +262,8 @@ def test_the_prediction_knows_what_packed_calls_allocate(onednn_wins, net, shape
     model = tuned(copy.deepcopy(net), x, passes=passes)
     measured = model.measure(x)
     predicted = model.report().memory.compiled
-    # oneDNN takes a few KiB for a convolution beside the copies.
-    assert predicted == pytest.approx(measured.peak_bytes, rel=0.02)
+    # oneDNN takes some KiB a thread for a convolution beside the copies.
+    assert predicted == pytest.approx(measured.peak_bytes, abs=2**14 * torch.get_num_threads())
 
 
 # --- the probe ---
@@ -306,6 +307,16 @@ def test_a_verdict_holds_until_the_threads_change(seconds):
         assert Probe(0).fastest("linear", "a", ways("aten", "onednn")) == "aten"
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_verdict_is_kept_for_other_processes(seconds, monkeypatch, tmp_path):
+    tmp_path.chmod(0o700)
+    seconds |= {"aten": 1.0, "onednn": 0.5}
+    Probe(0, cache=Cache(tmp_path / "cache")).fastest("linear", "a", ways("aten", "onednn"))
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})  # as another process has it
+    assert Probe(0, cache=Cache(tmp_path / "cache")).known("linear", "a") == "onednn"
+    assert Probe(0, cache=Cache(tmp_path / "cache")).known("linear", "b") is None
+    assert Probe(0).known("linear", "a") is None
 
 
 def test_when_the_time_is_up_a_question_takes_what_its_like_took(seconds):

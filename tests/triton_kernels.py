@@ -10,6 +10,7 @@ from graphwright import ir
 from graphwright.codegen.triton import Kernel, emit, plan
 from graphwright.codegen.triton.launch import Launch
 from graphwright.codegen.triton.plan import is_known
+from graphwright.codegen.triton.targets import DEFAULT, Target
 from graphwright.codegen.triton.views import base
 from graphwright.ir.printer import node_lines
 
@@ -29,11 +30,11 @@ def capture(function: Callable[..., Any], args: Sequence[torch.Tensor], dynamic_
     return ir.capture(Function(function), tuple(args), {}, dynamic_shapes=None if dynamic_shapes is None else {"args": dynamic_shapes})
 
 
-def kernel_of(program: ir.Program) -> Kernel:
+def kernel_of(program: ir.Program, target: Target = DEFAULT) -> Kernel:
     """All of a program as one kernel; NotFusible where that is not possible."""
     nodes = [node for node in program.main.calls if is_known(node)]
     outputs = list(dict.fromkeys(base(output) for output in program.main.outputs))
-    return emit(plan(nodes, outputs), program.symbols, node_lines(program.main, program.symbols))
+    return emit(plan(nodes, outputs), program.symbols, node_lines(program.main, program.symbols), target=target)
 
 
 def run(kernel: Kernel, program: ir.Program, args: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

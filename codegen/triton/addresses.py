@@ -24,6 +24,17 @@ RESERVED = frozenset(
 )
 
 
+def unique(hint: str, taken: set[str]) -> str:
+    """`hint`, or with a number where it is taken or a keyword; adds it to `taken`."""
+    hint = f"{hint}_" if keyword.iskeyword(hint) else hint
+    name, n = hint, 1
+    while name in taken:
+        n += 1
+        name = f"{hint}_{n}"
+    taken.add(name)
+    return name
+
+
 @dataclass
 class Arguments:
     """The arguments of a kernel beside its pointers: name -> size; those in `constants` are known when it is compiled."""
@@ -47,11 +58,13 @@ class Arguments:
 class Addresses:
     """Writes indices of one kernel; `variables` collects the definitions that they use, in order."""
 
-    def __init__(self, domain: Domain, symbols: SymbolTable):
+    def __init__(self, domain: Domain, symbols: SymbolTable, arguments: Arguments | None = None, count_name: str = "n_cols"):
         self.domain = domain
+        self.count_name = count_name  # of the argument that holds the number of columns
         self.symbols = symbols
-        self.arguments = Arguments()
+        self.arguments = Arguments() if arguments is None else arguments
         self.symbol_names = {s.name: f"{s.name}_size" if s.name in RESERVED or keyword.iskeyword(s.name) else s.name for s in symbols}
+        self.batch_variables: dict[str, str] = {}
         self.row_variables: dict[str, str] = {}
         self.column_variables: dict[str, str] = {}
 
@@ -65,7 +78,7 @@ class Addresses:
 
     def count(self, size: Size) -> str:
         """A number of elements as an expression over the kernel's arguments."""
-        return "n_cols" if self.domain.by_rows and size == self.domain.num_columns else self.size(size)
+        return self.count_name if self.domain.by_rows and size == self.domain.num_columns else self.size(size)
 
     def size(self, size: Size) -> str:
         """A size as an expression over the kernel's arguments."""
@@ -85,11 +98,13 @@ class Addresses:
     def _text(self, index: Index, tensor: str | None) -> str:
         terms = []
         remaining = dict(index.terms)
+        row, column = self.domain.names
         for variables, prefix, defined in (
-            (self.domain.rows, "row", self.row_variables),
-            (self.domain.columns, "col" if self.domain.by_rows else "i", self.column_variables),
+            (self.domain.batch, "batch", self.batch_variables),
+            (self.domain.rows, row, self.row_variables),
+            (self.domain.columns, column if self.domain.by_rows else "i", self.column_variables),
         ):
-            for run, coefficient in _runs(remaining, [v for v in variables if v.size != 1]):
+            for run, coefficient in runs(remaining, [v for v in variables if v.size != 1]):
                 name = self._variable(run, [v for v in variables if v.size != 1], prefix, defined)
                 terms.append(self._term(name, coefficient, tensor))
                 for variable in run:
@@ -163,18 +178,18 @@ class Addresses:
         return float(size.xreplace({symbol: sympy.Integer(high) for symbol, high in highs.items()}))
 
 
-def _runs(terms: dict[Any, Size], variables: list[Var]) -> list[tuple[list[Var], Size]]:
+def runs(terms: dict[Any, Size], variables: list[Var]) -> list[tuple[list[Var], Size]]:
     """(neighbouring variables, step of the last) wherever the steps of all in the run are those of one count."""
-    runs: list[tuple[list[Var], Size]] = []
+    found: list[tuple[list[Var], Size]] = []
     for variable in variables:
         if variable not in terms:
             continue
         step = terms[variable]
-        if runs:
-            run, before = runs[-1]
+        if found:
+            run, before = found[-1]
             is_next = variables.index(run[-1]) + 1 == variables.index(variable)
             if is_next and before == product([step, variable.size]):
-                runs[-1] = ([*run, variable], step)
+                found[-1] = ([*run, variable], step)
                 continue
-        runs.append(([variable], step))
-    return runs
+        found.append(([variable], step))
+    return found

@@ -6,7 +6,6 @@ NVIDIA's figures are those of `ptxas -v`, AMD's those that the compiler writes i
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ import torch
 from ...ir.errors import TargetError
 from .emit import Kernel
 from .launch import load
-
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+from .targets import named
 
 _POINTERS = {
     torch.float64: "*fp64",
@@ -45,7 +43,7 @@ class Binary:
 
 
 def compile_for(kernel: Kernel, target: str) -> Binary:
-    """The binary of `kernel` for one of `TARGETS`, specialised as a launch at the hints of its sizes would be.
+    """The binary of `kernel` for one of `targets.TARGETS`, specialised as a launch at the hints of its sizes would be.
 
     Raises:
         TargetError: the target is unknown, or triton interprets in this process.
@@ -54,22 +52,16 @@ def compile_for(kernel: Kernel, target: str) -> Binary:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if target not in TARGETS:
-        raise TargetError(f"unknown target {target!r}: it is one of {', '.join(TARGETS)}")
+    named(target)
     if not isinstance(triton.language.sum, triton.runtime.JITFunction):
         raise TargetError("triton interprets in this process and compiles nothing: start Python without TRITON_INTERPRET")
     is_amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     signature, constants, attributes = _specialised(kernel)
     source = ASTSource(fn=getattr(load(kernel), kernel.name), signature=signature, constexprs=constants, attrs=attributes)
-    compiled: Any = triton.compile(source, target=gpu, options={"num_warps": kernel.tile.num_warps})
+    compiled: Any = triton.compile(source, target=gpu, options=kernel.tile.options)
     registers, spills = _amd_usage(compiled.asm["amdgcn"]) if is_amd else _nvidia_usage(compiled.asm["ptx"], target)
     return Binary(target, compiled.asm["hsaco" if is_amd else "cubin"], registers, compiled.metadata.shared, spills)
-
-
-def compile_all(kernel: Kernel, targets: Sequence[str] = TARGETS) -> list[Binary]:
-    """`kernel` for each of `targets`."""
-    return [compile_for(kernel, target) for target in targets]
 
 
 def _specialised(kernel: Kernel) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
@@ -78,7 +70,10 @@ def _specialised(kernel: Kernel) -> tuple[dict[str, str], dict[str, Any], dict[t
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for position, parameter in enumerate(kernel.parameters):
-        if parameter.dtype is not None:
+        if parameter.block:
+            shape = ", ".join(map(str, parameter.block))
+            signature[parameter.name] = f"tensordesc<{_POINTERS[parameter.dtype].removeprefix('*')}[{shape}]>"  # type: ignore[index]
+        elif parameter.dtype is not None:
             signature[parameter.name] = _POINTERS[parameter.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif parameter.is_constant or parameter.size == 1:

@@ -2,7 +2,8 @@
 
 Every operation that a kernel can compute starts as a group of its own. Two groups, one of which reads what the other makes, merge if
 that saves bytes, if the result has a plan, and if no other operation would have to run both before and after it; the pair that
-saves most goes first. Views belong to no group: a kernel reads through them, and whoever else needs one makes it.
+saves most goes first. A product of matrices is ours only where what is saved outweighs what the library is faster. Views belong to no
+group: a kernel reads through them, and whoever else needs one makes it.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -12,9 +13,10 @@ import torch
 from torch import fx
 
 from ...ir import Node
+from .matmul_plan import MatmulPlan
 from .plan import is_known, plan
 from .pointwise import NotFusible
-from .roofline import bytes_after, bytes_before
+from .roofline import bytes_after, bytes_before, gains
 from .values import Plan
 from .views import base, is_split, is_view
 
@@ -26,7 +28,8 @@ _WORTH_A_KERNEL = {torch.ops.gw.norm_apply.default}
 class Group:
     """Operations that one kernel computes: in the order of the graph, `inputs` being read and `outputs` written by it.
 
-    `kind` is "pointwise" or "rows". `bytes_before` counts what the operations move one by one, `bytes_after` what the kernel moves.
+    `kind` is "pointwise", "rows" or "matmul". `bytes_before` counts what the operations move one by one, `bytes_after` what the kernel
+    moves.
     """
 
     nodes: tuple[Node, ...]
@@ -35,7 +38,7 @@ class Group:
     kind: str
     bytes_before: int
     bytes_after: int
-    plan: Plan = field(repr=False, compare=False)
+    plan: Plan | MatmulPlan = field(repr=False, compare=False)
 
 
 def find_groups(graph: fx.Graph, among: Collection[Node] | None = None) -> list[Group]:
@@ -65,7 +68,7 @@ def _operands(node: Node) -> list[Node]:
 class _Cluster:
     """A group that may still grow."""
 
-    def __init__(self, nodes: list[Node], found: Plan | None):
+    def __init__(self, nodes: list[Node], found: Plan | MatmulPlan | None):
         self.nodes = nodes
         self.plan = found
         self.cost = bytes_after(found) if found is not None else 0
@@ -91,7 +94,7 @@ class _Grouping:
     def _is_worth_it(self, cluster: _Cluster) -> bool:
         return len(cluster.nodes) > 1 or cluster.nodes[0].target in _WORTH_A_KERNEL
 
-    def _plan(self, nodes: Sequence[Node]) -> Plan | None:
+    def _plan(self, nodes: Sequence[Node]) -> Plan | MatmulPlan | None:
         outputs = sorted(outputs_of(nodes), key=self.position.__getitem__)
         try:
             return plan(nodes, outputs) if outputs else None
@@ -139,6 +142,8 @@ class _Grouping:
         found = self._plan(nodes)
         if found is None or bytes_after(found) >= first.cost + second.cost:
             return None
+        if isinstance(found, MatmulPlan) and not gains(found, first.cost + second.cost - bytes_after(found)):
+            return None
         return _Cluster(nodes, found)
 
     def _has_detour(self, first: _Cluster, second: _Cluster) -> bool:
@@ -166,8 +171,7 @@ class _Grouping:
 def _group(cluster: _Cluster) -> Group:
     found = cluster.plan
     assert found is not None
-    kind = "rows" if found.domain.by_rows else "pointwise"
-    return Group(found.nodes, found.inputs, found.outputs, kind, bytes_before(found.nodes), bytes_after(found), found)
+    return Group(found.nodes, found.inputs, found.outputs, found.kind, bytes_before(found.nodes), bytes_after(found), found)
 
 
 def _hint(size: object) -> int:

@@ -82,9 +82,9 @@ class Index:
         """(self // divisor, self % divisor)."""
         if divisor == 1:
             return self, Index()
-        whole = Index(tuple((a, _ratio(c, divisor)) for a, c in self.terms if _divides(divisor, c)))
-        rest = Index(tuple((a, c) for a, c in self.terms if not _divides(divisor, c)), self.constant)
-        if _divides(divisor, self.constant):
+        whole = Index(tuple((a, _ratio(c, divisor)) for a, c in self.terms if divides(divisor, c)))
+        rest = Index(tuple((a, c) for a, c in self.terms if not divides(divisor, c)), self.constant)
+        if divides(divisor, self.constant):
             whole, rest = whole + _ratio(self.constant, divisor), Index(rest.terms)
         if rest.within(divisor):
             return whole, rest
@@ -142,7 +142,8 @@ def _expand(size: Size) -> Size:
     return int(expr) if expr.is_Integer else expr
 
 
-def _divides(divisor: Size, size: Size) -> bool:
+def divides(divisor: Size, size: Size) -> bool:
+    """Whether `size` is a multiple of `divisor`, provably."""
     if divisor == 0:  # of a tensor without elements
         return False
     if isinstance(divisor, int) and isinstance(size, int):

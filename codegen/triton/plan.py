@@ -7,12 +7,13 @@ nodes that has no such kernel raises `NotFusible` with the reason, which is how 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...ir import Node
 from ...ir.infer import tensors_of
+from .contraction import contraction
 from .index import Index, Size, Var, product, size_of
 from .pointwise import NotFusible, Pointwise, arguments_of, pointwise
 from .reductions import REDUCTIONS, Rows, correction, eps_of, keeps_shape, rows_of
@@ -20,18 +21,25 @@ from .special import SPECIAL
 from .values import TL_TYPES, Condition, Count, Domain, Plan, Ref, Store, Value, compute_dtype, packet_of
 from .views import Indices, broadcast, index_of, is_view, shape_of, source
 
+if TYPE_CHECKING:
+    from .matmul_plan import MatmulPlan
+
 aten, gw = torch.ops.aten, torch.ops.gw
 
 MAX_VALUES = 160  # of one kernel; more would spill registers, and rotations of rotations double what they read
 MAX_INPUTS = 16
 
 
-def plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> Plan:
+def plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> "Plan | MatmulPlan":
     """The kernel that computes `outputs` from what lies outside of `nodes`, which are in the order of their graph.
 
     Raises:
         NotFusible: there is none; the message says why.
     """
+    if any(contraction(node) is not None for node in nodes):
+        from .matmul_plan import matmul_plan  # which is built on this module
+
+        return matmul_plan(nodes, outputs)
     reason: NotFusible | None = None
     for domain, root in _domains(nodes, outputs):
         try:
@@ -42,7 +50,7 @@ def plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> Plan:
 
 
 @dataclass(frozen=True)
-class _Root:
+class Root:
     """Where outputs of the domain's own shape, and those with one element a row, are stored."""
 
     shape: tuple[Size, ...]
@@ -51,8 +59,8 @@ class _Root:
     row_index: Indices
 
 
-def _domains(nodes: Sequence[Node], outputs: Sequence[Node]) -> list[tuple[Domain, _Root]]:
-    found: dict[Any, tuple[Domain, _Root]] = {}
+def _domains(nodes: Sequence[Node], outputs: Sequence[Node]) -> list[tuple[Domain, Root]]:
+    found: dict[Any, tuple[Domain, Root]] = {}
     for node in nodes:
         rows = rows_of(node)
         if rows is not None:
@@ -65,17 +73,17 @@ def _domains(nodes: Sequence[Node], outputs: Sequence[Node]) -> list[tuple[Domai
             raise NotFusible("an output that is no tensor")
     shape = max((shape_of(output) for output in outputs), key=len)
     variables = tuple(Var(f"i{d}", size) for d, size in enumerate(shape))
-    return [(Domain((), variables, False), _Root(shape, tuple(map(Index.of, variables)), None, ()))]
+    return [(Domain((), variables, False), Root(shape, tuple(map(Index.of, variables)), None, ()))]
 
 
-def _row_domain(rows: Rows) -> tuple[Domain, _Root]:
+def _row_domain(rows: Rows) -> tuple[Domain, Root]:
     row_vars = tuple(Var(f"r{d}", size) for d, size in enumerate(rows.kept))
     column_vars = tuple(Var(f"c{d}", size) for d, size in enumerate(rows.reduced))
     count, num_rows = product(rows.reduced), product(rows.kept)
     if isinstance(count, int) and isinstance(num_rows, int) and num_rows < 8 and count > 2**16:
         raise NotFusible("few rows, each too long for one program")
     row_index, columns = tuple(map(Index.of, row_vars)), tuple(map(Index.of, column_vars))
-    return Domain(row_vars, column_vars, True), _Root(rows.shape, operand_index(rows, row_index, columns), rows.kept, row_index)
+    return Domain(row_vars, column_vars, True), Root(rows.shape, operand_index(rows, row_index, columns), rows.kept, row_index)
 
 
 def operand_index(rows: Rows, kept: Indices, reduced: Indices) -> Indices:
@@ -93,7 +101,7 @@ def _without_ones(sizes: Sequence[Size]) -> tuple[Size, ...]:
 class Tracer:
     """Follows outputs back to loads, one domain at a time."""
 
-    def __init__(self, nodes: Sequence[Node], domain: Domain, root: _Root):
+    def __init__(self, nodes: Sequence[Node], domain: Domain, root: Root | None):
         self.nodes = tuple(nodes)
         self.inside = set(nodes)
         self.domain = domain
@@ -108,14 +116,15 @@ class Tracer:
     def plan(self, outputs: Sequence[Node]) -> Plan:
         if any(tensor.device != self.device for node in self.nodes for tensor in tensors_of(node.meta["val"])):
             raise NotFusible("results on several devices")
-        stores = [store for n, output in enumerate(outputs) for store in self._stores(n, output)]
+        stores = [store for n, output in enumerate(outputs) for store in self.stores(n, output)]
         if not self.inputs:
             raise NotFusible("no input to read")
         return Plan(self.nodes, tuple(self.inputs), tuple(outputs), self.domain, tuple(self.values), tuple(stores))
 
     # --- outputs ---
 
-    def _stores(self, number: int, output: Node) -> list[Store]:
+    def stores(self, number: int, output: Node) -> list[Store]:
+        """Where output number `number` goes."""
         if not isinstance(output.meta["val"], torch.Tensor) or output.meta["val"].dtype not in TL_TYPES:
             raise NotFusible("an output of a type that no kernel stores")
         if output.target is gw.norm_stats.default:
@@ -265,7 +274,7 @@ class Tracer:
         variables = value.index.variables | frozenset(n for c in value.guard for n in c.at.variables)
         operands = [self.values[o.id] for o in value.operands if isinstance(o, Ref)]
         rows = bool(variables & row_names) or any(o.rows for o in operands)
-        columns = bool(variables - row_names) or any(o.columns for o in operands)
+        columns = bool(variables & {v.name for v in self.domain.columns}) or any(o.columns for o in operands)
         stage = max((o.stage for o in operands), default=0)
         if value.kind == "reduce":
             columns, stage = False, stage + 1
@@ -407,7 +416,7 @@ def is_known(node: Node) -> bool:
     if node.op != "call_function" or is_view(node):
         return False
     try:
-        return node.target in SPECIAL or node.target in REDUCTIONS or pointwise(node) is not None
+        return node.target in SPECIAL or node.target in REDUCTIONS or (pointwise(node) or contraction(node)) is not None
     except NotFusible:
         return False
 

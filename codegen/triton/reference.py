@@ -9,10 +9,10 @@ from torch import fx
 from ...ir import Node
 from ...ir.calls import GETITEM
 from ...ir.float64 import widened
-from .addresses import RESERVED, Addresses
-from .body import number_text, unique
+from .addresses import RESERVED, Addresses, unique
 from .index import size_of
 from .pointwise import NotFusible
+from .statements import number_text
 from .views import is_split, is_view
 
 GW_FUNCTIONS = {

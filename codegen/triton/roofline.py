@@ -4,7 +4,7 @@ A tensor is read once however many blocks look at it, from as many bytes as the 
 multiprocessor's share are read once for each loop.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,56 +14,78 @@ from ...ir import Node
 from ...ir.infer import tensors_of
 from ...ir.symbols import hint
 from .index import Size, product
+from .matmul_plan import MatmulPlan
 from .plan import flops_of
 from .tiles import default_tile
 from .values import Plan
 
+_LAUNCH = 2e-6  # seconds between two kernels of a CUDA graph, at least
 _CACHED_ROW = 2**18  # bytes: 50 MB of L2 for 132 multiprocessors with one row each is 380 KB
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Peak bandwidth in bytes/s and float32 rate in flop/s, by the vendor's data sheet."""
+    """Peak bandwidth in bytes/s, float32 rate in flop/s, and the rates of products of matrices by the type of their operands ("tf32"
+    for float32 that is rounded to it), by the vendor's data sheet."""
 
     name: str
     bandwidth: float
     flops: float
+    products: Mapping[str, float]
+
+    def product_flops(self, kind: str) -> float:
+        return self.products.get(kind, self.flops)
 
 
-H100 = Machine("H100 SXM", 3.35e12, 67e12)
+H100 = Machine("H100 SXM", 3.35e12, 67e12, {"tf32": 494e12, "bfloat16": 989e12, "float16": 989e12, "int8": 1979e12})
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Bytes moved between memory and the kernel, and floating point operations, at the hints of symbolic sizes."""
+    """Bytes moved between memory and the kernel, and operations on numbers, at the hints of symbolic sizes; `product_flops` are those
+    of products of matrices of type `product_kind`."""
 
     bytes_moved: int
     flops: int
+    product_flops: int = 0
+    product_kind: str = ""
 
     def seconds(self, machine: Machine = H100) -> float:
         """The least time that `machine` needs."""
-        return max(self.bytes_moved / machine.bandwidth, self.flops / machine.flops)
+        return max(self.bytes_moved / machine.bandwidth, self._computing(machine))
 
     def bound(self, machine: Machine = H100) -> str:
         """What limits it: "memory" or "compute"."""
-        return "memory" if self.bytes_moved / machine.bandwidth >= self.flops / machine.flops else "compute"
+        return "memory" if self.bytes_moved / machine.bandwidth >= self._computing(machine) else "compute"
+
+    def _computing(self, machine: Machine) -> float:
+        return max(self.flops / machine.flops, self.product_flops / machine.product_flops(self.product_kind))
 
     def line(self, machine: Machine = H100) -> str:
         """One line for people."""
         return (
-            f"{self.bytes_moved} bytes, {self.flops} flops, {self.flops / max(self.bytes_moved, 1):.2f} flops/byte: "
+            f"{self.bytes_moved} bytes, {self.flops + self.product_flops} flops, "
+            f"{(self.flops + self.product_flops) / max(self.bytes_moved, 1):.2f} flops/byte: "
             f"bound by {self.bound(machine)}, at least {self.seconds(machine) * 1e6:.3g} us on {machine.name}"
         )
 
 
-def roofline(plan: Plan) -> Roofline:
+def roofline(plan: Plan | MatmulPlan) -> Roofline:
     """The roofline of a planned kernel."""
-    flops = sum(flops_of(node) * max(map(_elements, _tensors(node)), default=0) for node in plan.nodes)
-    return Roofline(bytes_after(plan), flops)
+    products = plan.products if isinstance(plan, MatmulPlan) else ()
+    flops = sum(flops_of(node) * max(map(_elements, _tensors(node)), default=0) for node in plan.nodes if node not in products)
+    if not isinstance(plan, MatmulPlan):
+        return Roofline(bytes_after(plan), flops)
+    known = known_sizes(plan)
+    terms = int(known(product([plan.num_batch, plan.m, plan.n, plan.k])))
+    kind = "tf32" if plan.precision == "tf32" else str(plan.left.dtype).removeprefix("torch.")
+    return Roofline(bytes_after(plan), flops, 2 * terms * len(products), kind)
 
 
-def bytes_after(plan: Plan) -> int:
-    """Bytes that the kernel reads and writes."""
+def bytes_after(plan: Plan | MatmulPlan) -> int:
+    """Bytes that the kernel reads and writes; products read each operand once, as their tiles meet in a cache."""
+    if isinstance(plan, MatmulPlan):
+        return sum(_bytes(node.meta["val"]) for node in (*plan.inputs, *plan.outputs))
     known = known_sizes(plan)
     sizes = {v.name: known(v.size) for v in (*plan.domain.rows, *plan.domain.columns)}
     read = [0] * len(plan.inputs)
@@ -77,6 +99,19 @@ def bytes_after(plan: Plan) -> int:
         value = node.meta["val"]
         total += min(elements, _elements(value)) * value.dtype.itemsize * loops
     return total + sum(_bytes(output.meta["val"]) for output in plan.outputs)
+
+
+def gains(plan: MatmulPlan, saved: int, machine: Machine = H100) -> bool:
+    """Whether a product with its surroundings, which saves `saved` bytes and a launch, is likely faster than the library's product and
+    kernels for the rest. (Measured on an H100, bfloat16: 0.91 to 1.02 of cuBLAS's rate by blocks that the hardware copies, 0.72 to 0.86
+    by addresses, 1.1 for 16 rows. Float32 without tf32 has no such unit, and the library's kernels are far ahead.)"""
+    cost = roofline(plan)
+    if cost.product_kind == "float32":
+        return False
+    few_rows = isinstance(plan.m, int) and plan.m <= 16
+    by_blocks = all(side.blocks is not None for side in (plan.left, *plan.rights))
+    behind = 0.0 if few_rows else 0.09 if by_blocks else 0.28
+    return saved / machine.bandwidth + _LAUNCH > behind * cost.product_flops / machine.product_flops(cost.product_kind)
 
 
 def bytes_before(nodes: Sequence[Node]) -> int:
@@ -107,7 +142,7 @@ def _elements(value: Any) -> int:
     )
 
 
-def known_sizes(plan: Plan) -> Callable[[Size], int]:
+def known_sizes(plan: Plan | MatmulPlan) -> Callable[[Size], int]:
     """Sizes of the domain as numbers: those of symbols are read off the tensors that have them."""
     hints: dict[Any, int] = {}
     for node in (*plan.inputs, *plan.outputs):

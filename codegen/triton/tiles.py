@@ -23,9 +23,14 @@ class Tile:
     num_warps: int
     looped: bool
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What triton takes beside the blocks."""
+        return {"num_warps": self.num_warps}
+
     def __str__(self) -> str:
         shape = f"ROWS={self.rows} COLS={self.columns}" if self.rows else f"BLOCK={self.columns}"
-        return f"{shape} num_warps={self.num_warps} (default)"
+        return f"{shape} num_warps={self.num_warps}"
 
 
 def default_tile(plan: Plan) -> Tile:

@@ -78,11 +78,16 @@ class Store:
 
 @dataclass(frozen=True)
 class Domain:
-    """The positions that a kernel visits: all pairs of a row and a column. A pointwise kernel has columns alone."""
+    """The positions that a kernel visits: all pairs of a row and a column. A pointwise kernel has columns alone.
+
+    `batch` is one position for all of a block. `names` are the names of the kernel's variables that count rows and columns.
+    """
 
     rows: tuple[Var, ...]
     columns: tuple[Var, ...]
     by_rows: bool
+    batch: tuple[Var, ...] = ()
+    names: tuple[str, str] = ("row", "col")
 
     @property
     def num_rows(self) -> Size:
@@ -103,6 +108,11 @@ class Plan:
     domain: Domain
     values: tuple[Value, ...]
     stores: tuple[Store, ...]
+
+    @property
+    def kind(self) -> str:
+        """ "pointwise" or "rows"."""
+        return "rows" if self.domain.by_rows else "pointwise"
 
     @property
     def num_stages(self) -> int:
