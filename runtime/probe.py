@@ -16,7 +16,7 @@ from .cache import Cache
 from .cache_key import digest, environment
 
 SECONDS = 2.0  # for all questions of one kind that one model asks
-_ROUNDS = 9
+_ROUNDS = 5
 _LONG_CALL = 0.002  # seconds; three rounds tell such calls apart
 # A way is taken in the place of the first where it needs at most this share of its time: clocks and caches are worth a few per cent.
 MARGIN = 0.96
@@ -33,7 +33,8 @@ class Probe:
     def __init__(self, weight_bytes: int, seconds: float = SECONDS, cache: Cache | None = None):
         self._cache = cache
         self._environment = environment() if cache is not None else {}
-        self._cold = weight_bytes > CACHE_BYTES
+        # What fills the caches between two samples, where weights do so between two calls.
+        self._filler = torch.zeros(CACHE_BYTES, dtype=torch.uint8) if weight_bytes > CACHE_BYTES else None
         self._seconds = seconds
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -71,7 +72,7 @@ class Probe:
         return {"question": digest(question), **self._environment}
 
     def _key(self, kind: str, question: str) -> tuple[str, int]:
-        return f"{kind} {question} {'cold' if self._cold else 'warm'}", torch.get_num_threads()
+        return f"{kind} {question} {'warm' if self._filler is None else 'cold'}", torch.get_num_threads()
 
     def _measured(self, ways: Mapping[str, Callable[[], object]]) -> str:
         first = next(iter(ways))
@@ -92,12 +93,8 @@ class Probe:
         return first if first in best and best[fastest] > MARGIN * best[first] else fastest
 
     def _sample(self, call: Callable[[], object]) -> float:
-        if self._cold:
-            _fill_caches()
+        if self._filler is not None:
+            self._filler.add_(1)
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
-
-
-def _fill_caches() -> None:
-    torch.zeros(CACHE_BYTES // 4).add_(1.0)

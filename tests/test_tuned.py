@@ -439,6 +439,22 @@ def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bi
 
 
 @needs_compiler
+def test_expanded_operands_are_probed_as_they_are(monkeypatch):
+    class Expanded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x, row):
+            return self.linear(row.expand(4, 8)) + x.exp()
+
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+    net, inputs = Expanded(), (torch.randn(4, 8), torch.randn(8))
+    model = tuned(net, *inputs)
+    torch.testing.assert_close(model(*inputs), net(*inputs))
+
+
+@needs_compiler
 def test_a_segment_that_does_not_win_is_left_to_its_kernels(monkeypatch):
     monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
     monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "aten")
