@@ -40,9 +40,10 @@ class CodeCache:
         self.cache, self.symbols = cache, symbols
         self._environment = code_environment()
 
-    def code(self, graph: fx.Graph, inputs: Sequence[Any]) -> Shelf | None:
-        """Where the code of `graph` for inputs of these types lies; None where it is not to be kept."""
-        return self._shelf("code", graph, inputs)
+    def code(self, graph: fx.Graph, inputs: Sequence[Any], form: str = "as it is") -> Shelf | None:
+        """Where the code of `graph` for inputs of these types lies, which a compiler sees in this `form`; None where it is not to be
+        kept."""
+        return self._shelf("code", graph, inputs, form=form)
 
     def left(self, graph: fx.Graph) -> set[int] | None:
         """The positions of the nodes of `graph` with which those pieces begin that library kernels run; None when that is not known."""
@@ -56,7 +57,7 @@ class CodeCache:
         if shelf is not None:
             shelf.put(json.dumps(sorted(positions)).encode())
 
-    def _shelf(self, kind: str, graph: fx.Graph, inputs: Sequence[Any] = ()) -> Shelf | None:
+    def _shelf(self, kind: str, graph: fx.Graph, inputs: Sequence[Any] = (), **parts: str) -> Shelf | None:
         if self._environment is None:
             return None
-        return Shelf(self.cache, kind, {"graph": digest(graph_text(graph, inputs, self.symbols)), **self._environment})
+        return Shelf(self.cache, kind, {"graph": digest(graph_text(graph, inputs, self.symbols)), **parts, **self._environment})

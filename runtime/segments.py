@@ -26,6 +26,10 @@ class AtenLowering:
         self.left: set[Node] = set()
         self.code: CodeCache | None = None
 
+    def prepared(self, graph: fx.Graph) -> tuple[fx.Graph, dict[Node, Node]]:
+        """What is lowered in the place of `graph`, and from which of its nodes each call came where that is another."""
+        return graph, {}
+
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
         for node in nodes:
@@ -50,7 +54,9 @@ class Segment(Boxed):
 
 
 class InductorLowering(AtenLowering):
-    """Segments and bodies as Inductor's C++."""
+    """Segments and bodies as Inductor's C++. `form` names what the compiler is given for a graph."""
+
+    form = "as it is"
 
     def __init__(self, symbols: SymbolTable, code: CodeCache | None = None):
         super().__init__()
@@ -100,8 +106,12 @@ class InductorLowering(AtenLowering):
     def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Body:
         from ..codegen.cpu_inductor import CompiledGraph
 
-        shelf = None if self.code is None else self.code.code(graph, examples)
-        return CompiledGraph(graph, examples, self.symbols, FlatGraph(graph), shelf)
+        shelf = None if self.code is None else self.code.code(graph, examples, self.form)
+        return CompiledGraph(self._formed(graph), examples, self.symbols, FlatGraph(graph), shelf)
+
+    def _formed(self, graph: fx.Graph) -> fx.Graph:
+        """What the compiler is given for `graph`."""
+        return graph
 
 
 def computes(outputs: Sequence[Node], inputs: Sequence[Node]) -> bool:

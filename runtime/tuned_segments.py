@@ -27,6 +27,8 @@ Run = Callable[[list[Any]], list[Any]]
 class TunedSegments(InductorLowering):
     """Segments by Inductor where the probe finds it faster than each call by its own kernel."""
 
+    form = "rows spelled out"
+
     def __init__(self, symbols: SymbolTable, probe: Probe, code: CodeCache | None):
         super().__init__(symbols, code)
         self._probe = probe
@@ -59,12 +61,8 @@ class TunedSegments(InductorLowering):
         with torch.no_grad(), torch._C._DisableAutocast(), torch.random.fork_rng(devices=[]):
             return compiled if self._probe.fastest("segment", question, ways) == "inductor" else None
 
-    def _compiled(self, graph: fx.Graph, examples: Sequence[Any]) -> Run:
-        from ..codegen.cpu_inductor import CompiledGraph
-
-        spelled = with_rows_spelled_out(graph)
-        shelf = None if self.code is None else self.code.code(spelled, examples)
-        return CompiledGraph(spelled, examples, self.symbols, FlatGraph(graph), shelf)
+    def _formed(self, graph: fx.Graph) -> fx.Graph:
+        return with_rows_spelled_out(graph)
 
 
 def likeness(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> tuple[Any, ...]:

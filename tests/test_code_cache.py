@@ -377,7 +377,7 @@ def test_where_inductors_settings_cannot_be_told_code_is_not_kept(cache, monkeyp
     from torch.utils._config_module import ConfigModule
 
     monkeypatch.delattr(ConfigModule, "save_config_portable")
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)  # it asks for them too
-    assert code_environment() is None
-    compiled(cache)
+    with torch._inductor.config.patch(fx_graph_cache=False):  # it asks for them too
+        assert code_environment() is None
+        compiled(cache)
     assert cache.entries() == []
