@@ -62,14 +62,14 @@ class Group:
 def find_groups(nodes: Sequence[Node], is_constant: IsConstant, sums: bool = False) -> list[Group]:
     """The groups among `nodes`, disjoint, in order; `is_constant` says which values are the same in every call. With `sums`, what is added
     to a convolution is part of it, whose channels are innermost then."""
-    inside, taken, groups = set(nodes), set[Node](), []
+    free, groups = set(nodes), []
     for node in nodes:
-        if node in taken:
+        if node not in free:
             continue
         group = _linear(node, is_constant) or _convolution(node, is_constant)
         if group is not None:
-            group = _with_what_follows(group, inside, sums)
-            taken.update(group.nodes)
+            group = _with_what_follows(group, free, sums)
+            free.difference_update(group.nodes)
             groups.append(group)
     return groups
 
@@ -125,10 +125,10 @@ def _per_dim(setting: Any, dims: int) -> tuple[int, ...]:
     return (setting,) * dims
 
 
-def _with_what_follows(group: Group, inside: set[Node], sums: bool) -> Group:
+def _with_what_follows(group: Group, free: set[Node], sums: bool) -> Group:
     node = group.result
     user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or user not in inside:
+    if user is None or user not in free:
         return group
     activation = _activation(user)
     if activation is not None:

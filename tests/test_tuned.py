@@ -149,6 +149,23 @@ def test_what_is_no_form_of_onednn_stays_an_operation_of_its_own(onednn_wins, th
 
 
 @needs_onednn
+@pytest.mark.parametrize("join", [torch.add, torch.mul], ids=["sum", "product"])
+def test_of_two_products_that_are_joined_one_takes_the_other(onednn_wins, join):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return join(self.first(x), self.second(x))
+
+    net, x = Two(), torch.randn(4, 8)
+    model = tuned(net, x)
+    assert sorted(packed_calls(model)) == ["oneDNN's linear", f"oneDNN's linear with {join.__name__}"]
+    assert_exact(model, net, x)
+
+
+@needs_onednn
 def test_a_product_of_two_activations_is_left_alone(onednn_wins):
     class Net(nn.Module):
         def forward(self, x):
@@ -483,4 +500,63 @@ def test_a_segment_that_inductor_fails_on_stays_with_library_kernels(monkeypatch
     net, x = Block(), torch.randn(2, 7, 32)
     model = tuned(net, x)
     assert not segments(model) and "a defect of the compiler" in caplog.text
+    assert_exact(model, net, x)
+
+
+# --- channels innermost ---
+
+
+class Residual(nn.Module):
+    """Group norm, SiLU, a convolution, and the input added; `first` and `last` are what a network has around such blocks."""
+
+    def __init__(self, channels=16):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(4, channels), nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(F.silu(self.norm(x)))
+
+
+class Joined(nn.Module):
+    """Two convolutions whose results are added, one of them read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(6, 16, 3, padding=1), nn.Conv2d(6, 16, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return y + self.second(x), y.flatten(2).transpose(1, 2)
+
+
+def clones(model):
+    return [node for node in model._present.executor._lowered.nodes if node.target is torch.ops.aten.clone.default]
+
+
+@needs_onednn
+@needs_compiler
+@pytest.mark.parametrize("size", [(1, 6, 8, 8), (2, 6, 5, 7)], ids=str)
+def test_channels_stay_innermost_from_convolution_to_convolution(compiled_wins, size):
+    net, x = nn.Sequential(nn.Conv2d(6, 16, 3, padding=1), Residual(), Residual(), nn.Conv2d(16, 6, 1)), torch.randn(size)
+    model = tuned(net, x)
+    assert packed_calls(model) == ["oneDNN's convolution", *["oneDNN's convolution with add"] * 2, "oneDNN's convolution"]
+    assert not clones(model)  # those at either end are part of compiled code
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@needs_compiler
+def test_whoever_reads_a_convolution_otherwise_has_its_channels_outside(compiled_wins):
+    net, x = Joined().eval(), torch.randn(2, 6, 8, 8)
+    for y, expected in zip(tuned(net, x)(x), net(x), strict=True):
+        assert y.stride() == expected.stride()
+        assert_same(y, expected)
+
+
+@needs_onednn
+@needs_compiler
+def test_a_program_with_regions_keeps_its_layouts(compiled_wins):
+    net, x = nn.Sequential(Residual(), Residual()), torch.randn(6, 16, 16, 16)
+    model = tuned(net, x, passes=[gw.SliceGroups(memory_budget="40%")])
+    assert not any(getattr(node.target, "channels_last", False) for node in model._present.executor._lowered.nodes)
     assert_exact(model, net, x)
