@@ -1,8 +1,9 @@
 """Triton kernels on a GPU: each family checked and timed, and networks against eager and torch.compile.
 
 A kernel's time is the device's, from a recorded CUDA graph, so that no launch is waited for; its peers are the same function in eager, as
-torch.compile makes it (by default and with max-autotune), and the roofline: the bytes that it must move at the measured rate of a copy, or the
-products that it must compute at the measured rate of a large one, whichever takes longer. Networks are called as a user calls them; torch.compile's mode "reduce-overhead" is its default with CUDA graphs, "max-autotune" has them too.
+torch.compile makes it (by default and with max-autotune), and the roofline: the bytes that it must move at the measured rate of a copy, or
+the products that it must compute at the measured rate of a large one, whichever takes longer. Networks are called as a user calls them;
+torch.compile's mode "reduce-overhead" is its default with CUDA graphs, and "max-autotune" has them too.
 
 python bench/gpu.py [--quick] [--only kernels|networks] [--networks NAME,..] [--sizes small,base] [--skip max-autotune,..] [--json FILE]
 """

@@ -7,6 +7,7 @@ Times are given by the tests; what is timed runs in the interpreter.
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,24 @@ def test_a_damaged_choice_is_made_anew(monkeypatch, cache):
         monkeypatch.setattr(tune, "device_seconds", Clock(2.0, 1.0, 3.0))
         cache.put("tuning", tuner._key(kernel), damaged)
         assert Tuner(CPU, DEFAULT, cache).kernel(kernel.plan, program.symbols, {}).tile != kernel.tile
+
+
+def test_a_tile_with_wrong_results_is_not_taken_and_named(monkeypatch, caplog):
+    program = product()
+    default = kernel_of(program)
+    wrong = list(Tuner(CPU, DEFAULT, None)._candidates(default.plan))[1]
+    sound = tune.load
+
+    def load(kernel):
+        module = sound(kernel)
+        if kernel.tile != wrong:
+            return module
+        return SimpleNamespace(**{**vars(module), "run": lambda *inputs: tuple(y + 1.0 for y in module.run(*inputs))})
+
+    monkeypatch.setattr(tune, "load", load)
+    monkeypatch.setattr(tune, "device_seconds", Clock(2.0, 3.0))
+    assert Tuner(CPU, DEFAULT, None).kernel(default.plan, program.symbols, {}).tile == default.tile
+    assert f"tile {wrong} of kernel matmul_relu gives wrong results" in caplog.text
 
 
 def test_rows_and_pointwise_kernels_have_tiles_to_choose_from():

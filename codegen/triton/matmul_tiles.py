@@ -55,6 +55,8 @@ _AMPERE = (
     MatmulTile(64, 128, 32, 4, 4, per_multiprocessor=0),
     MatmulTile(64, 64, 64, 4, 3, per_multiprocessor=0),
     MatmulTile(64, 32, 64, 4, 4, per_multiprocessor=0),
+    MatmulTile(64, 64, 32, 4, 2, per_multiprocessor=0),
+    MatmulTile(32, 32, 32, 4, 2, per_multiprocessor=0),
 )
 _FEW_ROWS = (
     MatmulTile(16, 32, 256, 4, 4, 1, 0),
@@ -64,6 +66,7 @@ _FEW_ROWS = (
     MatmulTile(16, 16, 128, 4, 4, 1, 0),
 )
 _FLOAT32 = (MatmulTile(64, 64, 16, 8, 3, per_multiprocessor=0), MatmulTile(32, 32, 16, 4, 3, per_multiprocessor=0))
+_SMALLEST = MatmulTile(16, 16, 32, 4, 2, per_multiprocessor=0)  # fits everywhere
 _BARRIERS = 4096  # bytes of shared memory beside operands
 # Time of a tile's element, in units of the largest tile's.
 _PRICE = {(128, 256): 1.0, (128, 128): 1.1, (64, 128): 1.4, (64, 64): 1.8, (64, 32): 2.8}
@@ -74,15 +77,16 @@ def default_matmul_tile(plan: MatmulPlan, target: Target) -> MatmulTile:
     known = known_sizes(plan)
     m, n, batch = known(plan.m), known(plan.n), known(plan.num_batch)
     fitting = [tile for tile in _candidates(plan, m, target) if _fits(plan, tile, target) and _is_roomy(plan, tile, target)]
+    fitting = fitting or [_SMALLEST]
     if _has_few_rows(m):
         wide = [tile for tile in fitting if tile.n > 16]
-        return wide[0] if n >= 16 * target.multiprocessors else fitting[-1]
+        return wide[0] if wide and n >= 16 * target.multiprocessors else fitting[-1]
     if _is_exact_float32(plan):
         return fitting[0] if min(m, n) > 32 else fitting[-1]
 
     def time(tile: MatmulTile) -> float:
         tiles = batch * -(-m // tile.m) * -(-n // tile.n)
-        return -(-tiles // target.multiprocessors) * tile.m * tile.n * _PRICE[tile.m, tile.n]
+        return -(-tiles // target.multiprocessors) * tile.m * tile.n * _PRICE.get((tile.m, tile.n), 4.0)
 
     return min(fitting, key=time)
 
@@ -123,8 +127,6 @@ def _fits(plan: MatmulPlan, tile: MatmulTile, target: Target) -> bool:
     """Whether operands in flight have room in shared memory, and accumulators in registers."""
     itemsize = max(side_itemsize(side) for side in (plan.left, *plan.rights))
     shared = (tile.m + len(plan.rights) * tile.n) * tile.k * itemsize * tile.num_stages
-    stored = [plan.outputs[blocks.input].meta["val"].dtype.itemsize for blocks in plan.stored if blocks is not None]
-    shared += tile.m * tile.n * max(stored, default=0)
     return shared + _BARRIERS <= target.shared_bytes and _accumulators(plan, tile, target) <= 128
 
 

@@ -6,6 +6,7 @@ device and triton's version name it.
 
 import hashlib
 import json
+import logging
 import statistics
 import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from .roofline import known_sizes
 from .targets import Target
 from .tiles import Tile, default_tile, other_tiles
 
+_log = logging.getLogger(__name__)
 _RUNS_A_SAMPLE = 10
 _SAMPLES = 7
 _COMPILERS = 8  # threads
@@ -83,9 +85,12 @@ class Tuner:
     def _fastest(self, plan: AnyPlan, symbols: SymbolTable, lines: Mapping[Node, str], key: Mapping[str, str]) -> AnyTile | None:
         kernels = [emit(plan, symbols, lines, tile, self.target) for tile in self._candidates(plan)]
         inputs = load(kernels[0]).example_inputs(self.device)
+        with torch.no_grad():
+            expected = load(kernels[0]).reference(*inputs)
         # What compiles is no Python, for the most part. The interpreter has one grid at a time.
         with ThreadPoolExecutor(_COMPILERS if self.device.type == "cuda" else 1) as pool:
-            fitting = [kernel for kernel, fits in zip(kernels, pool.map(lambda k: self._fits(k, inputs), kernels), strict=True) if fits]
+            works = [*pool.map(lambda kernel: _works(kernel, inputs, expected), kernels)]
+        fitting = [kernel for kernel, it_works in zip(kernels, works, strict=True) if it_works]
         timed = [(self._seconds(kernel, inputs), number, kernel.tile) for number, kernel in enumerate(fitting)]
         if not timed:
             return None
@@ -104,17 +109,30 @@ class Tuner:
         module = load(kernel)
         return device_seconds(lambda: module.run(*inputs), self.device)
 
-    def _fits(self, kernel: Kernel, inputs: Sequence[Any]) -> bool:
-        """Compiles a kernel and runs it once; whether the device has room for its tile."""
-        from triton.runtime.errors import OutOfResources
 
-        module = load(kernel)
-        try:
-            with torch.cuda.device_of(inputs[0]):
-                module.run(*inputs)
-        except OutOfResources:
-            return False
+def _works(kernel: Kernel, inputs: Sequence[Any], expected: Sequence[torch.Tensor]) -> bool:
+    """Compiles a kernel and runs it once: whether the device has room for its tile, and it gives what its operations give one by one.
+    A compiler's fault that shows with some tiles alone is not to be chosen for its speed."""
+    from triton.runtime.errors import OutOfResources
+
+    module = load(kernel)
+    try:
+        with torch.cuda.device_of(inputs[0]):
+            results = module.run(*inputs)
+    except OutOfResources:
+        return False
+    if all(_is_close(y, exact, module.TOLERANCE) for y, exact in zip(results, expected, strict=True)):
         return True
+    _log.warning("tile %s of kernel %s gives wrong results on this device and is not used", kernel.tile, kernel.name)
+    return False
+
+
+def _is_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float) -> bool:
+    """Whether elements differ by at most `tolerance` of the largest, as a kernel's file checks itself."""
+    actual, exact = actual.double(), exact.double()
+    difference = torch.where(actual == exact, 0.0, (actual - exact).abs()).masked_fill(actual.isnan() & exact.isnan(), 0.0)
+    scale = exact.abs().nan_to_num(0.0, 0.0, 0.0).amax().clamp(min=1.0) if exact.numel() else 1.0
+    return bool((difference <= tolerance * scale).all())
 
 
 def _digest(kernel: Kernel) -> str:
