@@ -46,10 +46,11 @@ def compile(
 
     A module is captured in its present train/eval mode with `example_inputs` and `example_kwargs`, or on the first call when
     neither is given; it stays exactly as it was, and its weights are shared. `dynamic_shapes` is torch.export's. `backend` is
-    "tuned" (what is fastest on this CPU, timed when the model is made ready; on a GPU what "inductor" does), which "auto" means, "aten" (no
-    compiler needed, starts at once), "inductor" (needs a C++ compiler) or "triton" (needs a GPU). `verify` is "structure" or "numeric",
-    which checks each pass's contract on the example. A `.pt2` file can run code when it is read, so it needs `trusted=True`. What
-    passes and compilers make is kept in `cache` for the next process: in the user's own (True), in that of a folder, or nowhere (False).
+    "tuned", which "auto" means (what is fastest on this CPU, or the fastest tiles of Triton kernels on this GPU, timed when the model is
+    made ready), "aten" (no compiler needed, starts at once), "inductor" (needs a C++ compiler) or "triton" (needs a GPU; default
+    tiles). `verify` is "structure" or "numeric", which checks each pass's contract on the example. A `.pt2` file can run code when it
+    is read, so it needs `trusted=True`. What passes and compilers make is kept in `cache` for the next process: in the user's own
+    (True), in that of a folder, or nowhere (False).
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.

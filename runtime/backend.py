@@ -27,9 +27,15 @@ def choose_backend(name: str) -> str:
     if name == "triton":
         if not torch.cuda.is_available():
             raise TargetError("backend triton needs a GPU and found none: use backend='inductor' or 'aten'")
-        if importlib.util.find_spec("triton") is None:
+        if not has_triton():
             raise TargetError("backend triton needs the package triton and found none: pip install 'graphwright[triton]'")
     return name
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

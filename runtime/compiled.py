@@ -20,7 +20,7 @@ from .artifact import Saved
 from .cache import Cache
 from .calling import Call, Parameter
 from .executor import Executor
-from .memory import Measurement, measure_peak
+from .memory import Measurement, measure_peak, seconds
 from .report import Report, Threads, predicted, predicted_on
 
 if TYPE_CHECKING:
@@ -137,8 +137,12 @@ class CompiledModel(nn.Module):
         with self._lock, runner.states_kept():
             self._compiled_peak = runner.executor.predicted_peak()
             self._on_threads = predicted_on(torch.get_num_threads(), self.program) if device == "cpu" else None
-            self(*args, **kwargs)
-            self._measured = measure_peak(lambda: self(*args, **kwargs), device=device, timed=True)
+            with runner.executor.kernel_by_kernel():
+                self(*args, **kwargs)
+                peak = measure_peak(lambda: self(*args, **kwargs), device=device)
+            for _ in range(runner.executor.calls_until_recorded):
+                self(*args, **kwargs)
+            self._measured = replace(peak, seconds=seconds(lambda: self(*args, **kwargs), device))
         return self._measured
 
     @property

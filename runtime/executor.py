@@ -4,7 +4,8 @@ Values that a call made die inside it; inputs stay with the caller. Outputs are 
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,10 @@ from ..ir import Node, Program
 from ..ir.errors import InputError
 from .cache import Cache
 from .flat import FlatGraph
-from .lowering import Backend, lower, lowering_for
+from .graph_replay import Call, CudaGraphs, Replayed
+from .lowering import Backend, is_on, lower, lowering_for
 from .prediction import lowered_profile
+from .segments import AtenLowering
 from .tuned_lowering import TunedLowering
 
 if TYPE_CHECKING:
@@ -46,6 +49,24 @@ class Executor:
         self._lowering = lowering_for(backend, body.graph, program.symbols, bound, cache)
         self._lowered = lower(body.graph, self._lowering)
         self._flat = FlatGraph(self._lowered, bound)
+        self._call: Call = self._flat
+        if not isinstance(self._lowering, AtenLowering) and is_on(self._lowered, "cuda"):
+            weights = [bound(node) for node in self._lowered.nodes if node.op == "get_attr"]
+            self._call = Replayed(self._flat, CudaGraphs(), [source is not None for source in self._sources], weights)
+
+    @contextmanager
+    def kernel_by_kernel(self) -> Iterator[None]:
+        """Calls run as they would be recorded, so that their memory can be seen: a recording holds its own."""
+        before, self._call = self._call, self._flat
+        try:
+            yield
+        finally:
+            self._call = before
+
+    @property
+    def calls_until_recorded(self) -> int:
+        """How many calls with new sizes take longer than those that follow."""
+        return 0 if self._call is self._flat else 2
 
     def predicted_peak(self) -> int | None:
         """The peak of what a compiler made of the program, in bytes; None where library kernels run it as it stands, and while a
@@ -75,7 +96,7 @@ class Executor:
         values = [next(following) if source is None else held[source] for source in self._sources]
         del inputs, held, following
         with torch.no_grad(), torch._C._DisableAutocast(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
-            leaves = self._flat(values)
+            leaves = self._call(values)
         split = len(leaves) - len(self._new_states)
         return leaves[:split], dict(zip(self._new_states, leaves[split:], strict=True))
 

@@ -18,7 +18,7 @@ from ..ir.infer import tensors_of
 from ..ir.liveness import profile_graph
 from ..ir.program import region_of
 from ..ir.region_call import RegionCall
-from .backend import has_cpp_compiler
+from .backend import has_cpp_compiler, has_triton
 from .cache import Cache
 from .code_cache import CodeCache
 from .prediction import lowered_profile
@@ -45,20 +45,21 @@ class Lowering(Protocol):
 def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound: Bound, cache: Cache | None = None) -> Lowering:
     """What makes `graph` ready for `backend`: "aten", "inductor", "tuned" or "triton" ("triton_interpreter" is for tests alone). What a
     compiler made for it before may come from `cache`."""
-    if backend in ("triton", "triton_interpreter"):
+    if backend in ("triton", "triton_interpreter") or (backend == "tuned" and is_on(graph, "cuda") and has_triton()):
         from .triton_lowering import TritonLowering
 
-        return TritonLowering(graph, symbols, interpreted=backend != "triton")
+        return TritonLowering(graph, symbols, interpreted=backend == "triton_interpreter", tune=backend == "tuned", cache=cache)
     code = None if cache is None else CodeCache(cache, symbols)
-    if backend == "tuned" and _is_on_cpu(graph):
+    if backend == "tuned" and is_on(graph, "cpu"):
         return TunedLowering(graph, symbols, bound, code)
     if backend == "aten" or not has_cpp_compiler():
         return AtenLowering()
     return InductorLowering(symbols, code)
 
 
-def _is_on_cpu(graph: fx.Graph) -> bool:
-    return all(tensor.device.type == "cpu" for node in graph.nodes for tensor in tensors_of(node.meta.get("val")))
+def is_on(graph: fx.Graph, device: str) -> bool:
+    """Whether all tensors are on one kind of device, "cpu" or "cuda"."""
+    return {tensor.device.type for node in graph.nodes for tensor in tensors_of(node.meta.get("val"))} == {device}
 
 
 def lower(graph: fx.Graph, lowering: Lowering) -> fx.Graph:

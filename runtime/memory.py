@@ -33,7 +33,7 @@ def measure_peak(fn: Callable[[], Any], *, device: str = "cpu", timed: bool = Fa
         InputError: on CPU, while a profiler is running: torch has one a process, and a second would end the first.
     """
     peak, kept = _cuda_peak(fn) if device == "cuda" else _cpu_peak(fn)
-    return Measurement(peak, kept, _seconds(fn, device) if timed else None)
+    return Measurement(peak, kept, seconds(fn, device) if timed else None)
 
 
 def profiler_is_running() -> bool:
@@ -83,7 +83,8 @@ def _allocations(trace: Any) -> Iterator[tuple[int, int, int]]:
                 yield event.start_time_ns, block.ptr, block.alloc_size
 
 
-def _seconds(fn: Callable[[], Any], device: str) -> float:
+def seconds(fn: Callable[[], Any], device: str) -> float:
+    """The time of one call."""
     start = time.perf_counter()
     result = fn()
     if device == "cuda":

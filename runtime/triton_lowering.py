@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import networkx
+import torch
 from torch import fx
 
 from ..ir import Function, Node, SymbolTable
@@ -14,21 +15,26 @@ from ..ir.calls import GETITEM
 from ..ir.infer import tensors_of
 from ..ir.printer import node_lines
 from ..ir.tree import LEAF
+from .cache import Cache
 from .code_cache import CodeCache
 from .sliced import SlicedRun
 
 if TYPE_CHECKING:
+    from ..codegen.triton import Kernel
+    from ..codegen.triton.emit import AnyPlan
     from ..codegen.triton.groups import Group
+    from ..codegen.triton.tune import Tuner
 
 
 class TritonLowering:
-    """Lowers `graph` for a GPU; `interpreted` runs the kernels on CPU tensors in Triton's interpreter, for tests.
+    """Lowers `graph` for a GPU; `interpreted` runs the kernels on CPU tensors in Triton's interpreter, for tests. With `tune`, tiles are
+    timed, and what is found is kept in `cache`.
 
     Raises:
         TargetError: `interpreted`, and triton compiles in this process.
     """
 
-    def __init__(self, graph: fx.Graph, symbols: SymbolTable, interpreted: bool):
+    def __init__(self, graph: fx.Graph, symbols: SymbolTable, interpreted: bool, tune: bool = False, cache: Cache | None = None):
         from ..codegen.triton.launch import require_interpreter
 
         if interpreted:
@@ -39,6 +45,8 @@ class TritonLowering:
         self.left: set[Node] = set()
         self.code: CodeCache | None = None
         self.device = "cpu" if interpreted else "cuda"
+        self._tunes, self._cache = tune and not interpreted, cache
+        self._tuners: dict[torch.device, Tuner] = {}
         self._lines = node_lines(Function("main", graph, LEAF, LEAF), symbols)
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
@@ -46,16 +54,16 @@ class TritonLowering:
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
-        from ..codegen.triton import NotFusible, emit
+        from ..codegen.triton import NotFusible
         from ..codegen.triton.groups import find_groups
         from ..codegen.triton.launch import Launch
 
         launches: dict[Node, tuple[Group, Launch]] = {}
         for group in find_groups(self.graph, nodes):
-            if tensors_of(group.outputs[0].meta["val"])[0].device.type != self.device:
+            if _device(group.plan).type != self.device:
                 continue
             try:
-                launch = Launch(emit(group.plan, self.symbols, self._lines))
+                launch = Launch(self._kernel(group.plan))
             except NotFusible:  # a size that no input of the group tells
                 continue
             launches |= dict.fromkeys(group.nodes, (group, launch))
@@ -70,6 +78,23 @@ class TritonLowering:
             for index, output in enumerate(group.outputs):
                 copies[output] = lowered.call_function(GETITEM, (call, index))
                 copies[output].meta = output.meta
+
+    def _kernel(self, plan: "AnyPlan") -> "Kernel":
+        from ..codegen.triton import emit
+        from ..codegen.triton.targets import target_of
+        from ..codegen.triton.tune import Tuner
+
+        device = _device(plan)
+        target = target_of(device)
+        if not self._tunes:
+            return emit(plan, self.symbols, self._lines, target=target)
+        if device not in self._tuners:
+            self._tuners[device] = Tuner(device, target, self._cache)
+        return self._tuners[device].kernel(plan, self.symbols, self._lines)
+
+
+def _device(plan: "AnyPlan") -> torch.device:
+    return tensors_of(plan.outputs[0].meta["val"])[0].device
 
 
 def _schedule(nodes: Sequence[Node], group_of: "Mapping[Node, Group]") -> Iterable[Node]:

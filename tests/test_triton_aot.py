@@ -11,76 +11,15 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "bench")]
 
 
 def families():
-    """Name -> (function, arguments), at the sizes of networks that people run."""
+    """Name -> (function, arguments), at the sizes of networks that people run: those that `bench/gpu.py` times."""
+    import gpu
     import torch
-    import torch.nn.functional as F
 
-    def half(*shape):
-        return torch.empty(shape, dtype=torch.bfloat16)
-
-    def rotated(x, cos, sin):
-        first, second = x.chunk(2, -1)
-        return x * cos + torch.cat([-second, first], -1) * sin
-
-    return {
-        "residual, layer_norm, modulation": (
-            lambda x, h, a, b: ((y := x + h), F.layer_norm(y, (1152,)) * (1 + a[:, None]) + b[:, None]),
-            [half(2, 256, 1152), half(2, 256, 1152), half(2, 1152), half(2, 1152)],
-        ),
-        "residual, rms_norm": (
-            lambda x, h, w: ((y := x + h), F.rms_norm(y, (8192,), w, 1e-5)),
-            [half(64, 8192), half(64, 8192), half(8192)],
-        ),
-        "layer_norm of a long row": (lambda x, w, b: F.gelu(F.layer_norm(x, (16384,), w, b)), [half(64, 16384), half(16384), half(16384)]),
-        "softmax": (
-            lambda x, m: F.softmax((x * 0.125).masked_fill(m, float("-inf")), -1),
-            [half(8, 512, 4096), torch.empty(512, 4096, dtype=torch.bool)],
-        ),
-        "log_softmax of a vocabulary": (lambda x: F.log_softmax(x.float(), -1), [half(32, 50257)]),
-        "group_norm, silu": (lambda x, w, b: F.silu(F.group_norm(x, 32, w, b)), [half(2, 320, 64, 64), half(320), half(320)]),
-        "group_norm in halves": (
-            lambda x, s, w, b: F.silu(torch.ops.gw.norm_apply(x, s, w, b, 32, 1e-5)),
-            [half(2, 320, 64, 64), torch.empty(2, 2, 32, 3), half(320), half(320)],
-        ),
-        "GEGLU": (lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]), [half(2, 4096, 2560)]),
-        "SwiGLU": (lambda x, y: F.silu(x) * y, [half(4096, 11008), half(4096, 11008)]),
-        "rotary": (lambda x, c, s: rotated(x.transpose(1, 2), c, s), [half(2, 1024, 32, 128), half(1024, 128), half(1024, 128)]),
-        "norm, rotary": (
-            lambda x, w, c, s: rotated(F.rms_norm(x, (128,), w, 1e-6), c, s),
-            [half(2, 32, 1024, 128), half(128), half(1024, 128), half(1024, 128)],
-        ),
-        "reductions": (lambda x: ((x * x).sum(-1), x.amax(-1), x.float().var(-1)), [half(4096, 1024)]),
-        "linear, gelu": (lambda x, w, b: F.gelu(F.linear(x, w, b)), [half(4096, 1152), half(4608, 1152), half(4608)]),
-        "linear, gate, residual": (
-            lambda x, w, b, g, r: r + g[:, None] * F.linear(x, w, b),
-            [half(2, 256, 1152), half(1152, 1152), half(1152), half(2, 1152), half(2, 256, 1152)],
-        ),
-        "SwiGLU of two products": (
-            lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u),
-            [half(2048, 2048), half(8192, 2048), half(8192, 2048)],
-        ),
-        "rms_norm, linear of one token": (
-            lambda x, s, w: F.linear(F.rms_norm(x, (2048,), s, 1e-5), w),
-            [half(1, 2048), half(2048), half(8192, 2048)],
-        ),
-        "scale, linear": (lambda x, s, w: F.relu(F.linear(x * s, w)), [half(2048, 1024), half(1024), half(1024, 1024)]),
-        "batched product": (lambda a, b: torch.bmm(a, b) * 0.125, [half(32, 256, 64), half(32, 64, 256)]),
-        "float16 product": (lambda a, b: F.relu(a @ b), [half(512, 512).half(), half(512, 512).half()]),
-        "float32 product": (lambda a, b: F.relu(a @ b), [half(512, 512).float(), half(512, 512).float()]),
-        "int8 product, scale": (
-            lambda a, b, s: torch._int_mm(a, b).float() * s,
-            [torch.empty(512, 1024, dtype=torch.int8), torch.empty(1024, 512, dtype=torch.int8), torch.empty(512, 1)],
-        ),
-        "8-bit weights": (
-            lambda x, w, s: F.linear(x, w.bfloat16() * s),
-            [half(64, 1024), torch.empty(1024, 1024, dtype=torch.int8), half(1024, 1)],
-        ),
-        "float64": (lambda x, w: F.layer_norm(torch.tanh(x), (1000,), w), [torch.empty(64, 1000).double(), torch.empty(1000).double()]),
-    }
+    return gpu.families(lambda *shape: torch.empty(shape, dtype=torch.bfloat16))
 
 
 def main():

@@ -64,6 +64,7 @@ _FEW_ROWS = (
     MatmulTile(16, 16, 128, 4, 4, 1, 0),
 )
 _FLOAT32 = (MatmulTile(64, 64, 16, 8, 3, per_multiprocessor=0), MatmulTile(32, 32, 16, 4, 3, per_multiprocessor=0))
+_BARRIERS = 4096  # bytes of shared memory beside operands
 # Time of a tile's element, in units of the largest tile's.
 _PRICE = {(128, 256): 1.0, (128, 128): 1.1, (64, 128): 1.4, (64, 64): 1.8, (64, 32): 2.8}
 
@@ -118,7 +119,7 @@ def _fits(plan: MatmulPlan, tile: MatmulTile, target: Target) -> bool:
     """Whether operands in flight have room in shared memory, and accumulators in registers."""
     itemsize = max(side_itemsize(side) for side in (plan.left, *plan.rights))
     shared = (tile.m + len(plan.rights) * tile.n) * tile.k * itemsize * tile.num_stages
-    return shared <= target.shared_bytes and _accumulators(plan, tile, target) <= 128
+    return shared + _BARRIERS <= target.shared_bytes and _accumulators(plan, tile, target) <= 128
 
 
 def _is_roomy(plan: MatmulPlan, tile: MatmulTile, target: Target) -> bool:

@@ -26,9 +26,9 @@ class Target:
 
 
 TARGETS = {
-    "sm_80": Target("sm_80", 108, False, 160 * 1024),
-    "sm_90": Target("sm_90", 132, True, 224 * 1024),
-    "sm_100": Target("sm_100", 148, True, 224 * 1024),
+    "sm_80": Target("sm_80", 108, False, 163 * 1024),
+    "sm_90": Target("sm_90", 132, True, 227 * 1024),
+    "sm_100": Target("sm_100", 148, True, 227 * 1024),
     "gfx942": Target("gfx942", 304, False, 64 * 1024, lanes=64),
 }
 DEFAULT = TARGETS["sm_90"]
@@ -52,5 +52,5 @@ def target_of(device: torch.device) -> Target:
         return Target(found.gcnArchName.partition(":")[0], found.multi_processor_count, False, like.shared_bytes, like.lanes)
     like = TARGETS["sm_100" if found.major >= 10 else "sm_90" if found.major == 9 else "sm_80"]
     # Beside the flagships of a generation there are GPUs with less shared memory, sm_86 and sm_120 among them.
-    shared = min(like.shared_bytes, getattr(found, "shared_memory_per_block_optin", like.shared_bytes) - 3 * 1024)
+    shared = min(like.shared_bytes, getattr(found, "shared_memory_per_block_optin", like.shared_bytes))
     return Target(f"sm_{found.major}{found.minor}", found.multi_processor_count, like.copies_blocks, shared)

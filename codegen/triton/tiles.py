@@ -4,7 +4,8 @@ A row that fits one block is read once and kept in registers; a longer one, or o
 reduction. 8192 float32 on 16 warps are 16 registers a thread and value, which leaves room for the values of a normalisation.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from .values import Plan
 
@@ -46,6 +47,21 @@ def default_tile(plan: Plan) -> Tile:
     if isinstance(rows, int):
         height = min(height, power_of_two(rows))
     return Tile(height, block, min(16, max(4, power_of_two(height * block // 512))), False)
+
+
+def other_tiles(plan: Plan) -> Iterator[Tile]:
+    """What a tuner tries beside the default."""
+    tile = default_tile(plan)
+    if not plan.domain.by_rows:
+        yield from (Tile(0, block, warps, False) for block, warps in ((512, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8)))
+        return
+    yield from (replace(tile, num_warps=warps) for warps in (tile.num_warps // 2, tile.num_warps * 2) if 1 <= warps <= 32)
+    if tile.looped:
+        yield from (replace(tile, columns=columns, num_warps=16) for columns in (1024, 4096, 8192))
+        return
+    for rows in (tile.rows // 4, tile.rows // 2, tile.rows * 2):
+        if rows >= 1:
+            yield from (replace(tile, rows=rows, num_warps=warps) for warps in {tile.num_warps, max(1, tile.num_warps // 2)})
 
 
 def power_of_two(size: int) -> int:

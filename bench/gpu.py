@@ -1,0 +1,267 @@
+"""Triton kernels on a GPU: each family checked and timed, and networks against eager and torch.compile.
+
+A kernel's time is the device's, from a recorded CUDA graph, so that no launch is waited for; its peers are the same function in eager, as
+torch.compile makes it ("default" and "max-autotune"), and the roofline: the bytes that it must move at the measured rate of a copy, or the
+products that it must compute at the measured rate of a large one, whichever takes longer. Networks are called as a user calls them.
+
+python bench/gpu.py [--quick] [--only kernels|networks] [--networks NAME,..] [--sizes small,base] [--skip max-autotune,..] [--json FILE]
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import Bench  # noqa: E402
+
+import graphwright as gw  # noqa: E402
+from graphwright import ir, models  # noqa: E402
+from graphwright.codegen.triton import emit, plan  # noqa: E402
+from graphwright.codegen.triton.launch import load  # noqa: E402
+from graphwright.codegen.triton.matmul_plan import MatmulPlan  # noqa: E402
+from graphwright.codegen.triton.plan import is_known  # noqa: E402
+from graphwright.codegen.triton.roofline import Machine  # noqa: E402
+from graphwright.codegen.triton.targets import target_of  # noqa: E402
+from graphwright.codegen.triton.tune import Tuner, device_seconds  # noqa: E402
+from graphwright.codegen.triton.views import base  # noqa: E402
+
+PEERS = {"eager": "torch", "torch.compile": "torch", "max-autotune": "torch", "roofline": "torch"}
+DEVICE = torch.device("cuda", 0)
+NETWORKS = ("decoder", "dit", "vit", "video_unet")
+Function = Callable[..., Any]
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def families(half: Callable[..., torch.Tensor]) -> dict[str, tuple[Function, list[torch.Tensor]]]:
+    """Every kernel family, as (function, arguments) at sizes of networks that people run. `half(*shape)` makes a bfloat16 tensor."""
+    return {
+        "residual, layer_norm, modulation": (
+            lambda x, h, a, b: ((y := x + h), F.layer_norm(y, (1152,)) * (1 + a[:, None]) + b[:, None]),
+            [half(64, 1024, 1152), half(64, 1024, 1152), half(64, 1152), half(64, 1152)],
+        ),
+        "residual, rms_norm": (
+            lambda x, h, w: ((y := x + h), F.rms_norm(y, (8192,), w, 1e-5)),
+            [half(8192, 8192), half(8192, 8192), half(8192)],
+        ),
+        "layer_norm of a long row": (
+            lambda x, w, b: F.gelu(F.layer_norm(x, (16384,), w, b)),
+            [half(8192, 16384), half(16384), half(16384)],
+        ),
+        "softmax": (
+            lambda x, m: F.softmax((x * 0.125).masked_fill(m, float("-inf")), -1),
+            [half(32, 1024, 4096), half(1024, 4096) > 0],
+        ),
+        "log_softmax of a vocabulary": (lambda x: F.log_softmax(x.float(), -1), [half(2048, 50257)]),
+        "group_norm, silu": (lambda x, w, b: F.silu(F.group_norm(x, 32, w, b)), [half(32, 320, 64, 64), half(320), half(320)]),
+        "group_norm in halves": (
+            lambda x, s, w, b: F.silu(torch.ops.gw.norm_apply(x, s, w, b, 32, 1e-5)),
+            [half(32, 320, 64, 64), half(2, 32, 32, 3).float().abs() + 1, half(320), half(320)],
+        ),
+        "GEGLU": (lambda x: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1]), [half(8, 4096, 2560)]),
+        "SwiGLU": (lambda x, y: F.silu(x) * y, [half(8192, 11008), half(8192, 11008)]),
+        "rotary": (lambda x, c, s: rotated(x.transpose(1, 2), c, s), [half(8, 2048, 32, 128), half(2048, 128), half(2048, 128)]),
+        "norm, rotary": (
+            lambda x, w, c, s: rotated(F.rms_norm(x, (128,), w, 1e-6), c, s),
+            [half(8, 32, 2048, 128), half(128), half(2048, 128), half(2048, 128)],
+        ),
+        "reductions": (lambda x: ((x * x).sum(-1), x.amax(-1), x.float().var(-1)), [half(65536, 1024)]),
+        "float64": (lambda x, w: F.layer_norm(torch.tanh(x), (1000,), w), [half(16384, 1000).double(), half(1000).double()]),
+        "linear, gelu": (lambda x, w, b: F.gelu(F.linear(x, w, b)), [half(8192, 1152), half(4608, 1152), half(4608)]),
+        "linear, gate, residual": (
+            lambda x, w, b, g, r: r + g[:, None] * F.linear(x, w, b),
+            [half(8, 1024, 4608), half(1152, 4608), half(1152), half(8, 1152), half(8, 1024, 1152)],
+        ),
+        "linear, large": (lambda x, w: F.relu(F.linear(x, w)), [half(8192, 8192), half(8192, 8192)]),
+        "SwiGLU of two products": (
+            lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u),
+            [half(4096, 2048), half(8192, 2048), half(8192, 2048)],
+        ),
+        "rms_norm, linear of one token": (
+            lambda x, s, w: F.linear(F.rms_norm(x, (4096,), s, 1e-5), w),
+            [half(1, 4096), half(4096), half(14336, 4096)],
+        ),
+        "linear of 16 tokens": (lambda x, w, r: r + F.linear(x, w), [half(16, 14336), half(4096, 14336), half(16, 4096)]),
+        "scale, linear": (lambda x, s, w: F.relu(F.linear(x * s, w)), [half(4096, 4096), half(4096), half(4096, 4096)]),
+        "batched product": (lambda a, b: torch.bmm(a, b) * 0.125, [half(128, 1024, 64), half(128, 64, 1024)]),
+        "float16 product": (lambda a, b: F.relu(a @ b), [half(4096, 4096).half(), half(4096, 4096).half()]),
+        "float32 product": (lambda a, b: F.relu(a @ b), [half(2048, 2048).float(), half(2048, 2048).float()]),
+        "int8 product, scale": (
+            lambda a, b, s: torch._int_mm(a, b).float() * s,
+            [(half(4096, 4096) * 20).to(torch.int8), (half(4096, 4096) * 20).to(torch.int8).t(), half(4096, 1).float()],
+        ),
+        "8-bit weights": (
+            lambda x, w, s: F.linear(x, w.bfloat16() * s),
+            [half(64, 4096), (half(4096, 4096) * 20).to(torch.int8), half(4096, 1)],
+        ),
+    }
+
+
+class Plain(torch.nn.Module):
+    """A function of tensors as a module."""
+
+    def __init__(self, function: Function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def whole_plan(program: ir.Program) -> Any:
+    """All of a program as one kernel's plan."""
+    nodes = [node for node in program.main.calls if is_known(node)]
+    return plan(nodes, list(dict.fromkeys(base(output) for output in program.main.outputs)))
+
+
+def measured_machine() -> Machine:
+    """What this GPU does on the two things that limit kernels: a copy of 4 GiB, and products of 8192 x 8192 matrices by the library."""
+    bandwidth = copy_rate(2**31)
+    rates = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.float32):
+        size = 4096 if dtype == torch.float32 else 8192
+        a, b = ((torch.randn(size, size, device=DEVICE) * 8).to(dtype) for _ in range(2))
+        multiply = (lambda a=a, b=b: torch._int_mm(a, b.t())) if dtype == torch.int8 else (lambda a=a, b=b: a @ b.t())
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / device_seconds(multiply, 3)
+    return Machine(torch.cuda.get_device_name(DEVICE), bandwidth, 67e12, rates)
+
+
+def copy_rate(nbytes: int) -> float:
+    """Bytes a second, read and written, of a copy of `nbytes`."""
+    x = torch.randn(nbytes // 4, device=DEVICE)
+    y = torch.empty_like(x)
+    return 2 * nbytes / device_seconds(lambda: y.copy_(x))
+
+
+def kernels(bench: Bench) -> None:
+    machine = measured_machine()
+    rates = ", ".join(f"{name} {rate / 1e12:.0f} Tflop/s" for name, rate in machine.products.items())
+    bench.note(f"measured: copy {machine.bandwidth / 1e12:.2f} TB/s (read and written), products {rates}")
+    torch.manual_seed(0)
+    makes = families(lambda *shape: torch.randn(shape, device=DEVICE, dtype=torch.bfloat16))
+    for name, (function, args) in makes.items():
+        if not bench.options.kernels or name in bench.options.kernels.split(";"):
+            kernel_row(bench, machine, name, function, args)
+
+
+def kernel_row(bench: Bench, machine: Machine, name: str, function: Function, args: Sequence[torch.Tensor]) -> None:
+    program = ir.capture(Plain(function), tuple(args), {})
+    target = target_of(DEVICE)
+    default = emit(whole_plan(program), program.symbols, target=target)
+    started = time.perf_counter()
+    tuner = Tuner(DEVICE, target, None)
+    kernel = default if bench.quick else tuner.kernel(whole_plan(program), program.symbols, {})
+    spent = time.perf_counter() - started
+    for each in dict.fromkeys((default, kernel)):
+        load(each).check("cuda")
+    values = dict(zip(program.main.placeholders, args, strict=True))
+    inputs = [values[node] for node in kernel.plan.inputs]
+    peers = {"eager": device_seconds(lambda: function(*args)), "roofline": kernel.roofline.seconds(machine)}
+    for peer, mode in (("torch.compile", None), ("max-autotune", "max-autotune-no-cudagraphs")):
+        if peer not in bench.options.skip.split(","):
+            torch._dynamo.reset()
+            compiled = torch.compile(function, mode=mode)
+            peers[peer] = device_seconds(lambda compiled=compiled: compiled(*args))
+    ours = device_seconds(lambda: load(kernel).run(*inputs))
+    plain = device_seconds(lambda: load(default).run(*inputs))
+    bench.row(name, "time", "s", ours, peers)
+    kind = "matmul" if isinstance(kernel.plan, MatmulPlan) else kernel.plan.kind
+    how = f"{kind}, {kernel.tile}; the default tile takes {plain / ours:.2f} x the time; tuned in {spent:.1f} s"
+    bench.note(f"{name}: {how}; {kernel.roofline.line(machine)}")
+
+
+def networks(bench: Bench) -> None:
+    for name in bench.options.networks.split(","):
+        for size in bench.options.sizes.split(","):
+            network_row(bench, name, size, torch.bfloat16)
+
+
+def network_row(bench: Bench, name: str, size: str, dtype: torch.dtype) -> None:
+    """One network as a user calls it, its outputs checked against the network itself in float64."""
+    module, args, kwargs = models.load(name, size)
+
+    def moved(value: Any, to: torch.dtype = dtype) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(DEVICE, to if value.is_floating_point() else value.dtype)
+
+    module = module.to(DEVICE, dtype)
+    args, kwargs = tuple(map(moved, args)), {key: moved(value) for key, value in kwargs.items()}
+    case = f"{name}/{size} {str(dtype).removeprefix('torch.')}"
+    started = time.perf_counter()
+    ours = gw.compile(module, example_inputs=args, example_kwargs=kwargs, backend="triton" if bench.quick else "tuned")
+    with torch.no_grad():
+        for _ in range(3):
+            result = first(ours(*args, **kwargs))
+    torch.cuda.synchronize()
+    spent = {"ours": time.perf_counter() - started}
+    peers: dict[str, Callable[[], Any]] = {"eager": lambda: module(*args, **kwargs)}
+    for peer, mode in (("torch.compile", None), ("max-autotune", "max-autotune")):
+        if peer in bench.options.skip.split(","):
+            continue
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64
+        compiled, started = torch.compile(module, mode=mode), time.perf_counter()
+        with torch.no_grad():
+            for _ in range(3):
+                compiled(*args, **kwargs)
+        torch.cuda.synchronize()
+        spent[peer] = time.perf_counter() - started
+        peers[peer] = lambda compiled=compiled: compiled(*args, **kwargs)
+    with torch.no_grad():
+        bench.time(case, lambda: ours(*args, **kwargs), peers)
+        eager = first(module(*args, **kwargs))
+        wide = first(module.double()(*(moved(v, torch.float64) for v in args), **{k: moved(v, torch.float64) for k, v in kwargs.items()}))
+    bench.row(case, "error", "1", error(result, wide), {"eager": error(eager, wide)})
+    seconds = ", ".join(f"{who} {each:.0f} s" for who, each in spent.items())
+    calls = [node for node in ours.program.main.calls]
+    bench.note(
+        f"{case}: {len(ours.kernels())} kernels of ours, {len(calls)} calls in the program; made ready and called three times: {seconds}"
+    )
+
+
+def first(outputs: Any) -> torch.Tensor:
+    return (
+        outputs if isinstance(outputs, torch.Tensor) else first(next(iter(outputs.values())) if isinstance(outputs, dict) else outputs[0])
+    )
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """||actual - exact|| / ||exact||; the network's own rounding of its weights is in both."""
+    return ((actual.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", choices=("kernels", "networks"), help="one part")
+    parser.add_argument("--kernels", default="", metavar="NAME;..", help="families to run; all by default")
+    parser.add_argument("--networks", default=",".join(NETWORKS), metavar="NAME,..", help="default %(default)s")
+    parser.add_argument("--sizes", default="small,base", metavar="SIZE,..", help="default %(default)s; with --quick small")
+    parser.add_argument("--skip", default="", metavar="PEER,..", help="torch.compile, max-autotune; with --quick both")
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("bench/gpu.py times kernels on a GPU, and torch finds none here: `make test` checks them in Triton's interpreter")
+        return
+    bench = Bench("gpu", PEERS, add_arguments=add_arguments)
+    if bench.quick:
+        bench.options.skip, bench.options.sizes = "torch.compile,max-autotune", "small"
+    for part in (kernels, networks):
+        if bench.options.only in (None, part.__name__):
+            part(bench)
+            bench.save()
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
