@@ -49,8 +49,8 @@ def compile(
     "tuned", which "auto" means (what is fastest on this CPU, or the fastest tiles of Triton kernels on this GPU, timed when the model is
     made ready), "aten" (no compiler needed, starts at once), "inductor" (needs a C++ compiler) or "triton" (needs a GPU; default
     tiles). `verify` is "structure" or "numeric", which checks each pass's contract on the example. A `.pt2` file can run code when it
-    is read, so it needs `trusted=True`. What passes and compilers make is kept in `cache` for the next process: in the user's own
-    (True), in that of a folder, or nowhere (False).
+    is read, so it needs `trusted=True`. What passes and compilers make and measurements find is kept in `cache` for the next process:
+    in the user's own (True), in that of a folder, or nowhere (False).
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.

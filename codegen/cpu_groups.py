@@ -4,7 +4,7 @@ follows it.
     linear(x, W, b), addmm(b, x, W'), mm(x, W'), matmul(x, W')            -> a linear
     conv2d(x, W, b), conv3d(x, W, b)                                      -> a convolution
     gelu | silu | sigmoid | tanh (one of these)                           -> the same with an activation
-    linear + residual, linear * gate                                      -> a linear with one more operand
+    linear + residual, linear * gate, convolution + residual              -> the same with one more operand
 
 What follows is taken where nothing else reads the value between. All is float32 on CPU.
 """
@@ -40,6 +40,10 @@ class Group:
     other: Node | None
     call: PackedCall
 
+    def without_other(self) -> "Group":
+        """The product or convolution alone."""
+        return replace(self, nodes=self.nodes[:1], other=None, call=self.call.alone())
+
     @property
     def result(self) -> Node:
         return self.nodes[-1]
@@ -55,16 +59,17 @@ class Group:
         return found if self.other is not None else found[:3]
 
 
-def find_groups(nodes: Sequence[Node], is_constant: IsConstant) -> list[Group]:
-    """The groups among `nodes`, disjoint, in order; `is_constant` says which values are the same in every call."""
-    inside, taken, groups = set(nodes), set[Node](), []
+def find_groups(nodes: Sequence[Node], is_constant: IsConstant, sums: bool = False) -> list[Group]:
+    """The groups among `nodes`, disjoint, in order; `is_constant` says which values are the same in every call. With `sums`, what is added
+    to a convolution is part of it, whose channels are innermost then."""
+    free, groups = set(nodes), []
     for node in nodes:
-        if node in taken:
+        if node not in free:
             continue
         group = _linear(node, is_constant) or _convolution(node, is_constant)
         if group is not None:
-            group = _with_what_follows(group, inside)
-            taken.update(group.nodes)
+            group = _with_what_follows(group, free, sums)
+            free.difference_update(group.nodes)
             groups.append(group)
     return groups
 
@@ -120,18 +125,18 @@ def _per_dim(setting: Any, dims: int) -> tuple[int, ...]:
     return (setting,) * dims
 
 
-def _with_what_follows(group: Group, inside: set[Node]) -> Group:
+def _with_what_follows(group: Group, free: set[Node], sums: bool) -> Group:
     node = group.result
     user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or user not in inside:
+    if user is None or user not in free:
         return group
     activation = _activation(user)
     if activation is not None:
         return replace(group, nodes=(node, user), call=group.call.with_activation(activation))
     other = _other(user, node)
-    if other is None or not isinstance(group.call, PackedLinear):
+    call = None if other is None else group.call.with_operand(_BINARIES[user.target])
+    if call is None or (isinstance(call, PackedConvolution) and not sums):
         return group
-    call = PackedLinear(group.call.rows, group.call.transposed, binary=_BINARIES[user.target])
     return replace(group, nodes=(node, user), other=other, call=call)
 
 

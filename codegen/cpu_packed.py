@@ -89,6 +89,14 @@ class PackedCall:
     def with_activation(self, activation: str) -> "PackedCall":
         raise NotImplementedError
 
+    def with_operand(self, binary: str) -> "PackedCall | None":
+        """The call with one more operand, which is added or multiplied; None where oneDNN has none."""
+        raise NotImplementedError
+
+    def alone(self) -> "PackedCall":
+        """The call without what follows."""
+        raise NotImplementedError
+
     def scratch(self, x: Tensor, result: Tensor) -> int:
         """Bytes that a call needs beside operands and result, from their types."""
         raise NotImplementedError
@@ -127,6 +135,12 @@ class PackedLinear(PackedCall):
 
     def with_activation(self, activation: str) -> "PackedLinear":
         return PackedLinear(self.rows, self.transposed, activation)
+
+    def with_operand(self, binary: str) -> "PackedLinear":
+        return PackedLinear(self.rows, self.transposed, binary=binary)
+
+    def alone(self) -> "PackedLinear":
+        return PackedLinear(self.rows, self.transposed)
 
     def __str__(self) -> str:
         return f"oneDNN's linear{_suffix(self.activation, self.binary)}"
@@ -170,6 +184,7 @@ class PackedConvolution(PackedCall):
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, other: Tensor | None = None) -> Tensor:
         if other is not None:
+            other = other.contiguous(memory_format=self._format)
             return self._op(x, other, self.pack(weight), bias, *self._settings, "add", 1.0, None, [], None)
         y = self._op(x.contiguous(memory_format=self._format), self.pack(weight), bias, *self._settings, *self._unary)
         return y if self.channels_last else y.contiguous()
@@ -181,10 +196,22 @@ class PackedConvolution(PackedCall):
         return max(hinted_bytes(x), hinted_bytes(result))
 
     def with_activation(self, activation: str) -> "PackedConvolution":
+        return self._form(activation, "none", self.channels_last)
+
+    def with_operand(self, binary: str) -> "PackedConvolution | None":
+        return self._form("none", binary, True) if binary == "add" and len(self.image) == 4 else None
+
+    def with_channels_last(self) -> "PackedConvolution":
+        """The call that leaves the channels of its result innermost."""
+        return self._form(self.activation, self.binary, True)
+
+    def alone(self) -> "PackedConvolution":
+        return self._form("none", "none", False)
+
+    def _form(self, activation: str, binary: str, channels_last: bool) -> "PackedConvolution":
         padding, stride, dilation, groups = self._settings
-        return PackedConvolution(
-            self.image, tuple(stride), tuple(padding), tuple(dilation), groups, activation, channels_last=self.channels_last
-        )
+        settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
+        return PackedConvolution(self.image, *settings, activation, binary, channels_last)
 
     def __str__(self) -> str:
         return f"oneDNN's convolution{_suffix(self.activation, self.binary)}"

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
+from ..codegen.cpu_packed import PackedCall
 from ..ir import Node, Program
 from ..ir.errors import InputError
 from .cache import Cache
@@ -18,7 +20,7 @@ from .graph_replay import Call, CudaGraphs, Replayed
 from .lowering import Backend, is_on, lower, lowering_for
 from .prediction import lowered_profile
 from .segments import AtenLowering
-from .tuned_lowering import TunedLowering
+from .sliced import SlicedRun
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
@@ -76,8 +78,13 @@ class Executor:
 
     def packs(self) -> tuple[int, int]:
         """How many weights are held in a second layout, and the bytes of these copies."""
-        packs = list(self._lowering.packs.values()) if isinstance(self._lowering, TunedLowering) else []
+        packs = {node.target.pack for graph in self._graphs() for node in graph.nodes if isinstance(node.target, PackedCall)}
         return len(packs), sum(pack.nbytes for pack in packs)
+
+    def _graphs(self) -> list[fx.Graph]:
+        """The graph that runs, and the bodies of its regions."""
+        runs = [node.target for node in self._lowered.nodes if isinstance(node.target, SlicedRun)]
+        return [self._lowered, *(run.call.body.graph for run in runs)]
 
     def kernel_calls(self) -> "list[Kernel]":
         """The Triton kernel of each call of one, in order."""

@@ -37,6 +37,8 @@ class Lowering(Protocol):
     left: set[Node]
     code: CodeCache | None
 
+    def prepared(self, graph: fx.Graph) -> tuple[fx.Graph, dict[Node, Node]]: ...
+
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None: ...
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun: ...
@@ -88,7 +90,8 @@ def _left(graph: fx.Graph, lowered: fx.Graph, pieces: Mapping[Node, Node]) -> se
     return {pieces[node] for node, live in zip(memory.nodes, memory.live, strict=True) if live > limit and node in pieces}
 
 
-def _lowered(graph: fx.Graph, lowering: Lowering) -> fx.Graph:
+def _lowered(program: fx.Graph, lowering: Lowering) -> fx.Graph:
+    graph, source = lowering.prepared(program)
     donors = plan_donations(graph)
     lowered = fx.Graph()
     copies: dict[Node, Node] = {}
@@ -102,6 +105,8 @@ def _lowered(graph: fx.Graph, lowering: Lowering) -> fx.Graph:
                 lowering.pieces[call] = piece
         else:
             copies[piece] = lowered.node_copy(piece, copies.__getitem__)
+    for call, first in lowering.pieces.items():
+        lowering.pieces[call] = source.get(first, first)
     return lowered
 
 

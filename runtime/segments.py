@@ -26,6 +26,10 @@ class AtenLowering:
         self.left: set[Node] = set()
         self.code: CodeCache | None = None
 
+    def prepared(self, graph: fx.Graph) -> tuple[fx.Graph, dict[Node, Node]]:
+        """What is lowered in the place of `graph`, and from which of its nodes each call came where that is another."""
+        return graph, {}
+
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
         for node in nodes:

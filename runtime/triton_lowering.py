@@ -49,6 +49,10 @@ class TritonLowering:
         self._tuners: dict[torch.device, Tuner] = {}
         self._lines = node_lines(Function("main", graph, LEAF, LEAF), symbols)
 
+    def prepared(self, graph: fx.Graph) -> tuple[fx.Graph, dict[Node, Node]]:
+        """`graph` as it is."""
+        return graph, {}
+
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
         return SlicedRun(node, donors)
 

@@ -6,138 +6,89 @@ operands that every slice gets whole; they are packed like those outside.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import fx
 
-from ..codegen import cpu_packed
-from ..codegen.cpu_groups import Group, find_groups
-from ..codegen.cpu_packed import Pack, hinted
+from ..codegen.cpu_packed import PackedCall
 from ..codegen.cpu_rows import is_row_product
 from ..ir import Node, Region, SymbolTable
 from ..ir.calls import GETITEM
+from ..ir.program import region_of
 from ..ir.region_call import RegionCall
 from .backend import has_cpp_compiler
 from .code_cache import CodeCache
-from .flat import FlatGraph
 from .lazy_order import lazy_runs
+from .packing import Packing
 from .probe import Probe
-from .segments import AtenLowering, cut_out
+from .segments import AtenLowering
 from .sliced import SlicedRun
-from .tuned_segments import TunedSegments, random_like
+from .tuned_segments import TunedSegments
 
 Bound = Callable[[Node], torch.Tensor]
 
 
 class TunedLowering:
-    """Lowers `graph`, whose weights are `bound`; compiled code may come from `code`."""
+    """Lowers `graph`, whose weights are `bound`; compiled code and verdicts may come from `code`."""
 
     def __init__(self, graph: fx.Graph, symbols: SymbolTable, bound: Bound, code: CodeCache | None):
-        self.symbols = symbols
         self.code: CodeCache | None = None  # which pieces are left depends on what the probe finds
-        self.packs: dict[tuple[Any, ...], Pack] = {}
-        self._bound = bound
-        self._probe = Probe(_weight_bytes(graph, bound))
-        self._between = TunedSegments(symbols, self._probe, code) if has_cpp_compiler() else AtenLowering()
-        self.pieces = self._between.pieces
         self.left: set[Node] = set()
+        self._bound = bound
+        self._compiles = has_cpp_compiler()
+        probe = Probe(_weight_bytes(graph, bound), cache=None if code is None else code.cache)
+        self._packing = Packing(symbols, probe, skips=self._is_better_off)
+        self._between = TunedSegments(symbols, probe, code) if self._compiles else AtenLowering()
+        self.pieces = self._between.pieces
+        self._source: dict[Node, Node] = {}
+
+    def prepared(self, graph: fx.Graph) -> tuple[fx.Graph, dict[Node, Node]]:
+        """`graph` with packed calls, and from which of its nodes each call came."""
+        # Copies to another layout are for time; a program with regions was made for memory.
+        channels_last = self._compiles and all(region_of(node) is None for node in graph.nodes)
+        prepared, self._source = self._packing.packed(graph, lambda node: self._bound(node) if _is_weight(node) else None, channels_last)
+        self._between.left = {node for node, source in self._source.items() if source in self.left}
+        return prepared, self._source
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
-        self._between.left = self.left
-        groups = self._groups(nodes, lambda value: value if _is_weight(value) else None)
-        by_result = {group.result: group for group in groups}
-        inner = {node for group in groups for node in group.nodes[:-1]}
-        calls = _with_parts([node for node in nodes if node not in inner])
-        for run in lazy_runs(calls, lambda node: by_result[node].reads if node in by_result else None):
+        for run in lazy_runs(_with_parts(nodes), lambda node: node.all_input_nodes if isinstance(node.target, PackedCall) else None):
             if isinstance(run, list):
                 self._between.segment(run, lowered, copies)
             else:
-                _add_call(by_result[run], lowered, copies)
-                self.pieces[copies[run]] = by_result[run].nodes[0]
+                copies[run] = lowered.node_copy(run, copies.__getitem__)
+                self.pieces[copies[run]] = run
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
-        call = RegionCall.of(node)
-        if node in self.left:
+        if node in self._between.left:
             return SlicedRun(node, donors)
-        whole = {
-            inner: operand
+        call = RegionCall.of(node)
+        weights = {
+            inner: self._bound(operand)
             for inner, operand, dim in zip(call.body.placeholders, call.operands, call.in_dims, strict=True)
             if dim < 0 and _is_weight(operand)
         }
-        calls = [inner for inner in call.body.graph.nodes if inner.op == "call_function"]
-        groups = self._groups(calls, whole.get)
-        if not groups:
-            return SlicedRun(node, donors)
-        body, copies = fx.Graph(), dict[Node, Node]()
-        for inner in call.body.placeholders:
-            copies[inner] = body.node_copy(inner, copies.__getitem__)
-        by_result = {group.result: group for group in groups}
-        inside = {inner for group in groups for inner in group.nodes}
-        for inner in calls:
-            if inner in by_result:
-                _add_call(by_result[inner], body, copies)
-            elif inner not in inside:
-                copies[inner] = body.node_copy(inner, copies.__getitem__)
-        body.output(tuple(copies[part] for part in call.body.outputs))
-        return SlicedRun(node, donors, body=Region(body))
+        body, _ = self._packing.packed(call.body.graph, weights.get)
+        is_changed = any(isinstance(inner.target, PackedCall) for inner in body.nodes)
+        return SlicedRun(node, donors, body=Region(body) if is_changed else None)
 
-    def _groups(self, nodes: Sequence[Node], weight_of: Callable[[Any], Node | None]) -> list[Group]:
-        """The groups that are faster as one packed call; `weight_of` gives the weight behind a value that is one."""
-        if not cpu_packed.is_available():
-            return []
-        found = find_groups(nodes, lambda value: isinstance(value, Node) and weight_of(value) is not None)
-        return [group for group in found if self._may_pack(group) and self._wins(group, weight_of(group.weight))]
-
-    def _may_pack(self, group: Group) -> bool:
-        """Products of one row are faster as loops of compiled code."""
-        is_looped = isinstance(self._between, TunedSegments) and is_row_product(group.nodes[0])
-        return group.nodes[0] not in self.left and not is_looped
-
-    def _wins(self, group: Group, node: Node | None) -> bool:
-        assert node is not None
-        weight = self._bound(node)
-        key = (id(weight), *group.call.layout())
-        is_new = key not in self.packs
-        pack = self.packs[key] if key in self.packs else Pack(weight, group.call.lay_out)
-        group.call.pack = pack
-        wins = self._verdict(group, weight) == "onednn"
-        if wins and is_new:
-            self.packs[key] = pack
-        return wins
-
-    def _verdict(self, group: Group, weight: torch.Tensor) -> str:
-        inputs = list(dict.fromkeys(operand for operand in group.operands if operand is not None))
-        values: list[Any] = [weight if operand is group.weight else random_like(operand.meta["val"]) for operand in inputs]
-        by_node = dict(zip(inputs, values, strict=True))
-        operands = [None if operand is None else by_node[operand] for operand in group.operands]
-        aten = FlatGraph(cut_out(group.nodes, inputs, [group.result]))
-        question = f"{[str(node.target) for node in group.nodes]} {[(*hinted(node.meta['val']),) for node in inputs]} {group.call.layout()}"
-        with torch.no_grad(), torch._C._DisableAutocast():
-            return self._probe.fastest(
-                group.call.kind, question, {"aten": lambda: aten(list(values)), "onednn": lambda: group.call(*operands)}
-            )
+    def _is_better_off(self, node: Node) -> bool:
+        """Whether a call is not to be packed: library kernels have it, or it is a product of one row, which is faster as a loop of
+        compiled code."""
+        return node in self.left or (self._compiles and is_row_product(node))
 
 
 def _with_parts(nodes: Sequence[Node]) -> list[Node]:
     """The calls with the results of one that has several right behind it: a compiled run takes and gives tensors alone."""
-    ordered = []
+    ordered: list[Node] = []
     for node in nodes:
         if node.target is not GETITEM:
             ordered += [node, *(user for user in node.users if user.target is GETITEM)]
     return ordered
 
 
-def _add_call(group: Group, graph: fx.Graph, copies: dict[Node, Node]) -> None:
-    """Adds the packed call of `group` to `graph`."""
-    operands = tuple(None if operand is None else copies[operand] for operand in group.operands)
-    copies[group.result] = graph.create_node("call_function", group.call, operands, name=group.call.kind)
-    copies[group.result].meta = group.result.meta
-
-
-def _is_weight(node: Any) -> bool:
-    return isinstance(node, Node) and node.op == "get_attr"
+def _is_weight(node: Node) -> bool:
+    return node.op == "get_attr"
 
 
 def _weight_bytes(graph: fx.Graph, bound: Bound) -> int:

@@ -87,7 +87,8 @@ def random_like(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return hint(value)
     shape, stride = hinted(value)
-    made = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-    if not value.dtype.is_floating_point:
-        return made.zero_()
-    return made.normal_(generator=torch.Generator(value.device).manual_seed(0))
+    extent = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
+    memory = torch.zeros(extent, dtype=value.dtype, device=value.device)  # elements of an expanded tensor share theirs
+    if value.dtype.is_floating_point:
+        memory.normal_(generator=torch.Generator(value.device).manual_seed(0))
+    return memory.as_strided(shape, stride)

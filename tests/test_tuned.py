@@ -12,6 +12,7 @@ from graphwright.codegen.cpu_packed import PackedCall, is_available
 from graphwright.ir.float64 import Widening
 from graphwright.ir.run import run
 from graphwright.runtime.backend import has_cpp_compiler
+from graphwright.runtime.cache import Cache
 from graphwright.runtime.probe import MARGIN, Probe
 from graphwright.runtime.segments import Segment
 
@@ -148,6 +149,23 @@ def test_what_is_no_form_of_onednn_stays_an_operation_of_its_own(onednn_wins, th
 
 
 @needs_onednn
+@pytest.mark.parametrize("join", [torch.add, torch.mul], ids=["sum", "product"])
+def test_of_two_products_that_are_joined_one_takes_the_other(onednn_wins, join):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return join(self.first(x), self.second(x))
+
+    net, x = Two(), torch.randn(4, 8)
+    model = tuned(net, x)
+    assert sorted(packed_calls(model)) == ["oneDNN's linear", f"oneDNN's linear with {join.__name__}"]
+    assert_exact(model, net, x)
+
+
+@needs_onednn
 def test_a_product_of_two_activations_is_left_alone(onednn_wins):
     class Net(nn.Module):
         def forward(self, x):
@@ -261,8 +279,8 @@ def test_the_prediction_knows_what_packed_calls_allocate(onednn_wins, net, shape
     model = tuned(copy.deepcopy(net), x, passes=passes)
     measured = model.measure(x)
     predicted = model.report().memory.compiled
-    # oneDNN takes a few KiB a thread for a convolution beside the copies.
-    assert predicted == pytest.approx(measured.peak_bytes, abs=2**13 * torch.get_num_threads())
+    # oneDNN takes some KiB a thread for a convolution beside the copies.
+    assert predicted == pytest.approx(measured.peak_bytes, abs=2**14 * torch.get_num_threads())
 
 
 # --- the probe ---
@@ -306,6 +324,16 @@ def test_a_verdict_holds_until_the_threads_change(seconds):
         assert Probe(0).fastest("linear", "a", ways("aten", "onednn")) == "aten"
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_verdict_is_kept_for_other_processes(seconds, monkeypatch, tmp_path):
+    tmp_path.chmod(0o700)
+    seconds |= {"aten": 1.0, "onednn": 0.5}
+    Probe(0, cache=Cache(tmp_path / "cache")).fastest("linear", "a", ways("aten", "onednn"))
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})  # as another process has it
+    assert Probe(0).known("linear", "a") is None
+    assert Probe(0, cache=Cache(tmp_path / "cache")).known("linear", "b") is None
+    assert Probe(0, cache=Cache(tmp_path / "cache")).known("linear", "a") == "onednn"
 
 
 def test_when_the_time_is_up_a_question_takes_what_its_like_took(seconds):
@@ -428,6 +456,22 @@ def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bi
 
 
 @needs_compiler
+def test_expanded_operands_are_probed_as_they_are(monkeypatch):
+    class Expanded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x, row):
+            return self.linear(row.expand(4, 8)) + x.exp()
+
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+    net, inputs = Expanded(), (torch.randn(4, 8), torch.randn(8))
+    model = tuned(net, *inputs)
+    torch.testing.assert_close(model(*inputs), net(*inputs))
+
+
+@needs_compiler
 def test_a_segment_that_does_not_win_is_left_to_its_kernels(monkeypatch):
     monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
     monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "aten")
@@ -456,4 +500,63 @@ def test_a_segment_that_inductor_fails_on_stays_with_library_kernels(monkeypatch
     net, x = Block(), torch.randn(2, 7, 32)
     model = tuned(net, x)
     assert not segments(model) and "a defect of the compiler" in caplog.text
+    assert_exact(model, net, x)
+
+
+# --- channels innermost ---
+
+
+class Residual(nn.Module):
+    """Group norm, SiLU, a convolution, and the input added; `first` and `last` are what a network has around such blocks."""
+
+    def __init__(self, channels=16):
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(4, channels), nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(F.silu(self.norm(x)))
+
+
+class Joined(nn.Module):
+    """Two convolutions whose results are added, one of them read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(6, 16, 3, padding=1), nn.Conv2d(6, 16, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return y + self.second(x), y.flatten(2).transpose(1, 2)
+
+
+def clones(model):
+    return [node for node in model._present.executor._lowered.nodes if node.target is torch.ops.aten.clone.default]
+
+
+@needs_onednn
+@needs_compiler
+@pytest.mark.parametrize("size", [(1, 6, 8, 8), (2, 6, 5, 7)], ids=str)
+def test_channels_stay_innermost_from_convolution_to_convolution(compiled_wins, size):
+    net, x = nn.Sequential(nn.Conv2d(6, 16, 3, padding=1), Residual(), Residual(), nn.Conv2d(16, 6, 1)), torch.randn(size)
+    model = tuned(net, x)
+    assert packed_calls(model) == ["oneDNN's convolution", *["oneDNN's convolution with add"] * 2, "oneDNN's convolution"]
+    assert not clones(model)  # those at either end are part of compiled code
+    assert_exact(model, net, x)
+
+
+@needs_onednn
+@needs_compiler
+def test_whoever_reads_a_convolution_otherwise_has_its_channels_outside(compiled_wins):
+    net, x = Joined().eval(), torch.randn(2, 6, 8, 8)
+    for y, expected in zip(tuned(net, x)(x), net(x), strict=True):
+        assert y.stride() == expected.stride()
+        assert_same(y, expected)
+
+
+@needs_onednn
+@needs_compiler
+def test_a_program_with_regions_keeps_its_layouts(compiled_wins):
+    net, x = nn.Sequential(Residual(), Residual()), torch.randn(6, 16, 16, 16)
+    model = tuned(net, x, passes=[gw.SliceGroups(memory_budget="40%")])
+    assert not any(getattr(node.target, "channels_last", False) for node in model._present.executor._lowered.nodes)
     assert_exact(model, net, x)
