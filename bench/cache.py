@@ -20,7 +20,7 @@ from harness import Bench, relative_spread
 PEERS = {"first start": "torch", "torch's caches": "torch"}
 CASES = {"quick": (("decoder", "tiny"),), "full": (("video_unet", "small"), ("dit", "small"), ("decoder", "small"))}
 BACKENDS = ("inductor", "aten")
-WARM_STARTS = {"quick": 2, "full": 5}
+WARM_STARTS = {"quick": 2, "full": 3}
 PASSES = "slice-groups"
 
 START = """
