@@ -19,7 +19,7 @@ from harness import Bench, relative_spread
 
 PEERS = {"first start": "torch", "torch's caches": "torch"}
 CASES = {"quick": (("decoder", "tiny"),), "full": (("video_unet", "small"), ("dit", "small"), ("decoder", "small"))}
-BACKENDS = ("inductor", "aten")
+BACKENDS = ("auto", "inductor", "aten")
 WARM_STARTS = {"quick": 2, "full": 3}
 PASSES = "slice-groups"
 
@@ -52,7 +52,9 @@ print(json.dumps({
 def main() -> None:
     bench = Bench("cache", PEERS, add_arguments=_arguments)
     for name, size in CASES["quick" if bench.quick else "full"]:
-        for backend in bench.options.backend or BACKENDS:
+        if bench.options.network and name not in bench.options.network:
+            continue
+        for backend in bench.options.backend or (BACKENDS[:1] if bench.quick else BACKENDS):
             with tempfile.TemporaryDirectory(prefix="graphwright-bench-") as folder:
                 starts(bench, Path(folder), name, size, backend)
             bench.save()
@@ -60,7 +62,8 @@ def main() -> None:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", action="append", metavar="B", help=f"instead of {' and '.join(BACKENDS)}; may be repeated")
+    parser.add_argument("--backend", action="append", metavar="B", help=f"instead of {', '.join(BACKENDS)}; may be repeated")
+    parser.add_argument("--network", action="append", metavar="NAME", help="only this one; may be repeated")
 
 
 def starts(bench: Bench, folder: Path, name: str, size: str, backend: str) -> None:
