@@ -8,6 +8,7 @@ it does. Both include no import; the notes have what import, capture and the fir
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -77,7 +78,8 @@ def starts(bench: Bench, folder: Path, name: str, size: str, backend: str) -> No
     for _ in range(WARM_STARTS["quick" if bench.quick else "full"]):
         second.append(start("kept"))
         spared.append(start(""))
-    if any(one["sums"] != first["sums"] for one in second):
+    # Another start may have had time to time more kernels, and sums of other kernels differ in their last bits.
+    if not all(math.isclose(a, b, rel_tol=1e-4) for one in second for a, b in zip(one["sums"], first["sums"], strict=True)):
         raise RuntimeError(f"a second start of {name}/{size} on {backend} computes something else than the first")
     case = f"{name}/{size}, {backend}"
     for metric, parts in {"program": ("compile",), "module": ("capture", "compile")}.items():
