@@ -37,7 +37,7 @@ class MatmulBody:
 
     def __init__(self, plan: MatmulPlan, arguments: Arguments, symbols, inputs: Mapping[str, Node], outputs: Mapping[str, Node]):
         self.plan = plan
-        self.inputs = inputs
+        self.inputs, self.outputs = inputs, outputs
         taken = {*NAMES, *inputs, *outputs}
         masks = [_masks("in_m", "in_k_row"), *(_masks("in_k_col", "in_n") for _ in plan.rights), _masks("in_m", "in_n")]
         self.sides = []
@@ -191,8 +191,7 @@ class MatmulBody:
 
     def _block(self, blocks: Blocks, starts: Mapping[str, str], axes: tuple[str, str]) -> str:
         name = list(self.inputs)[blocks.input]
-        offsets = [{"batch": "batch.to(tl.int32)" if self.is_wide else "batch", **starts}[axis] for axis in blocks.axes]
-        text = f"{name}_blocks.load([{', '.join(offsets)}])"
+        text = f"{name}_blocks.load([{', '.join(self._offsets(blocks, starts))}])"
         if "batch" in blocks.axes:
             text += f".reshape({', '.join(f'BLOCK_{axis.upper()}' for axis in blocks.axes if axis != 'batch')})"
         is_turned = tuple(axis for axis in blocks.axes if axis != "batch") != axes
@@ -202,14 +201,27 @@ class MatmulBody:
 
     def _after(self) -> list[str]:
         write, values = self.after.statements, self.after.side.values
-        lines = [] if self.left.side.blocks is None else self._rows()
-        lines += [] if any(written.side.blocks is None for written in self.rights) else self._columns()
-        lines += [write.define(n) for n, value in enumerate(values) if value.kind == "load"]
+        loads = [n for n, value in enumerate(values) if value.kind == "load"]
+        lines: list[str] = []
+        if loads or any(found is None for found in self.plan.stored):
+            lines += [] if self.left.side.blocks is None else self._rows()
+            lines += [] if any(written.side.blocks is None for written in self.rights) else self._columns()
+        lines += map(write.define, loads)
         lines += ["", *(write.define(n) for n, value in enumerate(values) if value.kind != "load"), ""]
-        return [*lines, *map(self._store, self.plan.stores)]
+        return [*lines, *map(self._store, self.plan.stores, self.plan.stored)]
 
-    def _store(self, store: Store) -> str:
-        return self.after.statements.store_tile(store)
+    def _store(self, store: Store, blocks: Blocks | None) -> str:
+        if blocks is None:
+            return self.after.statements.store_tile(store)
+        name, output = list(self.outputs.items())[store.output]
+        value, dtype = self.after.statements.operand(store.ref), output.meta["val"].dtype
+        value = value if self.after.side.values[store.ref.id].dtype == dtype else f"{value}.to({TL_TYPES[dtype]})"
+        if "batch" in blocks.axes:
+            value = f"tl.reshape({value}, [1, BLOCK_M, BLOCK_N])"
+        return f"{name}_blocks.store([{', '.join(self._offsets(blocks, {'m': 'm_start', 'n': 'n_start'}))}], {value})"
+
+    def _offsets(self, blocks: Blocks, starts: Mapping[str, str]) -> list[str]:
+        return [{"batch": "batch.to(tl.int32)" if self.is_wide else "batch", **starts}[axis] for axis in blocks.axes]
 
 
 def _masks(rows: str, columns: str) -> dict[tuple[bool, bool], str]:

@@ -91,16 +91,16 @@ class MatmulFile(File):
         return [*lines, count, "    if tiles > 0:", *("    " + line for line in launch)]
 
     def _blocks(self) -> dict[str, Blocks]:
-        """How the inputs that the hardware copies by blocks are seen, by the names that the kernel has for them."""
-        sides = [side for side in (self.plan.left, *self.plan.rights) if side.blocks is not None]
-        return {f"{self.inputs[side.blocks.input]}_blocks": side.blocks for side in sides}
+        """How the tensors that the hardware copies by blocks are seen, by the names that the kernel has for them."""
+        sides = {f"{self.inputs[b.input]}_blocks": b for side in (self.plan.left, *self.plan.rights) if (b := side.blocks) is not None}
+        return sides | {f"{self.outputs[b.input]}_blocks": b for b in self.plan.stored if b is not None}
 
     def _passed(self) -> list[str]:
         """The kernel's names for the tensors that it takes; one that is read in both ways comes twice."""
-        plan = self.plan
+        plan, blocks = self.plan, self._blocks()
         loaded = {v.input for side in plan.sides if side.blocks is None for v in side.values if v.kind == "load"}
         pointers = [f"{name}_ptr" for n, name in enumerate(self.inputs) if n in loaded]
-        return [*self._blocks(), *pointers, *(f"{name}_ptr" for name in self.outputs)]
+        return [*blocks, *pointers, *(f"{name}_ptr" for name in self.outputs if f"{name}_blocks" not in blocks)]
 
     def _tensor(self, parameter: str) -> str:
         return parameter.rpartition("_")[0]

@@ -55,7 +55,8 @@ class Side:
 
 @dataclass(frozen=True)
 class MatmulPlan:
-    """One kernel: products of `left` and each of `rights`, then `after` and `stores`. `nodes`, `inputs` and `outputs` are as a Plan's.
+    """One kernel: products of `left` and each of `rights`, then `after` and `stores`. `nodes`, `inputs` and `outputs` are as a Plan's;
+    `stored` are the stores as blocks that the hardware copies, None for those that are none.
 
     `accumulator` is the type that sums have; `precision` what Triton's dot takes for float32: "ieee", or "tf32" where the user asked.
     """
@@ -68,6 +69,7 @@ class MatmulPlan:
     rights: tuple[Side, ...]
     after: Side
     stores: tuple[Store, ...]
+    stored: tuple[Blocks | None, ...]
     k: Size
     accumulator: torch.dtype
     precision: str
@@ -89,7 +91,8 @@ class MatmulPlan:
 
     def by_addresses(self) -> "MatmulPlan":
         """The same for hardware that copies no blocks."""
-        return replace(self, left=replace(self.left, blocks=None), rights=tuple(replace(side, blocks=None) for side in self.rights))
+        rights = tuple(replace(side, blocks=None) for side in self.rights)
+        return replace(self, left=replace(self.left, blocks=None), rights=rights, stored=(None,) * len(self.stores))
 
     @property
     def num_batch(self) -> Size:
@@ -148,6 +151,7 @@ def matmul_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> MatmulPlan:
         rights=tuple(sides[1:-1]),
         after=sides[-1],
         stores=tuple(stores),
+        stored=tuple(_stored(store, sides[-1], outputs) for store in stores),
         k=first.k,
         accumulator=torch.int32 if dtype == torch.int8 else torch.float32,
         precision=_precision(dtype),
@@ -271,13 +275,28 @@ def _renumbered(side: Side, order: Sequence[int]) -> Side:
     return replace(side, values=values, blocks=side.blocks and replace(side.blocks, input=order.index(side.blocks.input)))
 
 
-def _blocks(side: Side, inputs: Sequence[Node], axes: tuple[str, str]) -> Blocks | None:
-    """The side as blocks that the hardware copies: one tensor as it is, dense along one axis, steps of multiples of 16 bytes."""
-    value = side.values[0]
-    if len(side.values) != 1 or value.kind != "load" or value.guard or any(not isinstance(a, Var) for a, _ in value.index.terms):
+def _stored(store: Store, after: Side, outputs: Sequence[Node]) -> Blocks | None:
+    """A store of a whole tile as a block, where its rows follow one another."""
+    if not isinstance(store.ref, Ref) or not (after.values[store.ref.id].rows and after.values[store.ref.id].columns):
         return None
-    terms, found = dict(value.index.terms), []
-    for name, variables in (("batch", side.domain.batch), (axes[0], side.domain.rows), (axes[1], side.domain.columns)):
+    found = _blocks_at(store.index, after.domain, ("m", "n"), store.output, outputs[store.output])
+    return found if found is not None and found.axes[-1] == "n" else None
+
+
+def _blocks(side: Side, inputs: Sequence[Node], axes: tuple[str, str]) -> Blocks | None:
+    """The side as blocks that the hardware copies: one tensor as it is."""
+    value = side.values[0]
+    if len(side.values) != 1 or value.kind != "load" or value.guard:
+        return None
+    return _blocks_at(value.index, side.domain, axes, value.input, inputs[value.input])
+
+
+def _blocks_at(index: Index, domain: Domain, axes: tuple[str, str], number: int, node: Node) -> Blocks | None:
+    """The elements at `index` as blocks: dense along one axis, steps of multiples of 16 bytes along the others."""
+    if any(not isinstance(atom, Var) for atom, _ in index.terms):
+        return None
+    terms, found = dict(index.terms), []
+    for name, variables in (("batch", domain.batch), (axes[0], domain.rows), (axes[1], domain.columns)):
         steps = runs(terms, [v for v in variables if v.size != 1])
         if name == "batch" and not steps:
             continue
@@ -286,9 +305,9 @@ def _blocks(side: Side, inputs: Sequence[Node], axes: tuple[str, str]) -> Blocks
         found.append((name, product(v.size for v in variables), steps[0][1]))
     found.sort(key=lambda axis: axis[2] == 1)  # the dense axis comes last, the others stay in order
     names, shape, stride = zip(*found, strict=True)
-    granule = 16 // inputs[value.input].meta["val"].dtype.itemsize
+    granule = 16 // node.meta["val"].dtype.itemsize
     if stride[-1] != 1 or any(step == 1 for step in stride[:-1]):
         return None
-    if not all(divides(granule, step) for step in stride[:-1]) or not divides(granule, value.index.constant):
+    if not all(divides(granule, step) for step in stride[:-1]) or not divides(granule, index.constant):
         return None
-    return Blocks(value.input, names, shape, stride, value.index.constant)
+    return Blocks(number, names, shape, stride, index.constant)

@@ -95,6 +95,10 @@ def candidate_tiles(plan: MatmulPlan, target: Target) -> Iterator[MatmulTile]:
     more += [replace(tile, num_warps=tile.num_warps // 2) for tile in tiles if tile.num_warps == 8]
     more += [replace(tile, flatten=not tile.flatten) for tile in tiles if tile.per_multiprocessor]
     more += [replace(tile, per_multiprocessor=0, flatten=False) for tile in tiles if tile.per_multiprocessor]
+    # Two programs on a multiprocessor: what one computes after its product hides behind the product of the other.
+    more += [replace(tile, num_stages=3, per_multiprocessor=2, flatten=False) for tile in tiles if tile.m * tile.n == 128 * 128]
+    if tiles is _HOPPER or tiles is _BLACKWELL:
+        more += [MatmulTile(128, 128, 64, 4, 3, per_multiprocessor=2), MatmulTile(128, 64, 64, 4, 4, per_multiprocessor=2)]
     yield from dict.fromkeys(tile for tile in (default, *tiles, *more) if tile == default or _fits(plan, tile, target))
 
 
@@ -119,6 +123,8 @@ def _fits(plan: MatmulPlan, tile: MatmulTile, target: Target) -> bool:
     """Whether operands in flight have room in shared memory, and accumulators in registers."""
     itemsize = max(side_itemsize(side) for side in (plan.left, *plan.rights))
     shared = (tile.m + len(plan.rights) * tile.n) * tile.k * itemsize * tile.num_stages
+    stored = [plan.outputs[blocks.input].meta["val"].dtype.itemsize for blocks in plan.stored if blocks is not None]
+    shared += tile.m * tile.n * max(stored, default=0)
     return shared + _BARRIERS <= target.shared_bytes and _accumulators(plan, tile, target) <= 128
 
 

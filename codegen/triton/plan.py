@@ -28,6 +28,7 @@ aten, gw = torch.ops.aten, torch.ops.gw
 
 MAX_VALUES = 160  # of one kernel; more would spill registers, and rotations of rotations double what they read
 MAX_INPUTS = 16
+_MANY_ROWS = 256  # about two programs for each multiprocessor of a large GPU
 
 
 def plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> "Plan | MatmulPlan":
@@ -67,13 +68,25 @@ def _domains(nodes: Sequence[Node], outputs: Sequence[Node]) -> list[tuple[Domai
             found.setdefault((rows.shape, rows.dims, rows.groups), _row_domain(rows))
     if found:
         return list(found.values())
+    domains = [_row_domain(rows) for node in nodes if (rows := _rows_of_groups(node)) is not None]
     for output in outputs:
         value = output.meta["val"]
         if not isinstance(value, torch.Tensor):
             raise NotFusible("an output that is no tensor")
     shape = max((shape_of(output) for output in outputs), key=len)
     variables = tuple(Var(f"i{d}", size) for d, size in enumerate(shape))
-    return [(Domain((), variables, False), Root(shape, tuple(map(Index.of, variables)), None, ()))]
+    return [*domains, (Domain((), variables, False), Root(shape, tuple(map(Index.of, variables)), None, ()))]
+
+
+def _rows_of_groups(node: Node) -> Rows | None:
+    """The groups of channels that `norm_apply` has statistics of, as rows: each reads its own once. None where there are too few to
+    fill a GPU with a program for each."""
+    if node.target is not gw.norm_apply.default:
+        return None
+    arguments = arguments_of(node)
+    shape, groups = shape_of(arguments["x"]), arguments["groups"]
+    known = isinstance(shape[0], int) and isinstance(shape[1], int)
+    return Rows(arguments["x"], shape, (), groups) if known and shape[0] * groups >= _MANY_ROWS else None
 
 
 def _row_domain(rows: Rows) -> tuple[Domain, Root]:

@@ -1,7 +1,7 @@
 """The default tile of a kernel: how much of the domain one program covers, and with how many warps.
 
 A row that fits one block is read once and kept in registers; a longer one, or one of unknown length, is read in a loop for each
-reduction. 8192 float32 on 16 warps are 16 registers a thread and value, which leaves room for the values of a normalisation.
+reduction. 16384 float32 on 16 warps are 32 registers a thread and value, which leaves room for the values of a normalisation.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from .values import Plan
 
-LONGEST_ROW = 8192
+LONGEST_ROW = 16384
 _POINTWISE_BLOCK = 1024
 _LOOP_BLOCK = 2048
 _ROW_TILE = 2048  # elements of a program that takes several short rows
@@ -58,6 +58,8 @@ def other_tiles(plan: Plan) -> Iterator[Tile]:
     yield from (replace(tile, num_warps=warps) for warps in (tile.num_warps // 2, tile.num_warps * 2) if 1 <= warps <= 32)
     if tile.looped:
         yield from (replace(tile, columns=columns, num_warps=16) for columns in (1024, 4096, 8192))
+        if isinstance(plan.domain.num_columns, int) and plan.domain.num_columns <= 2**16:  # once, and into all registers that there are
+            yield from (Tile(1, power_of_two(plan.domain.num_columns), warps, False) for warps in (16, 32))
         return
     for rows in (tile.rows // 4, tile.rows // 2, tile.rows * 2):
         if rows >= 1:
