@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from ..ir import Node
-from ..ir.infer import same_tensor_type
+from ..ir.infer import same_strides, same_tensor_type
 from ..ir.symbols import hint
-from .cpu_packed import PackedCall, PackedConvolution, PackedLinear, is_dense
+from .cpu_packed import PackedCall, PackedConvolution, PackedLinear, is_channels_innermost, is_dense
 
 aten = torch.ops.aten
 IsConstant = Callable[[Any], bool]
@@ -42,7 +42,7 @@ class Group:
 
     def without_other(self) -> "Group":
         """The product or convolution alone."""
-        return replace(self, nodes=self.nodes[:1], other=None, call=self.call.alone())
+        return replace(self, nodes=self.nodes[:1], other=None, call=self.call.alone(is_channels_innermost(self.result.meta["val"])))
 
     @property
     def result(self) -> Node:
@@ -110,13 +110,14 @@ def _convolution(node: Node, is_constant: IsConstant) -> Group | None:
     given: list[Any] = [*node.args, *(None, 1, 0, 1, 1)[len(node.args) - 2 :]]
     x, weight, bias, stride, padding, dilation, groups = given
     value = node.meta["val"]
-    if not (is_constant(weight) and _is_float32(x, weight, node) and value.dim() == dims + 2 and is_dense(value)):
+    innermost = is_channels_innermost(value)
+    if not (is_constant(weight) and _is_float32(x, weight, node) and value.dim() == dims + 2 and (is_dense(value) or innermost)):
         return None
     if bias is not None and not _is_float32(bias):
         return None
     image = tuple(hint(n) for n in x.meta["val"].shape)
     call = PackedConvolution(image, _per_dim(stride, dims), _per_dim(padding, dims), _per_dim(dilation, dims), groups)
-    return Group((node,), x, weight, bias, None, call)
+    return Group((node,), x, weight, bias, None, call.with_channels_last() if innermost else call)
 
 
 def _per_dim(setting: Any, dims: int) -> tuple[int, ...]:
@@ -135,7 +136,7 @@ def _with_what_follows(group: Group, free: set[Node], sums: bool) -> Group:
         return replace(group, nodes=(node, user), call=group.call.with_activation(activation))
     other = _other(user, node)
     call = None if other is None else group.call.with_operand(_BINARIES[user.target])
-    if call is None or (isinstance(call, PackedConvolution) and not sums):
+    if call is None or (isinstance(group.call, PackedConvolution) and not (sums or group.call.channels_last)):
         return group
     return replace(group, nodes=(node, user), other=other, call=call)
 
@@ -154,7 +155,7 @@ def _other(node: Node, product: Node) -> Node | None:
     if not isinstance(other, Node) or other is product or not isinstance(other.meta.get("val"), torch.Tensor):
         return None
     value = other.meta["val"]
-    return other if same_tensor_type(value, product.meta["val"]) and is_dense(value) else None
+    return other if same_tensor_type(value, product.meta["val"]) and same_strides(value, product.meta["val"]) else None
 
 
 def _fits(bias: Node, node: Node) -> bool:

@@ -93,8 +93,8 @@ class PackedCall:
         """The call with one more operand, which is added or multiplied; None where oneDNN has none."""
         raise NotImplementedError
 
-    def alone(self) -> "PackedCall":
-        """The call without what follows."""
+    def alone(self, channels_last: bool) -> "PackedCall":
+        """The call without what follows; the channels of images innermost or outside."""
         raise NotImplementedError
 
     def scratch(self, x: Tensor, result: Tensor) -> int:
@@ -139,7 +139,7 @@ class PackedLinear(PackedCall):
     def with_operand(self, binary: str) -> "PackedLinear":
         return PackedLinear(self.rows, self.transposed, binary=binary)
 
-    def alone(self) -> "PackedLinear":
+    def alone(self, channels_last: bool) -> "PackedLinear":
         return PackedLinear(self.rows, self.transposed)
 
     def __str__(self) -> str:
@@ -205,8 +205,8 @@ class PackedConvolution(PackedCall):
         """The call that leaves the channels of its result innermost."""
         return self._form(self.activation, self.binary, True)
 
-    def alone(self) -> "PackedConvolution":
-        return self._form("none", "none", False)
+    def alone(self, channels_last: bool) -> "PackedConvolution":
+        return self._form("none", "none", channels_last)
 
     def _form(self, activation: str, binary: str, channels_last: bool) -> "PackedConvolution":
         padding, stride, dilation, groups = self._settings
@@ -226,6 +226,13 @@ def is_dense(value: Tensor) -> bool:
     """Whether the elements lie in row-major order without gaps."""
     shape, stride = hinted(value)
     return all(n <= 1 or a == b for n, a, b in zip(shape, stride, contiguous_stride(shape), strict=True))
+
+
+def is_channels_innermost(value: Tensor) -> bool:
+    """Whether images lie with their channels innermost, without gaps, and not as well with these outside."""
+    if value.dim() not in (4, 5) or is_dense(value):
+        return False
+    return is_dense(value.movedim(1, -1))
 
 
 def hinted_bytes(value: Tensor) -> int:

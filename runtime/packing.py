@@ -14,7 +14,7 @@ from torch import fx
 
 from ..codegen import cpu_packed
 from ..codegen.cpu_groups import Group, find_groups
-from ..codegen.cpu_packed import Pack, PackedConvolution, hinted
+from ..codegen.cpu_packed import Pack, PackedConvolution, hinted, is_channels_innermost
 from ..ir import Node, SymbolTable
 from ..ir.infer import fake_like
 from .flat import FlatGraph
@@ -93,7 +93,9 @@ class Packing:
 
 
 def _layouts(group: Group, call: PackedConvolution, channels_last: bool) -> dict[str, Group]:
-    """The ways of a convolution: its channels outside for who reads it, or innermost."""
+    """The ways of a convolution: the channels of its result where the program has them, or innermost."""
+    if is_channels_innermost(group.result.meta["val"]):
+        return {"onednn": group}
     ways = {} if group.other is not None else {"onednn": group}
     if channels_last and len(call.image) == 4 and all(isinstance(n, int) for n in group.result.meta["val"].shape):
         ways["channels last"] = replace(group, call=call.with_channels_last())
@@ -127,8 +129,8 @@ class _Copy:
 
     def add(self, group: Group) -> None:
         """The call of `group` in the place of its last node."""
-        moves = isinstance(group.call, PackedConvolution) and group.call.channels_last
         value = group.result.meta["val"]
+        moves = isinstance(group.call, PackedConvolution) and group.call.channels_last and not is_channels_innermost(value)
         operands: list[Any] = [None if operand is None else self._copies[operand] for operand in group.operands]
         if moves:
             operands = [self._channels_last(operands[0]), *operands[1:3], *map(self._channels_last, operands[3:])]

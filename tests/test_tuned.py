@@ -196,6 +196,26 @@ def test_convolutions_are_packed(onednn_wins, conv, shape, then):
 
 
 @needs_onednn
+@pytest.mark.parametrize("then", [lambda y, x: y, lambda y, x: F.silu(y), lambda y, x: y + x], ids=["", "silu", "add"])
+def test_convolutions_whose_channels_are_innermost_keep_them_there(onednn_wins, then):
+    class Tokens(nn.Module):
+        """Tokens [B, HW, C] as images, as transformers with convolutions have them."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(12, 12, 3, padding=1)
+
+        def forward(self, tokens):
+            x = tokens.unflatten(1, (5, 7)).permute(0, 3, 1, 2)
+            return then(self.conv(x), x)
+
+    net, tokens = Tokens(), torch.randn(2, 35, 12)
+    model = tuned(net, tokens)
+    assert len(packed_calls(model)) == 1 and not clones(model)
+    assert_exact(model, net, tokens)
+
+
+@needs_onednn
 @pytest.mark.parametrize("net", [Linear(), Conv(nn.Conv2d(4, 4, 3, padding=1))], ids=["linear", "convolution"])
 def test_a_weight_that_changes_is_packed_again(onednn_wins, net):
     x = torch.randn(6, 24) if isinstance(net, Linear) else torch.randn(1, 4, 6, 6)
