@@ -12,12 +12,11 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ...ir import Node, SymbolTable
-from ...runtime.cache import Cache
 from .emit import AnyPlan, AnyTile, Kernel, emit
 from .launch import load
 from .matmul_plan import MatmulPlan
@@ -32,10 +31,18 @@ _SAMPLES = 7
 _COMPILERS = 8  # threads
 
 
+class Store(Protocol):
+    """Where choices are kept: `runtime.cache.Cache` is one."""
+
+    def get(self, kind: str, key: Mapping[str, str]) -> bytes | None: ...
+
+    def put(self, kind: str, key: Mapping[str, str], value: bytes) -> None: ...
+
+
 class Tuner:
     """Chooses tiles on `device`; what it finds is kept in `cache`, where there is one, and by this object."""
 
-    def __init__(self, device: torch.device, target: Target, cache: Cache | None):
+    def __init__(self, device: torch.device, target: Target, cache: Store | None):
         self.device, self.target, self.cache = device, target, cache
         self._found: dict[str, AnyTile | None] = {}
         self._verdicts: dict[str, bool] = {}
