@@ -1,7 +1,7 @@
 """The default tile of a kernel: how much of the domain one program covers, and with how many warps.
 
 A row that fits one block is read once and kept in registers; a longer one, or one of unknown length, is read in a loop for each
-reduction. 16384 float32 on 16 warps are 32 registers a thread and value, which leaves room for the values of a normalisation.
+reduction. 8192 float32 on 16 warps are 16 registers a thread and value, which leaves room for the values of a normalisation.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from .values import Plan
 
-LONGEST_ROW = 16384
+LONGEST_ROW = 8192
 _POINTWISE_BLOCK = 1024
 _LOOP_BLOCK = 2048
 _ROW_TILE = 2048  # elements of a program that takes several short rows
