@@ -101,6 +101,15 @@ def families(half: Callable[..., torch.Tensor]) -> dict[str, tuple[Function, lis
             lambda a, b, s: torch._int_mm(a, b).float() * s,
             [(half(4096, 4096) * 20).to(torch.int8), (half(4096, 4096) * 20).to(torch.int8).t(), half(4096, 1).float()],
         ),
+        "float8 product, scales": (
+            lambda a, b, s, t: torch._scaled_mm(a, b, s, t, out_dtype=torch.bfloat16) * 2.0,
+            [
+                half(4096, 4096).to(torch.float8_e4m3fn),
+                half(4096, 4096).to(torch.float8_e4m3fn).t(),
+                half(4096, 1).float().abs(),
+                half(1, 4096).float().abs(),
+            ],
+        ),
         "8-bit weights": (
             lambda x, w, s: F.linear(x, w.bfloat16() * s),
             [half(64, 4096), (half(4096, 4096) * 20).to(torch.int8), half(4096, 1)],
@@ -129,10 +138,14 @@ def measured_machine() -> Machine:
     """What this GPU does on the two things that limit kernels: a copy of 4 GiB, and products of 8192 x 8192 matrices by the library."""
     bandwidth = copy_rate(2**31)
     rates = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, torch.float32):
         size = 4096 if dtype == torch.float32 else 8192
         a, b = ((torch.randn(size, size, device=DEVICE) * 8).to(dtype) for _ in range(2))
-        multiply = (lambda a=a, b=b: torch._int_mm(a, b.t())) if dtype == torch.int8 else (lambda a=a, b=b: a @ b.t())
+        one = torch.ones((), device=DEVICE)
+        multiply = {
+            torch.int8: lambda a=a, b=b: torch._int_mm(a, b.t()),
+            torch.float8_e4m3fn: lambda a=a, b=b, one=one: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16),
+        }.get(dtype, lambda a=a, b=b: a @ b.t())
         rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / device_seconds(multiply, DEVICE, 3)
     return Machine(torch.cuda.get_device_name(DEVICE), bandwidth, 67e12, rates)
 

@@ -12,6 +12,7 @@ import torch
 from .matmul_plan import MatmulPlan, Side
 from .roofline import known_sizes
 from .targets import Target
+from .values import FLOAT8
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,9 @@ def _is_roomy(plan: MatmulPlan, tile: MatmulTile, target: Target) -> bool:
 
 
 def _accumulators(plan: MatmulPlan, tile: MatmulTile, target: Target) -> int:
-    """Registers of a thread that hold sums."""
-    return tile.m * tile.n * len(plan.rights) // (target.lanes * tile.num_warps)
+    """Registers of a thread that hold sums; those of 8-bit floats are gathered in a second set."""
+    sets = len(plan.rights) * (2 if plan.left.dtype in FLOAT8 and not plan.is_fast else 1)
+    return tile.m * tile.n * sets // (target.lanes * tile.num_warps)
 
 
 def side_itemsize(side: Side) -> int:

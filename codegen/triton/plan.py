@@ -18,7 +18,7 @@ from .index import Index, Size, Var, product, size_of
 from .pointwise import NotFusible, Pointwise, arguments_of, pointwise
 from .reductions import REDUCTIONS, Rows, correction, eps_of, keeps_shape, rows_of
 from .special import SPECIAL
-from .values import TL_TYPES, Condition, Count, Domain, Plan, Ref, Store, Value, compute_dtype, packet_of
+from .values import FLOAT8, TL_TYPES, Condition, Count, Domain, Plan, Ref, Store, Value, compute_dtype, packet_of
 from .views import Indices, broadcast, index_of, is_view, shape_of, source
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Tracer:
 
     def stores(self, number: int, output: Node) -> list[Store]:
         """Where output number `number` goes."""
-        if not isinstance(output.meta["val"], torch.Tensor) or output.meta["val"].dtype not in TL_TYPES:
+        if not isinstance(output.meta["val"], torch.Tensor) or output.meta["val"].dtype not in TL_TYPES.keys() - FLOAT8:
             raise NotFusible("an output of a type that no kernel stores")
         if output.target is gw.norm_stats.default:
             return self._stores_of_stats(number, output)
@@ -193,6 +193,8 @@ class Tracer:
         dtype = node.meta["val"].dtype
         if node.target is not aten._to_copy.default or compute_dtype(dtype) == dtype:
             return result
+        if dtype in FLOAT8:
+            raise NotFusible("a cast to 8 bits, which saturates otherwise")
         return self.cast(self.cast(result, dtype, node), compute_dtype(dtype), node)
 
     def _load(self, node: Node, index: Indices) -> Any:
