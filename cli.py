@@ -29,7 +29,7 @@ MODEL is one of
 
 exit codes
   0  done; nothing was found
-  1  diff found a difference, or verify could not confirm the program
+  1  diff found a difference, verify could not confirm the program, or cache explain found nothing kept
   2  a mistake in what was asked: one line on stderr says which
 """
 
@@ -160,10 +160,27 @@ def _parser() -> argparse.ArgumentParser:
     verifying.add_argument("--numeric", action="store_true", help="hold each pass to its contract on inputs")
     add("passes", ("lists", "passes"), "list the passes with contracts and options", common)
     add("zoo", ("lists", "zoo"), "list the networks of the zoo, which serve as MODEL", common)
+    caching = add("cache", ("cache", "list_"), "show, explain or empty what is kept between processes")
+    _add_cache_commands(caching, common, model, passes)
     demo = add("demo", ("demo", "demo"), "lower the memory of a small video network and measure it", common)
     demo.add_argument("--quick", action="store_true", help="the tiny network: seconds instead of minutes")
     demo.add_argument("--save", metavar="DIR", help="also write the program (demo.txt) and the report (report.txt) there")
     return parser
+
+
+def _add_cache_commands(parser: argparse.ArgumentParser, common: argparse.ArgumentParser, *explaining: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, function: str, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=list(parents), help=about, description=about[0].upper() + about[1:] + ".")
+        _finish(added)
+        added.set_defaults(command=("cache", function))
+        return added
+
+    add("list", "list_", "list what is kept, the last used first", common)
+    add("explain", "explain", "say whether what passes make of MODEL is kept, and if not, in what the nearest entry differs", *explaining)
+    clearing = add("clear", "clear", "remove what is kept", common)
+    clearing.add_argument("kind", nargs="?", metavar="KIND", help="passes, code, ..: entries of this kind alone")
 
 
 def _finish(parser: argparse.ArgumentParser) -> None:

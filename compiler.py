@@ -21,6 +21,7 @@ from .runtime.backend import choose_backend
 from .runtime.cache import Cache, default_cache
 from .runtime.calling import Call, parameters_of
 from .runtime.compiled import Compilation, CompiledModel
+from .runtime.pass_cache import run_or_find
 
 Model = nn.Module | ExportedProgram | Program | str | Path
 Progress = Callable[[int, int, str], None]
@@ -48,8 +49,8 @@ def compile(
     "tuned", which "auto" means (what is fastest on this CPU, or the fastest tiles of Triton kernels on this GPU, timed when the model is
     made ready), "aten" (no compiler needed, starts at once), "inductor" (needs a C++ compiler) or "triton" (needs a GPU; default
     tiles). `verify` is "structure" or "numeric", which checks each pass's contract on the example. A `.pt2` file can run code when it
-    is read, so it needs `trusted=True`. What compilers make and measurements find is kept in `cache` for the next
-    process: in the user's own (True), in that of a folder, or nowhere (False).
+    is read, so it needs `trusted=True`. What passes and compilers make and measurements find is kept in `cache` for the next process:
+    in the user's own (True), in that of a folder, or nowhere (False).
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.
@@ -66,7 +67,7 @@ def compile(
     def finish(captured: Saved, example: tuple[tuple[Any, ...], dict[str, Any]] | None, module: nn.Module | None = None) -> Compilation:
         program, parameters = captured.program, captured.parameters
         inputs = None if example is None else Call(program, program.main, parameters).bind(*example)[0]
-        result = PassManager(pipeline, verify=verify, inputs=inputs, progress=progress).run(program)
+        result = run_or_find(PassManager(pipeline, verify=verify, inputs=inputs, progress=progress), program, kept)
         contract = Contract.weakest([captured.contract, result.contract])
         reports = (*captured.reports, *result.reports)
         return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training, module, kept)
@@ -74,7 +75,7 @@ def compile(
     if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
         if dynamic_shapes is not None:
             raise InputError(f"dynamic_shapes is for capturing a module, not for {type(model).__name__}, whose sizes stand: leave it out")
-        return CompiledModel(finish(_saved(model, trusted), _example(example_inputs, example_kwargs)))
+        return CompiledModel(finish(_saved(model, trusted, kept), _example(example_inputs, example_kwargs)))
 
     def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compilation:
         # torch.export takes two arguments that are one tensor for one argument; each is a tensor of its own here.
@@ -96,7 +97,7 @@ def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, 
         TargetError: the backend cannot run here.
     """
     kept = _cache(cache)
-    saved = artifact.load(path, sha256=sha256)
+    saved = artifact.load(path, sha256=sha256, cache=kept)
     backend = choose_backend(backend)
     return CompiledModel(
         Compilation(saved.program, backend, saved.parameters, (), saved.reports, saved.contract, saved.training, cache=kept)
@@ -113,7 +114,7 @@ def _cache(choice: Any) -> Cache | None:
     return choice
 
 
-def _saved(model: Any, trusted: bool) -> Saved:
+def _saved(model: Any, trusted: bool, cache: Cache | None) -> Saved:
     """A program that exists already, with the names of its caller's parameters where these are known."""
     if isinstance(model, Program):
         return Saved(model)
@@ -122,13 +123,13 @@ def _saved(model: Any, trusted: bool) -> Saved:
     if isinstance(model, ExportedProgram):
         return Saved(from_exported(model))
     if isinstance(model, str | Path):
-        return _read(Path(model), trusted)
+        return _read(Path(model), trusted, cache)
     raise InputError(f"compile takes a module, an exported program, a program or a path, not a {type(model).__name__}")
 
 
-def _read(path: Path, trusted: bool) -> Saved:
+def _read(path: Path, trusted: bool, cache: Cache | None) -> Saved:
     if path.suffix == ".gw":
-        return artifact.load(path)
+        return artifact.load(path, cache=cache)
     if path.suffix != ".pt2":
         raise InputError(f"{path} is no model file: compile reads .gw and .pt2")
     if not trusted:

@@ -175,6 +175,7 @@ def kernel_row(bench: Bench, machine: Machine, name: str, function: Function, ar
     ours = device_seconds(lambda: load(kernel).run(*inputs))
     plain = device_seconds(lambda: load(default).run(*inputs))
     bench.row(name, "time", "s", ours, peers)
+    bench.save()  # of a long run that is stopped, what was measured stays
     kind = "matmul" if isinstance(kernel.plan, MatmulPlan) else kernel.plan.kind
     how = f"{kind}, {kernel.tile}; the default tile takes {plain / ours:.2f} x the time; tuned in {spent:.1f} s"
     bench.note(f"{name}: {how}; {kernel.roofline.line(machine)}")

@@ -115,7 +115,8 @@ class Bench:
         assert not unknown, f"peers {sorted(unknown)} of {case} are not declared in Bench(peers=...)"
         row = Row(case, metric, unit, ours, peers, spread)
         self.rows.append(row)
-        print(f"  {case}: {metric} measured", file=sys.stderr, flush=True)
+        ratios = "".join(f", {ratio:.3f} x {peer}" for peer, ratio in row.ratio.items())
+        print(f"  {case}: {metric} {shown(ours, unit)}{ratios}", file=sys.stderr, flush=True)
         return row
 
     def finish(self) -> None:

@@ -83,7 +83,7 @@ def _report_data(report: Any) -> Any:
 
 
 def dump(options: argparse.Namespace) -> Result:
-    manager = PassManager(_pipeline(options) if options.passes is not None else ())
+    manager = PassManager(pipeline_of(options) if options.passes is not None else ())
     model = load(options.model, options.trusted)
     with progress() as manager.progress:
         program = manager.run(program_of(model, options.trusted)).program
@@ -108,7 +108,7 @@ def diff(options: argparse.Namespace) -> Result:
 
 
 def verify(options: argparse.Namespace) -> Result:
-    pipeline = _pipeline(options) if options.passes is not None or options.numeric else ()
+    pipeline = pipeline_of(options) if options.passes is not None or options.numeric else ()
     PassManager(pipeline)  # a wrong order is said before the work
     model = load(options.model, options.trusted)
     program = program_of(model, options.trusted)
@@ -149,7 +149,7 @@ def _verdict_line(report: PassReport) -> str:
     return f"{report.spelling}: {report.contract}, {rewrites}, {verdict}"
 
 
-def _pipeline(options: argparse.Namespace) -> tuple[Pass, ...]:
+def pipeline_of(options: argparse.Namespace) -> tuple[Pass, ...]:
     asked = _parsed(options.passes)
     return asked if options.no_cleanups else parse_pipeline([*CLEANUPS, *asked])
 

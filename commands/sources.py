@@ -91,4 +91,4 @@ def program_of(model: Model, trusted: bool) -> Program:
         return model.model
     if model.example is not None:
         return capture(model.model, *model.example)
-    return compile_model(model.model, cleanups=False, trusted=trusted, backend="aten").program
+    return compile_model(model.model, cleanups=False, trusted=trusted, backend="aten", cache=False).program

@@ -30,7 +30,8 @@ UNCHANGED = "nothing changed"
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did. `str(report)` is its paragraph in the compile report."""
+    """What one pass did. `str(report)` is its paragraph in the compile report. One that is `kept` is of an earlier run on an equal
+    program, and so are its times."""
 
     spelling: str
     contract: Contract
@@ -41,10 +42,11 @@ class PassReport:
     seconds: float = 0.0
     verdict: Verdict | None = None
     out_of_fuel: bool = False
+    kept: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         head = f"{self.spelling}  {self.contract}  {_count(len(self.records), 'rewrite')}  {self.seconds:.2f} s"
-        lines = [head + ("  (out of fuel)" if self.out_of_fuel else "")]
+        lines = [head + ("  (out of fuel)" if self.out_of_fuel else "") + ("  (in an earlier run)" if self.kept else "")]
         lines += [f"  {rule} x {count}  ({place})" for (rule, place), count in _tally((r.rule, f"{r.file}:{r.line}") for r in self.records)]
         lines += [f"  {line}" for line in self.lines]
         lines += [f"  left {count} {what}: {reason}" for (what, reason), count in _tally((left.what, left.reason) for left in self.left)]
@@ -58,7 +60,7 @@ class PipelineResult:
     """The rewritten program; `history` holds the captured one, then the program after each pass."""
 
     program: Program
-    history: tuple[Program, ...]
+    history: Sequence[Program]
     reports: tuple[PassReport, ...]
     contract: Contract
 

@@ -19,14 +19,16 @@ from typing import Any
 
 import torch
 
-from ..ir import Program, Weight, parse, verify
+from ..ir import Program, Weight
 from ..ir.errors import ArtifactError, GraphwrightError, TargetError
 from ..passes import Contract
 from . import zip_subset
 from .atomic import atomic_write
+from .cache import Cache
 from .calling import REQUIRED, Parameter
 from .strict_json import strict_json
 from .tensor_file import ALIGNMENT, read_tensors, tensor_member
+from .type_cache import read_program
 from .zip_subset import Member
 
 FORMAT = 1
@@ -119,8 +121,9 @@ def _parameter_data(parameter: Parameter) -> dict[str, Any]:
     return {"name": parameter.name, "keyword_only": parameter.keyword_only} | ({"default": value} if plain else {})
 
 
-def load(path: str | Path, *, sha256: str | None = None) -> Saved:
-    """What `save` wrote. `sha256` is the digest that the file as a whole must have, known from elsewhere.
+def load(path: str | Path, *, sha256: str | None = None, cache: Cache | None = None) -> Saved:
+    """What `save` wrote. `sha256` is the digest that the file as a whole must have, known from elsewhere. The types of the program may
+    be known from `cache`.
 
     Raises:
         ArtifactError: the file is missing, truncated, edited, of another version, or not ours.
@@ -137,10 +140,9 @@ def load(path: str | Path, *, sha256: str | None = None) -> Saved:
         manifest = _checked_manifest(content, members)
         text = bytes(content[slice(*members[_PROGRAM])].numpy()).decode("utf-8")
         weights = _tied(read_tensors(content[slice(*members[_WEIGHTS])]), manifest["tied"])
-        program = parse(text, weights)
+        program = read_program(text, weights, cache)
         if set(weights) != set(program.weights):
             raise ArtifactError("its weights are not those that its program names")
-        verify(program)
         program.weights.update({name: _placed(weight) for name, weight in program.weights.items()})
         return Saved(program, manifest["parameters"], manifest["contract"], manifest["reports"], manifest["training"])
 

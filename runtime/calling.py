@@ -68,8 +68,9 @@ class Call:
         if len(sizes) < len(self._symbols):
             for check, value, path in zip(self._leaves, leaves, paths, strict=True):
                 check.solve(value, path, sizes, self._symbols)
-        for check, value, path in zip(self._leaves, leaves, paths, strict=True):
-            check.check_expressions(value, path, sizes)
+        if self._symbols:
+            for check, value, path in zip(self._leaves, leaves, paths, strict=True):
+                check.check_expressions(value, path, sizes)
         self._check_written(leaves, paths)
         return inputs, leaves
 
@@ -197,6 +198,7 @@ class _LeafCheck:
     order: tuple[int, ...] | None = None  # dims by falling stride, None where the memory has gaps or overlaps
     stride: tuple[Any, ...] = ()
     env: SymbolTable | None = None
+    exact: bool = False  # whether no size and no stride is symbolic
 
     @staticmethod
     def of(value: Any, symbols: SymbolTable) -> "_LeafCheck":
@@ -210,6 +212,7 @@ class _LeafCheck:
                 order=_memory_order(value),
                 stride=tuple(value.stride()),
                 env=symbols,
+                exact=all(isinstance(n, int) for n in (*value.shape, *value.stride())),
             )
         if isinstance(value, torch.SymInt):
             return _LeafCheck("size", shape=(_dim(value, symbols),), texts=(symbols.text(value),), env=symbols)
@@ -228,9 +231,23 @@ class _LeafCheck:
                 raise InputError(f"argument {path} is {_shown(value)}, but the model takes an int there")
             self._bind_sizes((value,), path, sizes, symbols)
             return value
+        if self.exact and self._is_exact(value):
+            return value
         self._check_type(value, path)
         self._bind_sizes(value.shape, path, sizes, symbols)
         return self._laid_out(value)
+
+    def _is_exact(self, value: Any) -> bool:
+        """Whether `value` is what was captured to the last stride, as it is in most calls: nothing is left to check or to copy."""
+        return (
+            type(value) is torch.Tensor
+            and value.shape == self.shape
+            and value.dtype is self.dtype
+            and value.layout is torch.strided
+            and value.stride() == self.stride
+            and value.device.type == self.device.type  # type: ignore[union-attr]
+            and not (value.is_conj() or value.is_neg() or value.is_nested)
+        )
 
     def _check_type(self, value: Any, path: str) -> None:
         if not isinstance(value, torch.Tensor):

@@ -37,7 +37,7 @@ class Compilation:
     program: Program
     backend: str
     parameters: tuple[Parameter, ...] = ()
-    history: tuple[Program, ...] = ()
+    history: Sequence[Program] = ()
     reports: tuple[Any, ...] = ()
     contract: Contract = Contract.EXACT
     training: bool = False
@@ -95,7 +95,7 @@ class CompiledModel(nn.Module):
         return self.compilation.program
 
     @property
-    def history(self) -> tuple[Program, ...]:
+    def history(self) -> Sequence[Program]:
         """The captured program, then the program after each pass; for a loaded model the program alone."""
         return self.compilation.history or (self.program,)
 

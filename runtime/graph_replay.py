@@ -41,18 +41,19 @@ class Replayed:
         self._is_state, self._weights = tuple(is_state), tuple(weights)
         self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
         self._seen: set[Any] = set()
+        self._places: tuple[int, ...] = ()  # of the weights, when recordings were made
         self._lock = threading.Lock()
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """As `run` is called: empties `inputs`."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # the caller records, and a recording holds no other
             return self._run(inputs)
-        # An address may be another's by now: whose storage was replaced is not where it was.
-        key = (
-            *(_type(value, is_state) for value, is_state in zip(inputs, self._is_state, strict=True)),
-            *(weight.data_ptr() for weight in self._weights),
-        )
+        key = tuple(map(_type, inputs, self._is_state))
         with self._lock:
+            places = tuple(map(torch.Tensor.data_ptr, self._weights))
+            if places != self._places:  # storages were replaced, and recordings read where they were
+                self._places = places
+                self._recordings.clear()
             if key not in self._recordings:
                 if key not in self._seen:
                     self._seen.add(key)

@@ -380,4 +380,4 @@ def test_where_inductors_settings_cannot_be_told_code_is_not_kept(cache, monkeyp
     with torch._inductor.config.patch(fx_graph_cache=False):  # it asks for them too
         assert code_environment() is None
         compiled(cache)
-    assert cache.entries() == []
+    assert {entry.kind for entry in cache.entries()} == {"passes"}

@@ -6,7 +6,8 @@ device and triton's version name it.
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +25,7 @@ from .tiles import Tile, default_tile, other_tiles
 
 _RUNS_A_SAMPLE = 10
 _SAMPLES = 7
+_COMPILERS = 8  # threads
 
 
 class Tuner:
@@ -61,8 +63,11 @@ class Tuner:
             return None
 
     def _fastest(self, plan: AnyPlan, symbols: SymbolTable, lines: Mapping[Node, str], key: Mapping[str, str]) -> AnyTile | None:
-        kernels = (emit(plan, symbols, lines, tile, self.target) for tile in self._candidates(plan))
-        timed = [(seconds, number, kernel.tile) for number, kernel in enumerate(kernels) if (seconds := self._seconds(kernel)) is not None]
+        kernels = [emit(plan, symbols, lines, tile, self.target) for tile in self._candidates(plan)]
+        inputs = load(kernels[0]).example_inputs(self.device)
+        with ThreadPoolExecutor(_COMPILERS) as pool:  # what compiles is no Python, for the most part
+            fitting = [kernel for kernel, fits in zip(kernels, pool.map(lambda k: self._fits(k, inputs), kernels), strict=True) if fits]
+        timed = [(self._seconds(kernel, inputs), number, kernel.tile) for number, kernel in enumerate(fitting)]
         if not timed:
             return None
         tile = min(timed)[2]
@@ -76,16 +81,21 @@ class Tuner:
         else:
             yield from (default_tile(plan), *other_tiles(plan))
 
-    def _seconds(self, kernel: Kernel) -> float | None:
-        """The time of a launch; None for a tile that the device has no room for."""
+    def _seconds(self, kernel: Kernel, inputs: Sequence[Any]) -> float:
+        module = load(kernel)
+        return device_seconds(lambda: module.run(*inputs))
+
+    def _fits(self, kernel: Kernel, inputs: Sequence[Any]) -> bool:
+        """Compiles a kernel and runs it once; whether the device has room for its tile."""
         from triton.runtime.errors import OutOfResources
 
         module = load(kernel)
         try:
-            inputs = module.example_inputs(self.device)
-            return device_seconds(lambda: module.run(*inputs))
-        except (OutOfResources, torch.OutOfMemoryError):
-            return None
+            with torch.cuda.device(self.device):
+                module.run(*inputs)
+        except OutOfResources:
+            return False
+        return True
 
 
 def device_seconds(function: Callable[[], Any], runs: int = _RUNS_A_SAMPLE) -> float:
