@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .passes import ShareSubexpressions as ShareSubexpressions
     from .passes import SliceGroups as SliceGroups
     from .passes import all_passes as all_passes
+    from .runtime.cache import Cache as Cache
     from .runtime.compiled import CompiledModel as CompiledModel
     from .runtime.memory import Measurement as Measurement
     from .runtime.memory import measure_peak as measure_peak
@@ -53,6 +54,7 @@ _HOMES = {
         "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "Pass", "PassManager", "RemoveDeadCode", "RemoveNoOps",
         "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "all_passes",
     ),
+    ".runtime.cache": ("Cache",),
     ".runtime.compiled": ("CompiledModel",),
     ".runtime.memory": ("Measurement", "measure_peak"),
 }  # fmt: skip

@@ -99,9 +99,8 @@ def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, 
     kept = _cache(cache)
     saved = artifact.load(path, sha256=sha256, cache=kept)
     backend = choose_backend(backend)
-    return CompiledModel(
-        Compilation(saved.program, backend, saved.parameters, (), saved.reports, saved.contract, saved.training, cache=kept)
-    )
+    promised = (saved.reports, saved.contract, saved.training)
+    return CompiledModel(Compilation(saved.program, backend, saved.parameters, (), *promised, cache=kept, kernels=saved.kernels))
 
 
 def _cache(choice: Any) -> Cache | None:

@@ -1,8 +1,9 @@
 """Triton kernels on a GPU: each family checked and timed, and networks against eager and torch.compile.
 
 A kernel's time is the device's, from a recorded CUDA graph, so that no launch is waited for; its peers are the same function in eager, as
-torch.compile makes it ("default" and "max-autotune"), and the roofline: the bytes that it must move at the measured rate of a copy, or the
-products that it must compute at the measured rate of a large one, whichever takes longer. Networks are called as a user calls them.
+torch.compile makes it (by default and with max-autotune), and the roofline: the bytes that it must move at the measured rate of a copy, or
+the products that it must compute at the measured rate of a large one, whichever takes longer. Networks are called as a user calls them;
+torch.compile's mode "reduce-overhead" is its default with CUDA graphs, and "max-autotune" has them too.
 
 python bench/gpu.py [--quick] [--only kernels|networks] [--networks NAME,..] [--sizes small,base] [--skip max-autotune,..] [--json FILE]
 """
@@ -32,7 +33,7 @@ from graphwright.codegen.triton.targets import target_of  # noqa: E402
 from graphwright.codegen.triton.tune import Tuner, device_seconds  # noqa: E402
 from graphwright.codegen.triton.views import base  # noqa: E402
 
-PEERS = {"eager": "torch", "torch.compile": "torch", "max-autotune": "torch", "roofline": "torch"}
+PEERS = {"eager": "torch", "torch.compile": "torch", "reduce-overhead": "torch", "max-autotune": "torch", "roofline": "torch"}
 DEVICE = torch.device("cuda", 0)
 NETWORKS = ("decoder", "dit", "vit", "video_unet")
 Function = Callable[..., Any]
@@ -100,6 +101,15 @@ def families(half: Callable[..., torch.Tensor]) -> dict[str, tuple[Function, lis
             lambda a, b, s: torch._int_mm(a, b).float() * s,
             [(half(4096, 4096) * 20).to(torch.int8), (half(4096, 4096) * 20).to(torch.int8).t(), half(4096, 1).float()],
         ),
+        "float8 product, scales": (
+            lambda a, b, s, t: torch._scaled_mm(a, b, s, t, out_dtype=torch.bfloat16) * 2.0,
+            [
+                half(4096, 4096).to(torch.float8_e4m3fn),
+                half(4096, 4096).to(torch.float8_e4m3fn).t(),
+                half(4096, 1).float().abs(),
+                half(1, 4096).float().abs(),
+            ],
+        ),
         "8-bit weights": (
             lambda x, w, s: F.linear(x, w.bfloat16() * s),
             [half(64, 4096), (half(4096, 4096) * 20).to(torch.int8), half(4096, 1)],
@@ -128,11 +138,15 @@ def measured_machine() -> Machine:
     """What this GPU does on the two things that limit kernels: a copy of 4 GiB, and products of 8192 x 8192 matrices by the library."""
     bandwidth = copy_rate(2**31)
     rates = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, torch.float32):
         size = 4096 if dtype == torch.float32 else 8192
         a, b = ((torch.randn(size, size, device=DEVICE) * 8).to(dtype) for _ in range(2))
-        multiply = (lambda a=a, b=b: torch._int_mm(a, b.t())) if dtype == torch.int8 else (lambda a=a, b=b: a @ b.t())
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / device_seconds(multiply, 3)
+        one = torch.ones((), device=DEVICE)
+        multiply = {
+            torch.int8: lambda a=a, b=b: torch._int_mm(a, b.t()),
+            torch.float8_e4m3fn: lambda a=a, b=b, one=one: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16),
+        }.get(dtype, lambda a=a, b=b: a @ b.t())
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / device_seconds(multiply, DEVICE, 3)
     return Machine(torch.cuda.get_device_name(DEVICE), bandwidth, 67e12, rates)
 
 
@@ -140,7 +154,7 @@ def copy_rate(nbytes: int) -> float:
     """Bytes a second, read and written, of a copy of `nbytes`."""
     x = torch.randn(nbytes // 4, device=DEVICE)
     y = torch.empty_like(x)
-    return 2 * nbytes / device_seconds(lambda: y.copy_(x))
+    return 2 * nbytes / device_seconds(lambda: y.copy_(x), DEVICE)
 
 
 def kernels(bench: Bench) -> None:
@@ -148,6 +162,7 @@ def kernels(bench: Bench) -> None:
     rates = ", ".join(f"{name} {rate / 1e12:.0f} Tflop/s" for name, rate in machine.products.items())
     bench.note(f"measured: copy {machine.bandwidth / 1e12:.2f} TB/s (read and written), products {rates}")
     torch.manual_seed(0)
+    torch.set_grad_enabled(False)
     makes = families(lambda *shape: torch.randn(shape, device=DEVICE, dtype=torch.bfloat16))
     for name, (function, args) in makes.items():
         if not bench.options.kernels or name in bench.options.kernels.split(";"):
@@ -166,14 +181,14 @@ def kernel_row(bench: Bench, machine: Machine, name: str, function: Function, ar
         load(each).check("cuda")
     values = dict(zip(program.main.placeholders, args, strict=True))
     inputs = [values[node] for node in kernel.plan.inputs]
-    peers = {"eager": device_seconds(lambda: function(*args)), "roofline": kernel.roofline.seconds(machine)}
+    peers = {"eager": device_seconds(lambda: function(*args), DEVICE), "roofline": kernel.roofline.seconds(machine)}
     for peer, mode in (("torch.compile", None), ("max-autotune", "max-autotune-no-cudagraphs")):
         if peer not in bench.options.skip.split(","):
             torch._dynamo.reset()
             compiled = torch.compile(function, mode=mode)
-            peers[peer] = device_seconds(lambda compiled=compiled: compiled(*args))
-    ours = device_seconds(lambda: load(kernel).run(*inputs))
-    plain = device_seconds(lambda: load(default).run(*inputs))
+            peers[peer] = device_seconds(lambda compiled=compiled: compiled(*args), DEVICE)
+    ours = device_seconds(lambda: load(kernel).run(*inputs), DEVICE)
+    plain = device_seconds(lambda: load(default).run(*inputs), DEVICE)
     bench.row(name, "time", "s", ours, peers)
     bench.save()  # of a long run that is stopped, what was measured stays
     kind = "matmul" if isinstance(kernel.plan, MatmulPlan) else kernel.plan.kind
@@ -207,7 +222,7 @@ def network_row(bench: Bench, name: str, size: str, dtype: torch.dtype) -> None:
     torch.cuda.synchronize()
     spent = {"ours": time.perf_counter() - started}
     peers: dict[str, Callable[[], Any]] = {"eager": lambda: module(*args, **kwargs)}
-    for peer, mode in (("torch.compile", None), ("max-autotune", "max-autotune")):
+    for peer, mode in (("torch.compile", None), ("reduce-overhead", "reduce-overhead"), ("max-autotune", "max-autotune")):
         if peer in bench.options.skip.split(","):
             continue
         torch._dynamo.reset()
@@ -247,7 +262,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", default="", metavar="NAME;..", help="families to run; all by default")
     parser.add_argument("--networks", default=",".join(NETWORKS), metavar="NAME,..", help="default %(default)s")
     parser.add_argument("--sizes", default="small,base", metavar="SIZE,..", help="default %(default)s; with --quick small")
-    parser.add_argument("--skip", default="", metavar="PEER,..", help="torch.compile, max-autotune; with --quick both")
+    parser.add_argument("--skip", default="", metavar="PEER,..", help="torch.compile, reduce-overhead, max-autotune; with --quick all")
 
 
 def main() -> None:
@@ -256,7 +271,7 @@ def main() -> None:
         return
     bench = Bench("gpu", PEERS, add_arguments=add_arguments)
     if bench.quick:
-        bench.options.skip, bench.options.sizes = "torch.compile,max-autotune", "small"
+        bench.options.skip, bench.options.sizes = "torch.compile,reduce-overhead,max-autotune", "small"
     for part in (kernels, networks):
         if bench.options.only in (None, part.__name__):
             part(bench)

@@ -51,6 +51,7 @@ class CompiledGraph:
         fresh = _FreshSymbols(symbols)
         inputs = [fresh.value(example) for example in examples]
         whole, function = _compile(graph, inputs)
+        self._owner = whole  # torch's CompiledFxGraph takes the parts of its function apart when it goes
         self._guards, self._sizes = fresh.guards(), _size_places(inputs)
         code = store(function) if shelf is not None and function is not None and not self._guards else None
         if shelf is not None and code is not None:
@@ -90,8 +91,8 @@ def _taken(shelf: Shelf | None) -> Boxed | None:
 
 
 def _compile(graph: fx.Graph, inputs: list[Any]) -> tuple[Boxed, Boxed | None]:
-    """The compiled graph; and the one function that Inductor wrote for it, where that takes and gives just what the graph does, without
-    what AOTAutograd puts around functions: functions that write to inputs from outside, or give more values than the graph."""
+    """The compiled graph; and the one function that Inductor wrote for it, None where the graph needs what AOTAutograd puts around that:
+    sizes of the call as arguments, writes to inputs from outside, more values than the graph gives."""
     from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -113,7 +114,7 @@ def _compile(graph: fx.Graph, inputs: list[Any]) -> tuple[Boxed, Boxed | None]:
             warnings.simplefilter("ignore")
             whole: Any = compile_fx(module, [inputs], inner_compile=compile_inner)  # type: ignore[list-item]
     leaves: Any = graph.output_node().args[0]
-    if len(made) != 1 or made[0][0] != len(leaves):
+    if len(made) != 1 or made[0][0] != len(leaves) or not all(map(_is_static, inputs)):
         return whole, None
     # `current_callable` is what torch's CompiledFxGraph calls: what Inductor's file defines, or a wrapper where inputs must be aligned.
     return whole, getattr(made[0][1], "current_callable", None)

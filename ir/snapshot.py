@@ -30,7 +30,7 @@ Data = dict[str, Any]
 
 
 class NoSnapshot(Exception):
-    """The program has what plain data of fixed sizes cannot hold: symbols, lazy conjugates, storages seen as two dtypes."""
+    """The program has what plain data of fixed sizes cannot hold (symbols, lazy conjugates, storages seen as two dtypes), or is broken."""
 
 
 def take(program: Program) -> Data:
@@ -42,10 +42,13 @@ def take(program: Program) -> Data:
     if len(program.symbols):
         raise NoSnapshot("it has symbols")
     writer = _Writer()
-    functions = [
-        {"name": f.name, "takes": _tree_data(f.in_tree), "gives": _tree_data(f.out_tree), "nodes": writer.graph(f.graph)}
-        for f in program.functions.values()
-    ]
+    try:
+        functions = [
+            {"name": f.name, "takes": _tree_data(f.in_tree), "gives": _tree_data(f.out_tree), "nodes": writer.graph(f.graph)}
+            for f in program.functions.values()
+        ]
+    except (KeyError, TypeError) as error:
+        raise NoSnapshot("it is no program that the verifier accepts") from error
     wheres = [[where.file, where.line, where.module] for where in writer.wheres]
     pipeline = [stage.pipeline for stage in program.history]
     return {"wheres": wheres, "functions": functions, "schedules": program.schedules, "pipeline": pipeline}

@@ -3,6 +3,7 @@
     manifest.json        format, how the program is called, what was promised; size and SHA-256 of every other member
     program.txt          the program as text
     weights.safetensors  its weights, tied ones once
+    kernels/DIGEST.py    sources of its Triton kernels, where it had some: to be read, for what runs is emitted anew
 
 The archive's form is in `zip_subset`. Everything is checked before anything is used, and two saves of a model are equal bytes.
 """
@@ -11,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,19 +35,21 @@ from .zip_subset import Member
 
 FORMAT = 1
 _MANIFEST, _PROGRAM, _WEIGHTS = "manifest.json", "program.txt", "weights.safetensors"
+_KERNEL = re.compile(r"kernels/[0-9a-f]{16}\.py")
 _MAX_MANIFEST = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What an artifact holds: the program, the parameters of the call, the pipeline's contract, the passes' reports as text, and
-    whether it was captured in train mode."""
+    """What an artifact holds: the program, the parameters of the call, the pipeline's contract, the passes' reports as text, whether it
+    was captured in train mode, and the sources of its kernels."""
 
     program: Program
     parameters: tuple[Parameter, ...] = ()
     contract: Contract = Contract.EXACT
     reports: tuple[str, ...] = ()
     training: bool = False
+    kernels: tuple[str, ...] = ()
 
 
 def save(saved: Saved, path: str | Path) -> None:
@@ -59,15 +63,22 @@ def save(saved: Saved, path: str | Path) -> None:
     stored, tied = _untied(saved.program.weights)
     program = Member.of(_PROGRAM, str(_hashed_afresh(saved.program)).encode())
     weights = tensor_member(_WEIGHTS, stored)
-    text = _manifest(saved, tied, [program, weights])
+    kernels = sorted((_kernel_member(source) for source in dict.fromkeys(saved.kernels)), key=lambda member: member.name)
+    text = _manifest(saved, tied, [program, weights, *kernels])
     # Spaces after the manifest put the weights at a multiple of 64 bytes, so that they are used where they were read.
-    misplaced = zip_subset.begins([Member.of(_MANIFEST, text), program, weights])[_WEIGHTS]
+    misplaced = zip_subset.begins([*kernels, Member.of(_MANIFEST, text), program, weights])[_WEIGHTS]
     manifest = Member.of(_MANIFEST, text + b" " * (-misplaced % ALIGNMENT))
     try:
         with atomic_write(path) as file:
-            zip_subset.write(file, [manifest, program, weights])
+            zip_subset.write(file, [*kernels, manifest, program, weights])
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written ({error.strerror or error}): what was there before is as it was") from error
+
+
+def _kernel_member(source: str) -> Member:
+    """Named by its content: what a file was called by names in a program leads nowhere."""
+    content = source.encode()
+    return Member.of(f"kernels/{hashlib.sha256(content).hexdigest()[:16]}.py", content)
 
 
 def _hashed_afresh(program: Program) -> Program:
@@ -144,7 +155,8 @@ def load(path: str | Path, *, sha256: str | None = None, cache: Cache | None = N
         if set(weights) != set(program.weights):
             raise ArtifactError("its weights are not those that its program names")
         program.weights.update({name: _placed(weight) for name, weight in program.weights.items()})
-        return Saved(program, manifest["parameters"], manifest["contract"], manifest["reports"], manifest["training"])
+        kernels = tuple(bytes(content[slice(*place)].numpy()).decode("utf-8") for name, place in members.items() if _KERNEL.fullmatch(name))
+        return Saved(program, manifest["parameters"], manifest["contract"], manifest["reports"], manifest["training"], kernels)
 
 
 @contextmanager
@@ -180,7 +192,7 @@ def _sha256(content: torch.Tensor) -> str:
 
 def _checked_manifest(content: torch.Tensor, members: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """The manifest, once every other member has the size and the SHA-256 that it gives."""
-    if set(members) != {_MANIFEST, _PROGRAM, _WEIGHTS}:
+    if {name for name in members if not _KERNEL.fullmatch(name)} != {_MANIFEST, _PROGRAM, _WEIGHTS}:
         raise ArtifactError(f"it holds {', '.join(members)}, not {_MANIFEST}, {_PROGRAM}, {_WEIGHTS}")
     begin, end = members[_MANIFEST]
     if end - begin > _MAX_MANIFEST:

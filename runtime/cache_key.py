@@ -145,9 +145,14 @@ def _settings() -> str:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "mkldnn": getattr(mkldnn, "enabled", None),
         "flush denormal": _flushes_denormals(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpus": _gpus(),
     }
     return ", ".join(f"{name} {value}" for name, value in switches.items())
+
+
+def _gpus() -> str:
+    """The GPUs, where this process uses them: asking would start CUDA, and a process with CUDA cannot be forked."""
+    return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) if torch.cuda.is_initialized() else "none"
 
 
 def _flushes_denormals() -> bool:

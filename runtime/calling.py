@@ -241,12 +241,13 @@ class _LeafCheck:
         """Whether `value` is what was captured to the last stride, as it is in most calls: nothing is left to check or to copy."""
         return (
             type(value) is torch.Tensor
+            and not value.is_nested  # which has no shape
             and value.shape == self.shape
             and value.dtype is self.dtype
             and value.layout is torch.strided
             and value.stride() == self.stride
             and value.device.type == self.device.type  # type: ignore[union-attr]
-            and not (value.is_conj() or value.is_neg() or value.is_nested)
+            and not (value.is_conj() or value.is_neg())
         )
 
     def _check_type(self, value: Any, path: str) -> None:

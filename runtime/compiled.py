@@ -32,7 +32,8 @@ Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 @dataclass(frozen=True)
 class Compilation:
     """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract, whether
-    the module was in train mode when it was captured, the module, where there was one, and where compiled code is kept."""
+    the module was in train mode when it was captured, the module, where there was one, where compiled code is kept, and the sources of
+    Triton kernels that came with it."""
 
     program: Program
     backend: str
@@ -43,6 +44,7 @@ class Compilation:
     training: bool = False
     module: nn.Module | None = None
     cache: Cache | None = None
+    kernels: tuple[str, ...] = ()
 
 
 class CompiledModel(nn.Module):
@@ -271,7 +273,9 @@ class _Runner:
             }
         program = compiled.program.copy()
         program.weights.update(states)
-        return Saved(program, compiled.parameters, compiled.contract, tuple(map(str, compiled.reports)), compiled.training)
+        sources = tuple(kernel.source for kernel in self.executor.kernel_calls()) or compiled.kernels
+        reports = tuple(map(str, compiled.reports))
+        return Saved(program, compiled.parameters, compiled.contract, reports, compiled.training, sources)
 
     @contextmanager
     def states_kept(self) -> Iterator[None]:

@@ -52,15 +52,10 @@ def pass_key(program: Program, passes: Sequence[Pass]) -> dict[str, str]:
         if not all(option.metadata.get("spelled", True) for option in fields(each)):
             raise NotKept(f"pass {each.name} has an option that is no plain data")
     try:
-        snapshot = take(program)
-    except NoSnapshot as reason:
+        text = json.dumps([take(program), [(w.name, w.kind) for w in program.weights.values()]])
+    except (NoSnapshot, TypeError, ValueError) as reason:
         raise NotKept(f"the program is not kept: {reason}") from reason
-    return {
-        "program": digest(json.dumps([snapshot, [(w.name, w.kind) for w in program.weights.values()]])),
-        "weights": _weights_digest(program),
-        "passes": spell(passes),
-        **environment(),
-    }
+    return {"program": digest(text), "weights": _weights_digest(program), "passes": spell(passes), **environment()}
 
 
 def run_or_find(manager: PassManager, program: Program, cache: Cache | None) -> PipelineResult:
@@ -105,8 +100,11 @@ def _weights_digest(program: Program) -> str:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.device.type == "meta":
             raise NotKept(f"weight {name} has no values of its own in memory")
     distinct = {_place(tensor): tensor for tensor in tensors.values()}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing holds no lock of Python's
-        known = dict(zip(distinct, pool.map(content_digest, distinct.values()), strict=True))
+    try:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing holds no lock of Python's
+            known = dict(zip(distinct, pool.map(content_digest, distinct.values()), strict=True))
+    except RuntimeError as error:  # a dtype whose elements are no bytes
+        raise NotKept(f"the values of a weight cannot be read: {error}") from error
     return digest(*(text for name, tensor in tensors.items() for text in (name, known[_place(tensor)])))
 
 

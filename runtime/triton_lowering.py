@@ -17,12 +17,15 @@ from ..ir.printer import node_lines
 from ..ir.tree import LEAF
 from .cache import Cache
 from .code_cache import CodeCache
+from .flat import FlatGraph
+from .segments import cut_out
 from .sliced import SlicedRun
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
     from ..codegen.triton.emit import AnyPlan
     from ..codegen.triton.groups import Group
+    from ..codegen.triton.launch import Launch
     from ..codegen.triton.tune import Tuner
 
 
@@ -45,7 +48,7 @@ class TritonLowering:
         self.left: set[Node] = set()
         self.code: CodeCache | None = None
         self.device = "cpu" if interpreted else "cuda"
-        self._tunes, self._cache = tune and not interpreted, cache
+        self._tunes, self._cache = tune, cache
         self._tuners: dict[torch.device, Tuner] = {}
         self._lines = node_lines(Function("main", graph, LEAF, LEAF), symbols)
 
@@ -58,19 +61,15 @@ class TritonLowering:
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
-        from ..codegen.triton import NotFusible
-        from ..codegen.triton.groups import find_groups
-        from ..codegen.triton.launch import Launch
+        launches = self._launches(nodes)
+        if self._tunes:
+            beaten = {node for group, launch in launches.values() if self._is_beaten(group, launch) for node in group.plan.products}
+            launches = self._launches([node for node in nodes if node not in beaten]) if beaten else launches
+        self._add(nodes, launches, lowered, copies)
 
-        launches: dict[Node, tuple[Group, Launch]] = {}
-        for group in find_groups(self.graph, nodes):
-            if _device(group.plan).type != self.device:
-                continue
-            try:
-                launch = Launch(self._kernel(group.plan))
-            except NotFusible:  # a size that no input of the group tells
-                continue
-            launches |= dict.fromkeys(group.nodes, (group, launch))
+    def _add(
+        self, nodes: Sequence[Node], launches: "Mapping[Node, tuple[Group, Launch]]", lowered: fx.Graph, copies: dict[Node, Node]
+    ) -> None:
         for node in _schedule(nodes, {node: group for node, (group, _) in launches.items()}):
             if node not in launches:
                 copies[node] = lowered.node_copy(node, copies.__getitem__)
@@ -82,6 +81,43 @@ class TritonLowering:
             for index, output in enumerate(group.outputs):
                 copies[output] = lowered.call_function(GETITEM, (call, index))
                 copies[output].meta = output.meta
+
+    def _launches(self, among: Sequence[Node]) -> "dict[Node, tuple[Group, Launch]]":
+        """The group that each of these calls is in, and its kernel; calls in no group are left out."""
+        from ..codegen.triton import NotFusible
+        from ..codegen.triton.groups import find_groups
+        from ..codegen.triton.launch import Launch
+
+        launches: dict[Node, tuple[Group, Launch]] = {}
+        for group in find_groups(self.graph, among):
+            if _device(group.plan).type != self.device:
+                continue
+            try:
+                launch = Launch(self._kernel(group.plan))
+            except NotFusible:  # a size that no input of the group tells
+                continue
+            launches |= dict.fromkeys(group.nodes, (group, launch))
+        return launches
+
+    def _is_beaten(self, group: "Group", launch: "Launch") -> bool:
+        """Whether the library's products, and kernels of ours for what surrounds them, are faster than the group's kernel."""
+        from ..codegen.triton.reference import in_order
+
+        if group.kind != "matmul":
+            return False
+        calls = in_order(group.nodes, group.outputs)
+        alone = cut_out(calls, group.inputs, group.outputs)
+        others = dict(zip(calls, (node for node in alone.nodes if node.op == "call_function"), strict=True))
+        lowering = TritonLowering(alone, self.symbols, interpreted=self.device == "cpu", tune=True)
+        lowering._tuners = self._tuners
+        rest = lowering._launches([others[node] for node in calls if node not in group.plan.products])
+        lowered = fx.Graph()
+        copies = {node: lowered.node_copy(node) for node in alone.nodes if node.op == "placeholder"}
+        lowering._add([node for node in alone.nodes if node.op == "call_function"], rest, lowered, copies)
+        lowered.output(tuple(copies[leaf] for leaf in alone.output_node().args[0]))
+        run = FlatGraph(lowered)
+        device = _device(group.plan)
+        return self._tuners[device].is_beaten(launch.kernel, lambda *inputs: run(list(inputs)))
 
     def _kernel(self, plan: "AnyPlan") -> "Kernel":
         from ..codegen.triton import emit

@@ -40,7 +40,7 @@ def read_program(text: str, weights: Mapping[str, torch.Tensor], cache: Cache | 
     program = _read(text, weights)
     with suppress(NoSnapshot):
         snapshot = take(program)
-        # Text of another form than ours may declare weights behind functions.
+        # Text of another form than ours may declare a weight behind a function.
         if str(program) == text and take(rebuild(snapshot, program.weights, program.symbols)) == snapshot:
             cache.put(KIND, key, zlib.compress(json.dumps(snapshot).encode(), level=1))
     return program

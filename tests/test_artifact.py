@@ -16,7 +16,9 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.ir import Weight
+from graphwright.ir.errors import ArtifactError
 from graphwright.runtime import artifact, atomic, zip_subset
+from graphwright.runtime.compiled import Compilation, CompiledModel
 from graphwright.runtime.zip_subset import Member
 
 
@@ -82,6 +84,35 @@ def packed(members):
 def sealed(body):
     """`body` followed by the digest that makes it look whole."""
     return body + hashlib.sha256(body).hexdigest().encode()
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_artifact_carries_the_sources_of_its_kernels_and_passes_them_on(tmp_path):
+    net = nn.Sequential(nn.LayerNorm(6), nn.GELU()).eval()
+    program = gw.ir.capture(net, (X,), {})
+    model = CompiledModel(Compilation(program, "triton_interpreter"))
+    model.save(tmp_path / "net.gw")
+    (kernel,) = model.kernels()
+    held = members_of((tmp_path / "net.gw").read_bytes())
+    assert [data.decode() for name, data in held.items() if name.startswith("kernels/")] == [kernel.source]
+    loaded = gw.load(tmp_path / "net.gw", backend="aten")
+    assert torch.equal(loaded(X), net(X)), "what runs is made anew"
+    loaded.save(tmp_path / "again.gw")
+    assert (tmp_path / "again.gw").read_bytes() == (tmp_path / "net.gw").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["kernels/x.py", "kernels/../a.py", "kernels/0123456789abcdeF.py", "kernels/0123456789abcdef.sh"])
+def test_what_is_called_otherwise_than_a_kernel_is_refused(name, content, tmp_path):
+    with pytest.raises(ArtifactError):
+        load_bytes(packed({**members_of(content), name: b"x"}), tmp_path)
+
+
+def test_a_kernel_that_is_no_text_is_refused(content, tmp_path):
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        load_bytes(packed({**members_of(content), "kernels/0123456789abcdef.py": b"\xff"}), tmp_path)
 
 
 # --- what is saved comes back ------------------------------------------------------------------------------------------------

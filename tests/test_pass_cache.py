@@ -289,6 +289,29 @@ def test_programs_without_values_are_not_kept(cache):
         pass_key(program, [])
 
 
+def test_a_broken_program_is_an_error_as_without_a_cache(cache):
+    program = capture(Net(), (X,))
+    call = program.main.calls[0]
+    call.target = print
+    for kept in (cache, False):
+        with pytest.raises(gw.VerifyError, match="is not an operation of the IR"):
+            compiled(kept, program)
+    program = capture(Net(), (X,))
+    program.schedules["row"] = object()
+    with pytest.raises(gw.VerifyError, match="schedule row is no plain data"):
+        compiled(cache, program)
+
+
+def test_weights_whose_values_cannot_be_read_are_no_error(cache, monkeypatch):
+    def unreadable(tensor):
+        raise RuntimeError("no bytes")
+
+    monkeypatch.setattr(pass_cache, "content_digest", unreadable)
+    module = Net()
+    assert torch.allclose(compiled(cache, module)(X), module(X), atol=1e-5)
+    assert cache.entries("passes") == []
+
+
 def test_without_a_cache_passes_run_each_time(runs):
     compiled(False)
     compiled(False)

@@ -23,6 +23,7 @@ def families():
 
 
 def main():
+    import torch
     from triton_kernels import capture, kernel_of
 
     from graphwright.codegen.triton.aot import compile_for
@@ -33,6 +34,8 @@ def main():
         program = capture(function, args)
         table[name] = {}
         for target in TARGETS.values():
+            if not target.copies_blocks and any(x.dtype == torch.float8_e4m3fn for x in args):  # these GPUs multiply no such numbers
+                continue
             binary = compile_for(kernel_of(program, target), target.name)
             figures = {"registers": binary.registers, "shared": binary.shared_bytes, "spills": binary.spills, "bytes": len(binary.code)}
             table[name][target.name] = figures | {"room": target.shared_bytes}
@@ -49,7 +52,7 @@ def table():
 
 @pytest.mark.parametrize("family", list(families()))
 def test_a_family_compiles_for_every_target_without_spills(family, table):
-    assert set(table[family]) == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert set(table[family]) == {"sm_90", "sm_100", *(() if "float8" in family else ("sm_80", "gfx942"))}
     for target, usage in table[family].items():
         assert usage["bytes"] > 0 and 0 < usage["registers"] <= (512 if target == "gfx942" else 255)
         assert usage["spills"] == 0, target

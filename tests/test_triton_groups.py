@@ -103,6 +103,22 @@ def test_bfloat16_networks_err_no_more_than_library_kernels():
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.parametrize("name", ["decoder", "dit", "vit"])
+def test_products_of_bfloat16_networks_take_in_what_surrounds_them(name):
+    module, args, kwargs = models.load(name, "tiny")
+    halves = [tuple(x.bfloat16() if x.is_floating_point() else x for x in args), {k: v.bfloat16() for k, v in kwargs.items()}]
+    program = gw.ir.capture(module.bfloat16(), *halves)
+    groups = find_groups(program.main.graph)
+    assert_legal(program, groups)
+    products = [group for group in groups if group.kind == "matmul"]
+    assert len(products) >= 4
+    try:
+        for group in {emit(group.plan, program.symbols).digest: group for group in products}.values():
+            load(emit(group.plan, program.symbols)).check("cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_every_kernel_of_the_networks_checks_itself(network):
     program, _, _ = network
     try:

@@ -149,6 +149,54 @@ def test_weights_of_8_bits_are_widened_on_the_way():
     assert_close(y, x.double() @ (q.double() * scale.double()).t(), TOLERANCE[torch.float32])
 
 
+SCALES = {"as a whole": ((), ()), "by row and column": ((33, 1), (1, 48)), "as matrices of one element": ((1, 1), (1, 1))}
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_floats_are_multiplied_and_scaled(scales, dtype):
+    a, b = randn(33, 64).to(dtype), randn(48, 64).to(dtype).t()
+    scale_a, scale_b = (torch.rand(shape) for shape in SCALES[scales])
+    bias = randn(48, dtype=torch.bfloat16)
+
+    def function(a, b, scale_a, scale_b, bias):
+        return F.relu(torch._scaled_mm(a, b, scale_a, scale_b, bias=bias, out_dtype=torch.bfloat16))
+
+    args = [a, b, scale_a, scale_b, bias]
+    program = capture(function, args)
+    kernel = kernel_of(program)
+    (y,) = run(kernel, program, args)
+    exact = F.relu(a.double() @ b.double() * scale_a.double() * scale_b.double() + bias.double())
+    assert_close(y, exact, TOLERANCE[torch.bfloat16])
+    assert "max_num_imprecise_acc=32" in kernel.source
+
+
+def test_8_bit_floats_sum_as_the_hardware_does_where_that_was_asked_for():
+    a, b, one = randn(33, 64).to(torch.float8_e4m3fn), randn(48, 64).to(torch.float8_e4m3fn).t(), torch.ones(())
+    program = capture(lambda a, b, s: torch._scaled_mm(a, b, s, s, out_dtype=torch.bfloat16, use_fast_accum=True).relu(), [a, b, one])
+    assert "max_num_imprecise_acc" not in kernel_of(program).source
+
+
+def test_weights_of_8_bit_floats_are_widened_on_the_way():
+    x, w, scale = randn(33, 64), randn(48, 64).to(torch.float8_e4m3fn), torch.rand(48, 1)
+    program = capture(lambda x, w, s: F.linear(x, w.float() * s), [x, w, scale])
+    (y,) = run(kernel_of(program), program, [x, w, scale])
+    assert_close(y, x.double() @ (w.double() * scale.double()).t(), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_8_bit_floats_want_a_gpu_that_multiplies_them(target):
+    a, b, one = randn(33, 64).to(torch.float8_e4m3fn), randn(48, 64).to(torch.float8_e4m3fn).t(), torch.ones(())
+    program = capture(lambda a, b, s: torch._scaled_mm(a, b, s, s, out_dtype=torch.bfloat16).relu(), [a, b, one])
+    with pytest.raises(NotFusible, match=f"{target} multiplies no 8-bit floats"):
+        kernel_of(program, TARGETS[target])
+
+
+def test_casts_to_8_bits_stay_with_the_library():
+    with pytest.raises(NotFusible):
+        kernel_of(capture(lambda x: (x * 2.0).to(torch.float8_e4m3fn), [randn(4, 4)]))
+
+
 @given(
     m=st.sampled_from([1, 2, 15, 17, 64, 65]),
     n=st.sampled_from([1, 3, 16, 31, 130]),

@@ -113,7 +113,7 @@ def test_a_row_reduction(name):
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "softmax", "log_softmax", "amax", "var", "residual", "twice"])
 def test_a_row_longer_than_a_block_is_read_in_loops(name):
-    width = 10007
+    width = 20011
     kernel = check(
         ROWS[name], [torch.randn(2, width) + 1, torch.randn(width), torch.randn(width)], tolerance=1e-4 if name == "var" else None
     )
@@ -330,3 +330,12 @@ def test_what_has_no_kernel_says_why(reason):
     nodes = [node for node in program.main.calls if not is_view(node)]
     with pytest.raises(NotFusible, match=reason):
         plan(nodes, [base(output) for output in program.main.outputs])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("function", [torch.maximum, torch.minimum])
+def test_the_larger_of_one_element_and_many_is_nan_where_either_is(function, dtype):
+    many = torch.tensor([[-1.0, 2.0, float("nan"), float("inf")]], dtype=dtype)
+    for one in (0.5, float("nan")):
+        check(lambda x, y: function(x, y) * 1.0, [torch.tensor([[one]], dtype=dtype), many])
+        check(lambda x, y: function(y, x) * 1.0, [torch.tensor([[one]], dtype=dtype), many])

@@ -21,7 +21,8 @@ aten = torch.ops.aten
 class Contraction:
     """One product. The first `num_batch` dims of the result count matrices, its last dim is j, those between are i.
 
-    `is_transposed` where the last dim of `right` is k: the weight of a linear layer.
+    `is_transposed` where the last dim of `right` is k: the weight of a linear layer. The sum is multiplied by `scales`, which are
+    broadcast. `is_fast` where sums of 8-bit floats may lose what the hardware's own accumulator loses.
     """
 
     node: Node
@@ -32,6 +33,8 @@ class Contraction:
     addend: Node | None = None
     alpha: float = 1
     beta: float = 1
+    scales: tuple[Node, ...] = ()
+    is_fast: bool = False
 
     @property
     def k(self) -> Size:
@@ -98,10 +101,23 @@ def _matmul(node: Node, a: dict[str, Any]) -> Contraction:
     return Contraction(node, a["self"], a["other"], len(left) - 2)
 
 
+def _scaled_mm(node: Node, a: dict[str, Any]) -> Contraction:
+    """Of 8-bit floats, scaled as a whole or by row and column: y = scale_a scale_b sum + bias."""
+    scales = (a["scale_a"], a["scale_b"])
+    columns = shape_of(node)[-1]
+    for scale, shape in zip(scales, ((shape_of(node)[0], 1), (1, columns)), strict=True):
+        if scale.meta["val"].dtype != torch.float32 or (shape_of(scale) != shape and any(size != 1 for size in shape_of(scale))):
+            raise NotFusible("scales of blocks")
+    if a["scale_result"] is not None:
+        raise NotFusible("a product that is scaled to 8 bits")
+    return Contraction(node, a["self"], a["mat2"], 0, False, a["bias"], scales=scales, is_fast=a["use_fast_accum"])
+
+
 _PRODUCTS: dict[Callable[..., Any], Callable[[Node, dict[str, Any]], Contraction]] = {
     aten.linear.default: _linear,
     aten.mm.default: _mm,
     aten._int_mm.default: _mm,
+    aten._scaled_mm.default: _scaled_mm,
     aten.addmm.default: _addmm,
     aten.bmm.default: _bmm,
     aten.baddbmm.default: _baddbmm,

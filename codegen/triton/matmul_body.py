@@ -13,7 +13,7 @@ from ...ir import Node
 from .addresses import Addresses, Arguments
 from .matmul_plan import Blocks, MatmulPlan, Side
 from .statements import Statements, single_blanks
-from .values import TL_TYPES, Ref, Store
+from .values import FLOAT8, TL_TYPES, Ref
 
 # Names that these kernels and their files give a meaning; an input of that name gets another.
 NAMES = frozenset(
@@ -155,10 +155,13 @@ class MatmulBody:
             inside += self._operand(name, written, {"n": "n_start", "k": "k_start"}, ("k", "n"))
         precision = f', input_precision="{self.plan.precision}"' if self.plan.left.dtype == torch.float32 else ""
         integer = f", out_dtype={TL_TYPES[self.plan.accumulator]}" if self.plan.accumulator == torch.int32 else ""
-        if self.plan.left.dtype == torch.bfloat16:
+        if self.plan.left.dtype in (torch.bfloat16, *FLOAT8):
             names = ["a", *(right for right, _ in self._names())]
             widened = ", ".join(f"{name}.to(tl.float32)" for name in names)
-            inside += ["if INTERPRETED:  # there, bfloat16 would be multiplied as integers", f"    {', '.join(names)} = {widened}"]
+            inside += ["if INTERPRETED:  # there, these would be multiplied as integers", f"    {', '.join(names)} = {widened}"]
+        if self.plan.left.dtype in FLOAT8 and not self.plan.is_fast:
+            # Hopper's accumulator keeps 14 bits of such sums: each instruction's sum, of 32 terms, is added in float32.
+            precision = ", max_num_imprecise_acc=32"
         inside += [f"{acc} = tl.dot(a, {right}, {acc}{precision}{integer})" for right, acc in self._names()]
         return ["for k_start in range(0, K, BLOCK_K):", *("    " + line for line in inside), ""]
 
@@ -206,10 +209,9 @@ class MatmulBody:
         lines += [] if any(written.side.blocks is None for written in self.rights) else self._columns()
         lines += [write.define(n) for n, value in enumerate(values) if value.kind == "load"]
         lines += ["", *(write.define(n) for n, value in enumerate(values) if value.kind != "load"), ""]
-        return [*lines, *map(self._store, self.plan.stores)]
-
-    def _store(self, store: Store) -> str:
-        return self.after.statements.store_tile(store)
+        # By addresses: the copy of a block out of shared memory was seen to race with the next tile's operands (Triton 3.6, sm_90, tiles
+        # of 128 x 256 whose left operand came by addresses), and was no faster.
+        return [*lines, *map(write.store_tile, self.plan.stores)]
 
 
 def _masks(rows: str, columns: str) -> dict[tuple[bool, bool], str]:

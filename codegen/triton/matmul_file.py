@@ -8,7 +8,9 @@ from .index import Size
 from .matmul_body import NAMES, MatmulBody
 from .matmul_plan import Blocks, MatmulPlan
 from .matmul_tiles import MatmulTile, default_matmul_tile
+from .pointwise import NotFusible
 from .targets import Target
+from .values import FLOAT8
 
 _INTERPRETED = 'INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")'
 _PROGRAMS = '''def programs(tiles, device):
@@ -32,6 +34,8 @@ class MatmulFile(File):
     own_names = NAMES
 
     def __init__(self, plan: MatmulPlan, symbols: SymbolTable, tile: MatmulTile | None, target: Target):
+        if not target.copies_blocks and any(side.dtype in FLOAT8 for side in (plan.left, *plan.rights)):
+            raise NotFusible(f"{target.name} multiplies no 8-bit floats")
         super().__init__(plan if target.copies_blocks else plan.by_addresses(), symbols, tile, target)
 
     def default_tile(self) -> MatmulTile:
@@ -52,7 +56,7 @@ class MatmulFile(File):
             f"BLOCK_M, BLOCK_N, BLOCK_K, GROUP = {tile.m}, {tile.n}, {tile.k}, {tile.group}",
             f"PER_MULTIPROCESSOR, FLATTEN = {tile.per_multiprocessor}, {tile.flatten}",
             f"NUM_WARPS, NUM_STAGES = {tile.num_warps}, {tile.num_stages}",
-            *([_INTERPRETED] if self.plan.left.dtype == torch.bfloat16 else []),
+            *([_INTERPRETED] if self.plan.left.dtype in (torch.bfloat16, *FLOAT8) else []),
         ]
 
     def blocks(self) -> dict[str, int]:

@@ -16,11 +16,11 @@ from .contraction import Contraction, contraction
 from .index import Index, Size, Var, divides, linear, product
 from .plan import Root, Tracer
 from .pointwise import NotFusible, pointwise
-from .values import Domain, Ref, Store, Value, compute_dtype, packet_of
-from .views import Indices, shape_of
+from .values import FLOAT8, Domain, Ref, Store, Value, compute_dtype, packet_of
+from .views import Indices, broadcast, shape_of
 
 MAX_PRODUCTS = 2  # each has an accumulator, which fills the registers of a program
-MULTIPLIED = {torch.bfloat16, torch.float16, torch.float32, torch.int8}
+MULTIPLIED = {torch.bfloat16, torch.float16, torch.float32, torch.int8, *FLOAT8}
 _CHEAP = 4  # flops an element that may be computed again for each tile of columns
 _FEW_ROWS = 64  # a product of no more is bound by its weights, whatever its operand costs
 
@@ -57,7 +57,8 @@ class Side:
 class MatmulPlan:
     """One kernel: products of `left` and each of `rights`, then `after` and `stores`. `nodes`, `inputs` and `outputs` are as a Plan's.
 
-    `accumulator` is the type that sums have; `precision` what Triton's dot takes for float32: "ieee", or "tf32" where the user asked.
+    `accumulator` is the type that sums have; `precision` what Triton's dot takes for float32: "ieee", or "tf32" where the user asked;
+    `is_fast` lets the hardware sum 8-bit floats as it does.
     """
 
     nodes: tuple[Node, ...]
@@ -71,6 +72,7 @@ class MatmulPlan:
     k: Size
     accumulator: torch.dtype
     precision: str
+    is_fast: bool = False
 
     kind = "matmul"
 
@@ -151,6 +153,7 @@ def matmul_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> MatmulPlan:
         k=first.k,
         accumulator=torch.int32 if dtype == torch.int8 else torch.float32,
         precision=_precision(dtype),
+        is_fast=all(c.is_fast for c in products),
     )
 
 
@@ -239,6 +242,10 @@ class _AfterTracer(_SideTracer):
         acc = "acc" if number == 0 else f"acc_{number + 1}"
         kind = torch.int32 if dtype == torch.int32 else torch.float32
         result = self.add(Value("apply", kind, (), acc, index=here, name=packet_of(node).strip("_"), node=node))
+        for scale in found.scales:
+            size = shape_of(scale)
+            at = broadcast(index, size) if len(size) == len(index) else tuple(Index() for _ in size)
+            result = self.apply("{0} * {1}", [result, self.value(scale, at)], kind, node)
         if found.alpha != 1:
             result = self.apply("{0} * {1}", [result, found.alpha], kind, node)
         if found.addend is not None and found.beta != 0:
@@ -274,7 +281,7 @@ def _renumbered(side: Side, order: Sequence[int]) -> Side:
 def _blocks(side: Side, inputs: Sequence[Node], axes: tuple[str, str]) -> Blocks | None:
     """The side as blocks that the hardware copies: one tensor as it is, dense along one axis, steps of multiples of 16 bytes."""
     value = side.values[0]
-    if len(side.values) != 1 or value.kind != "load" or value.guard or any(not isinstance(a, Var) for a, _ in value.index.terms):
+    if len(side.values) != 1 or value.kind != "load" or value.guard or any(not isinstance(atom, Var) for atom, _ in value.index.terms):
         return None
     terms, found = dict(value.index.terms), []
     for name, variables in (("batch", side.domain.batch), (axes[0], side.domain.rows), (axes[1], side.domain.columns)):

@@ -12,6 +12,7 @@ import torch
 from .matmul_plan import MatmulPlan, Side
 from .roofline import known_sizes
 from .targets import Target
+from .values import FLOAT8
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ _AMPERE = (
     MatmulTile(64, 128, 32, 4, 4, per_multiprocessor=0),
     MatmulTile(64, 64, 64, 4, 3, per_multiprocessor=0),
     MatmulTile(64, 32, 64, 4, 4, per_multiprocessor=0),
+    MatmulTile(64, 64, 32, 4, 2, per_multiprocessor=0),
+    MatmulTile(32, 32, 32, 4, 2, per_multiprocessor=0),
 )
 _FEW_ROWS = (
     MatmulTile(16, 32, 256, 4, 4, 1, 0),
@@ -64,6 +67,7 @@ _FEW_ROWS = (
     MatmulTile(16, 16, 128, 4, 4, 1, 0),
 )
 _FLOAT32 = (MatmulTile(64, 64, 16, 8, 3, per_multiprocessor=0), MatmulTile(32, 32, 16, 4, 3, per_multiprocessor=0))
+_SMALLEST = MatmulTile(16, 16, 32, 4, 2, per_multiprocessor=0)  # fits everywhere
 _BARRIERS = 4096  # bytes of shared memory beside operands
 # Time of a tile's element, in units of the largest tile's.
 _PRICE = {(128, 256): 1.0, (128, 128): 1.1, (64, 128): 1.4, (64, 64): 1.8, (64, 32): 2.8}
@@ -74,15 +78,16 @@ def default_matmul_tile(plan: MatmulPlan, target: Target) -> MatmulTile:
     known = known_sizes(plan)
     m, n, batch = known(plan.m), known(plan.n), known(plan.num_batch)
     fitting = [tile for tile in _candidates(plan, m, target) if _fits(plan, tile, target) and _is_roomy(plan, tile, target)]
+    fitting = fitting or [_SMALLEST]
     if _has_few_rows(m):
         wide = [tile for tile in fitting if tile.n > 16]
-        return wide[0] if n >= 16 * target.multiprocessors else fitting[-1]
+        return wide[0] if wide and n >= 16 * target.multiprocessors else fitting[-1]
     if _is_exact_float32(plan):
         return fitting[0] if min(m, n) > 32 else fitting[-1]
 
     def time(tile: MatmulTile) -> float:
         tiles = batch * -(-m // tile.m) * -(-n // tile.n)
-        return -(-tiles // target.multiprocessors) * tile.m * tile.n * _PRICE[tile.m, tile.n]
+        return -(-tiles // target.multiprocessors) * tile.m * tile.n * _PRICE.get((tile.m, tile.n), 4.0)
 
     return min(fitting, key=time)
 
@@ -95,6 +100,10 @@ def candidate_tiles(plan: MatmulPlan, target: Target) -> Iterator[MatmulTile]:
     more += [replace(tile, num_warps=tile.num_warps // 2) for tile in tiles if tile.num_warps == 8]
     more += [replace(tile, flatten=not tile.flatten) for tile in tiles if tile.per_multiprocessor]
     more += [replace(tile, per_multiprocessor=0, flatten=False) for tile in tiles if tile.per_multiprocessor]
+    # Two programs on a multiprocessor: what one computes after its product hides behind the product of the other.
+    more += [replace(tile, num_stages=3, per_multiprocessor=2, flatten=False) for tile in tiles if tile.m * tile.n == 128 * 128]
+    if tiles is _HOPPER or tiles is _BLACKWELL:
+        more += [MatmulTile(128, 128, 64, 4, 3, per_multiprocessor=2), MatmulTile(128, 64, 64, 4, 4, per_multiprocessor=2)]
     yield from dict.fromkeys(tile for tile in (default, *tiles, *more) if tile == default or _fits(plan, tile, target))
 
 
@@ -131,8 +140,9 @@ def _is_roomy(plan: MatmulPlan, tile: MatmulTile, target: Target) -> bool:
 
 
 def _accumulators(plan: MatmulPlan, tile: MatmulTile, target: Target) -> int:
-    """Registers of a thread that hold sums."""
-    return tile.m * tile.n * len(plan.rights) // (target.lanes * tile.num_warps)
+    """Registers of a thread that hold sums; those of 8-bit floats are gathered in a second set."""
+    sets = len(plan.rights) * (2 if plan.left.dtype in FLOAT8 and not plan.is_fast else 1)
+    return tile.m * tile.n * sets // (target.lanes * tile.num_warps)
 
 
 def side_itemsize(side: Side) -> int:

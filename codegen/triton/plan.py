@@ -18,7 +18,7 @@ from .index import Index, Size, Var, product, size_of
 from .pointwise import NotFusible, Pointwise, arguments_of, pointwise
 from .reductions import REDUCTIONS, Rows, correction, eps_of, keeps_shape, rows_of
 from .special import SPECIAL
-from .values import TL_TYPES, Condition, Count, Domain, Plan, Ref, Store, Value, compute_dtype, packet_of
+from .values import FLOAT8, TL_TYPES, Condition, Count, Domain, Plan, Ref, Store, Value, compute_dtype, packet_of
 from .views import Indices, broadcast, index_of, is_view, shape_of, source
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ aten, gw = torch.ops.aten, torch.ops.gw
 
 MAX_VALUES = 160  # of one kernel; more would spill registers, and rotations of rotations double what they read
 MAX_INPUTS = 16
+_MANY_ROWS = 256  # about two programs for each multiprocessor of a large GPU
 
 
 def plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> "Plan | MatmulPlan":
@@ -67,13 +68,25 @@ def _domains(nodes: Sequence[Node], outputs: Sequence[Node]) -> list[tuple[Domai
             found.setdefault((rows.shape, rows.dims, rows.groups), _row_domain(rows))
     if found:
         return list(found.values())
+    domains = [_row_domain(rows) for node in nodes if (rows := _rows_of_groups(node)) is not None]
     for output in outputs:
         value = output.meta["val"]
         if not isinstance(value, torch.Tensor):
             raise NotFusible("an output that is no tensor")
     shape = max((shape_of(output) for output in outputs), key=len)
     variables = tuple(Var(f"i{d}", size) for d, size in enumerate(shape))
-    return [(Domain((), variables, False), Root(shape, tuple(map(Index.of, variables)), None, ()))]
+    return [*domains, (Domain((), variables, False), Root(shape, tuple(map(Index.of, variables)), None, ()))]
+
+
+def _rows_of_groups(node: Node) -> Rows | None:
+    """The groups of channels that `norm_apply` has statistics of, as rows: each reads its own once. None where there are too few to
+    fill a GPU with a program for each."""
+    if node.target is not gw.norm_apply.default:
+        return None
+    arguments = arguments_of(node)
+    shape, groups = shape_of(arguments["x"]), arguments["groups"]
+    known = isinstance(shape[0], int) and isinstance(shape[1], int)
+    return Rows(arguments["x"], shape, (), groups) if known and shape[0] * groups >= _MANY_ROWS else None
 
 
 def _row_domain(rows: Rows) -> tuple[Domain, Root]:
@@ -125,7 +138,7 @@ class Tracer:
 
     def stores(self, number: int, output: Node) -> list[Store]:
         """Where output number `number` goes."""
-        if not isinstance(output.meta["val"], torch.Tensor) or output.meta["val"].dtype not in TL_TYPES:
+        if not isinstance(output.meta["val"], torch.Tensor) or output.meta["val"].dtype not in TL_TYPES.keys() - FLOAT8:
             raise NotFusible("an output of a type that no kernel stores")
         if output.target is gw.norm_stats.default:
             return self._stores_of_stats(number, output)
@@ -180,6 +193,8 @@ class Tracer:
         dtype = node.meta["val"].dtype
         if node.target is not aten._to_copy.default or compute_dtype(dtype) == dtype:
             return result
+        if dtype in FLOAT8:
+            raise NotFusible("a cast to 8 bits, which saturates otherwise")
         return self.cast(self.cast(result, dtype, node), compute_dtype(dtype), node)
 
     def _load(self, node: Node, index: Indices) -> Any:

@@ -160,8 +160,8 @@ def _clamp(a: dict[str, Any]) -> Pointwise:
 
 
 def _extreme(comparison: str) -> Rule:
-    # x != x holds for NaN alone, which ATen's maximum and minimum return.
-    text = f"tl.where(({{0}} {comparison} {{1}}) | ({{0}} != {{0}}), {{0}}, {{1}})"
+    # x == x holds for all but NaN, which ATen's maximum and minimum return.
+    text = f"tl.where({{0}} {comparison} {{1}}, {{0}}, tl.where({{0}} == {{0}}, {{1}}, {{0}}))"
     return lambda a: Pointwise(text, (a["self"], a["other"]), 2)
 
 

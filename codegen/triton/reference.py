@@ -35,6 +35,11 @@ GW_FUNCTIONS = {
     y = y if weight is None else y * weight.reshape((1, *shape[1:]))
     return y if bias is None else y + bias.reshape((1, *shape[1:]))
 ''',
+    "_scaled_mm": '''def _scaled_mm(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
+    """a b, scaled by row and column or as a whole, in float64."""
+    y = (a.double() @ b.double()) * scale_a.double() * scale_b.double()
+    return (y if bias is None else y + bias.double()).to(out_dtype or torch.float64)
+''',
 }
 
 
@@ -89,8 +94,8 @@ def reference_lines(nodes: Sequence[Node], outputs: Sequence[Node], inputs: Mapp
 
 def gw_functions(nodes: Sequence[Node]) -> list[str]:
     """The functions that the references of `nodes` call."""
-    names = {str(node.target).split(".")[1] for node in nodes if str(node.target).startswith("gw.")}
-    missing = names - GW_FUNCTIONS.keys()
+    packets = {str(node.target).split(".")[1]: str(node.target).startswith("gw.") for node in nodes}
+    missing = [name for name, is_ours in packets.items() if is_ours and name not in GW_FUNCTIONS]
     if missing:
         raise NotFusible(f"no reference for {', '.join(sorted(missing))}")
-    return [GW_FUNCTIONS[name] for name in sorted(names)]
+    return [GW_FUNCTIONS[name] for name in sorted(packets) if name in GW_FUNCTIONS]

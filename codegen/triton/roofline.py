@@ -37,7 +37,13 @@ class Machine:
         return self.products.get(kind, self.flops)
 
 
-H100 = Machine("H100 SXM", 3.35e12, 67e12, {"tf32": 494e12, "bfloat16": 989e12, "float16": 989e12, "int8": 1979e12})
+_HALF, _QUARTER = 989e12, 1979e12
+H100 = Machine(
+    "H100 SXM",
+    3.35e12,
+    67e12,
+    {"tf32": 494e12, "bfloat16": _HALF, "float16": _HALF, "int8": _QUARTER, "float8_e4m3fn": _QUARTER, "float8_e5m2": _QUARTER},
+)
 
 
 @dataclass(frozen=True)

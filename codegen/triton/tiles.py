@@ -58,6 +58,8 @@ def other_tiles(plan: Plan) -> Iterator[Tile]:
     yield from (replace(tile, num_warps=warps) for warps in (tile.num_warps // 2, tile.num_warps * 2) if 1 <= warps <= 32)
     if tile.looped:
         yield from (replace(tile, columns=columns, num_warps=16) for columns in (1024, 4096, 8192))
+        if isinstance(plan.domain.num_columns, int) and plan.domain.num_columns <= 2**16:  # once, and into all registers that there are
+            yield from (Tile(1, power_of_two(plan.domain.num_columns), warps, False) for warps in (16, 32))
         return
     for rows in (tile.rows // 4, tile.rows // 2, tile.rows * 2):
         if rows >= 1:

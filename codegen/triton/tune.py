@@ -4,17 +4,19 @@ A choice holds for a bucket of sizes: dynamic sizes within one power of two shar
 device and triton's version name it.
 """
 
+import hashlib
 import json
+import logging
 import statistics
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ...ir import Node, SymbolTable
-from ...runtime.cache import Cache
 from .emit import AnyPlan, AnyTile, Kernel, emit
 from .launch import load
 from .matmul_plan import MatmulPlan
@@ -23,17 +25,27 @@ from .roofline import known_sizes
 from .targets import Target
 from .tiles import Tile, default_tile, other_tiles
 
+_log = logging.getLogger(__name__)
 _RUNS_A_SAMPLE = 10
 _SAMPLES = 7
 _COMPILERS = 8  # threads
 
 
+class Store(Protocol):
+    """Where choices are kept: `runtime.cache.Cache` is one."""
+
+    def get(self, kind: str, key: Mapping[str, str]) -> bytes | None: ...
+
+    def put(self, kind: str, key: Mapping[str, str], value: bytes) -> None: ...
+
+
 class Tuner:
     """Chooses tiles on `device`; what it finds is kept in `cache`, where there is one, and by this object."""
 
-    def __init__(self, device: torch.device, target: Target, cache: Cache | None):
+    def __init__(self, device: torch.device, target: Target, cache: Store | None):
         self.device, self.target, self.cache = device, target, cache
         self._found: dict[str, AnyTile | None] = {}
+        self._verdicts: dict[str, bool] = {}
 
     def kernel(self, plan: AnyPlan, symbols: SymbolTable, lines: Mapping[Node, str]) -> Kernel:
         """The kernel of `plan` with the fastest of its tiles."""
@@ -43,14 +55,29 @@ class Tuner:
             self._found[name] = self._kept(key, plan) or self._fastest(plan, symbols, lines, key)
         return emit(plan, symbols, lines, self._found[name], self.target)
 
+    def is_beaten(self, kernel: Kernel, other: Callable[..., Any]) -> bool:
+        """Whether `other`, a function of the kernel's inputs, computes the same in less time."""
+        key = {"question": "library or ours", "tile": str(kernel.tile), **self._key(kernel)}
+        if (name := json.dumps(key, sort_keys=True)) not in self._verdicts:
+            kept = None if self.cache is None else self.cache.get("tuning", key)
+            self._verdicts[name] = kept == b"library" if kept is not None else self._is_slower(kernel, other)
+            if kept is None and self.cache is not None:
+                self.cache.put("tuning", key, b"library" if self._verdicts[name] else b"ours")
+        return self._verdicts[name]
+
+    def _is_slower(self, kernel: Kernel, other: Callable[..., Any]) -> bool:
+        inputs = load(kernel).example_inputs(self.device)
+        with torch.no_grad():
+            return device_seconds(lambda: other(*inputs), self.device) < self._seconds(kernel, inputs)
+
     def _key(self, kernel: Kernel) -> dict[str, str]:
         import triton
 
         known, plan = known_sizes(kernel.plan), kernel.plan
         sizes = [plan.domain.num_rows, plan.domain.num_columns, *([plan.k, plan.num_batch] if isinstance(plan, MatmulPlan) else [])]
         bucket = " ".join(str(size) if isinstance(size, int) else f"<={1 << max(known(size) - 1, 0).bit_length()}" for size in sizes)
-        device = torch.cuda.get_device_name(self.device)
-        return {"kernel": kernel.digest, "sizes": bucket, "device": device, "triton": triton.__version__, "torch": torch.__version__}
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "interpreter"
+        return {"kernel": _digest(kernel), "sizes": bucket, "device": device, "triton": triton.__version__, "torch": torch.__version__}
 
     def _kept(self, key: Mapping[str, str], plan: AnyPlan) -> AnyTile | None:
         """What was found before, on this kind of device."""
@@ -65,8 +92,12 @@ class Tuner:
     def _fastest(self, plan: AnyPlan, symbols: SymbolTable, lines: Mapping[Node, str], key: Mapping[str, str]) -> AnyTile | None:
         kernels = [emit(plan, symbols, lines, tile, self.target) for tile in self._candidates(plan)]
         inputs = load(kernels[0]).example_inputs(self.device)
-        with ThreadPoolExecutor(_COMPILERS) as pool:  # what compiles is no Python, for the most part
-            fitting = [kernel for kernel, fits in zip(kernels, pool.map(lambda k: self._fits(k, inputs), kernels), strict=True) if fits]
+        with torch.no_grad():
+            expected = load(kernels[0]).reference(*inputs)
+        # What compiles is no Python, for the most part. The interpreter has one grid at a time.
+        with ThreadPoolExecutor(_COMPILERS if self.device.type == "cuda" else 1) as pool:
+            works = [*pool.map(lambda kernel: _works(kernel, inputs, expected), kernels)]
+        fitting = [kernel for kernel, it_works in zip(kernels, works, strict=True) if it_works]
         timed = [(self._seconds(kernel, inputs), number, kernel.tile) for number, kernel in enumerate(fitting)]
         if not timed:
             return None
@@ -79,40 +110,66 @@ class Tuner:
         if isinstance(plan, MatmulPlan):
             yield from candidate_tiles(plan if self.target.copies_blocks else plan.by_addresses(), self.target)
         else:
-            yield from (default_tile(plan), *other_tiles(plan))
+            yield from dict.fromkeys((default_tile(plan), *other_tiles(plan)))
 
     def _seconds(self, kernel: Kernel, inputs: Sequence[Any]) -> float:
         module = load(kernel)
-        return device_seconds(lambda: module.run(*inputs))
+        return device_seconds(lambda: module.run(*inputs), self.device)
 
-    def _fits(self, kernel: Kernel, inputs: Sequence[Any]) -> bool:
-        """Compiles a kernel and runs it once; whether the device has room for its tile."""
-        from triton.runtime.errors import OutOfResources
 
-        module = load(kernel)
-        try:
-            with torch.cuda.device(self.device):
-                module.run(*inputs)
-        except OutOfResources:
-            return False
+def _works(kernel: Kernel, inputs: Sequence[Any], expected: Sequence[torch.Tensor]) -> bool:
+    """Compiles a kernel and runs it once: whether the device has room for its tile, and it gives what its operations give one by one.
+    A compiler's fault that shows with some tiles alone is not to be chosen for its speed."""
+    from triton.runtime.errors import OutOfResources
+
+    module = load(kernel)
+    try:
+        with torch.cuda.device_of(inputs[0]):
+            results = module.run(*inputs)
+    except OutOfResources:
+        return False
+    if all(_is_close(y, exact, module.TOLERANCE) for y, exact in zip(results, expected, strict=True)):
         return True
+    _log.warning("tile %s of kernel %s gives wrong results on this device and is not used", kernel.tile, kernel.name)
+    return False
 
 
-def device_seconds(function: Callable[[], Any], runs: int = _RUNS_A_SAMPLE) -> float:
-    """Seconds that the device needs for one run: the median of samples of several runs, recorded so that no launch is waited for."""
+def _is_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float) -> bool:
+    """Whether elements differ by at most `tolerance` of the largest, as a kernel's file checks itself."""
+    actual, exact = actual.double(), exact.double()
+    difference = torch.where(actual == exact, 0.0, (actual - exact).abs()).masked_fill(actual.isnan() & exact.isnan(), 0.0)
+    scale = exact.abs().nan_to_num(0.0, 0.0, 0.0).amax().clamp(min=1.0) if exact.numel() else 1.0
+    return bool((difference <= tolerance * scale).all())
+
+
+def _digest(kernel: Kernel) -> str:
+    """Of the kernel function and its launch: not of its tile, nor of the sizes that stand for dynamic ones in its check."""
+    text = kernel.source
+    return hashlib.sha256(text[text.index("@triton.jit") : text.index("def reference(")].encode()).hexdigest()
+
+
+def device_seconds(function: Callable[[], Any], device: torch.device, runs: int = _RUNS_A_SAMPLE) -> float:
+    """Seconds that `device` needs for one run: the median of samples of several runs, on a GPU recorded, so that no launch is waited
+    for."""
     function()
+    sample = _recorded_sample(function, runs) if device.type == "cuda" else lambda: timeit.timeit(function, number=runs)
+    return statistics.median(sample() for _ in range(_SAMPLES)) / runs
+
+
+def _recorded_sample(function: Callable[[], Any], runs: int) -> Callable[[], float]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(runs):
             function()
     graph.replay()
-    samples = []
-    for _ in range(_SAMPLES):
+
+    def sample() -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e-3 / runs)
-    return statistics.median(samples)
+        return begin.elapsed_time(end) * 1e-3
+
+    return sample

@@ -19,7 +19,10 @@ TL_TYPES = {
     torch.int8: "tl.int8",
     torch.uint8: "tl.uint8",
     torch.bool: "tl.int1",
+    torch.float8_e4m3fn: "tl.float8e4nv",
+    torch.float8_e5m2: "tl.float8e5",
 }
+FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}  # loaded and multiplied, not stored: ATen and Triton saturate otherwise
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Plan:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What elements of `dtype` are computed in."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16, *FLOAT8) else dtype
 
 
 def packet_of(node: Node) -> str:
