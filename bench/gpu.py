@@ -181,6 +181,9 @@ def kernel_row(bench: Bench, machine: Machine, name: str, function: Function, ar
     tuner = Tuner(DEVICE, target, None)
     kernel = default if bench.quick else tuner.kernel(whole_plan(program), program.symbols, {})
     spent = time.perf_counter() - started
+    if kernel is None:
+        bench.note(f"{name}: no tile works on this GPU")
+        return
     for each in dict.fromkeys((default, kernel)):
         load(each).check("cuda")
     values = dict(zip(program.main.placeholders, args, strict=True))

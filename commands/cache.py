@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ..ir.errors import InputError
 from ..ir.liveness import format_bytes
 from ..passes import PassManager
 from ..runtime.cache import Entry, default_cache
@@ -29,6 +30,9 @@ def list_(options: argparse.Namespace) -> Result:
 
 def clear(options: argparse.Namespace) -> Result:
     cache = default_cache()
+    kinds = sorted({entry.kind for entry in cache.entries()})
+    if options.kind and kinds and options.kind not in kinds:
+        raise InputError(f"{cache.folder} has no entries of kind {options.kind}: there are {', '.join(kinds)}")
     removed = cache.clear(options.kind)
     kind = f" of kind {options.kind}" if options.kind else ""
     return Result(f"{cache.folder}: removed {removed} entr{'y' if removed == 1 else 'ies'}{kind}", {"removed": removed})

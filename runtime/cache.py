@@ -56,6 +56,7 @@ class Cache:
 
     def __init__(self, folder: str | Path, max_bytes: int = MAX_BYTES):
         self.folder, self.max_bytes = Path(folder), max_bytes
+        self._room = 0  # bytes that may be written before all entries are looked at again
 
     def __repr__(self) -> str:
         return f"Cache({str(self.folder)!r})"
@@ -99,7 +100,9 @@ class Cache:
             with atomic_write(path, mode=0o600) as file:
                 file.write(first + header)
                 file.write(value)
-            self._evict()
+            self._room -= len(first) + len(header) + len(value)
+            if self._room < 0:
+                self._evict()
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All entries, or those of one kind, the last used first. Their values are not checked."""
@@ -152,10 +155,11 @@ class Cache:
         excess = sum(size for _, size, _ in known) - self.max_bytes
         for _, size, path in sorted(known):
             if excess <= 0:
-                return
+                break
             with suppress(OSError):
                 path.unlink()
             excess -= size
+        self._room = min(-excess, self.max_bytes // 16)  # other processes write as well
 
 
 def default_cache() -> Cache:

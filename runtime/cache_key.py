@@ -141,13 +141,23 @@ def _settings() -> str:
     mkldnn = torch.backends.mkldnn
     switches = {
         "default dtype": torch.get_default_dtype(),
-        "matmul precision": torch.get_float32_matmul_precision(),
+        "precision of float32": _float32_precisions(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "mkldnn": getattr(mkldnn, "enabled", None),
         "flush denormal": _flushes_denormals(),
         "gpus": _gpus(),
     }
     return ", ".join(f"{name} {value}" for name, value in switches.items())
+
+
+def _float32_precisions() -> str:
+    """What each kind of kernel may round float32 to. (`get_float32_matmul_precision` raises where two of these differ.)"""
+    backends: Any = torch.backends
+    kinds = [(backends.cuda.matmul,), (backends.cudnn.conv, backends.cudnn), (backends.cudnn.rnn, backends.cudnn)]
+    kinds += [(kind, backends.mkldnn) for kind in (backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul)]
+    # "none" leaves it to what is above, and in the end to float32 as it is.
+    found = [[s for each in (*kind, backends) if (s := each.fp32_precision) != "none"] for kind in kinds]
+    return " ".join([*settings, "ieee"][0] for settings in found)
 
 
 def _gpus() -> str:

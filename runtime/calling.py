@@ -235,7 +235,7 @@ class _LeafCheck:
             return value
         self._check_type(value, path)
         self._bind_sizes(value.shape, path, sizes, symbols)
-        return self._laid_out(value)
+        return self._laid_out(value, path)
 
     def _is_exact(self, value: Any) -> bool:
         """Whether `value` is what was captured to the last stride, as it is in most calls: nothing is left to check or to copy."""
@@ -303,7 +303,7 @@ class _LeafCheck:
             if wanted is not None and wanted != actual:
                 raise InputError(f"argument {path} dim {dim} is {actual}, but {self.texts[dim]} is {wanted}")
 
-    def _laid_out(self, value: torch.Tensor) -> torch.Tensor:
+    def _laid_out(self, value: torch.Tensor, path: str) -> torch.Tensor:
         """The program's operations rely on the strides seen at capture; other memory, or a lazy conjugate, is copied into that form."""
         value = value.resolve_conj().resolve_neg()
         stride = self.stride if self.order is None else dense_stride(value.shape, self.order)
@@ -311,6 +311,11 @@ class _LeafCheck:
             return value
         if any(not isinstance(step, int) for step in stride):
             return value
+        if any(n > 1 and step == 0 for n, step in zip(value.shape, stride, strict=True)):
+            raise InputError(
+                f"argument {path} was captured as an expanded tensor, whose elements stand for many: "
+                "expand it as the example was, or compile with a contiguous example"
+            )
         return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value.detach())
 
     def _type(self) -> str:

@@ -14,6 +14,7 @@ from torch import fx
 from ..codegen.cpu_packed import PackedCall
 from ..ir import Node, Program
 from ..ir.errors import InputError
+from ..ir.infer import tensors_of
 from .cache import Cache
 from .flat import FlatGraph
 from .graph_replay import Call, CudaGraphs, Replayed
@@ -52,9 +53,10 @@ class Executor:
         self._lowered = lower(body.graph, self._lowering)
         self._flat = FlatGraph(self._lowered, bound)
         self._call: Call = self._flat
-        if not isinstance(self._lowering, AtenLowering) and is_on(self._lowered, "cuda"):
+        devices = {tensor.device for node in self._lowered.nodes for tensor in tensors_of(node.meta.get("val"))}
+        if not isinstance(self._lowering, AtenLowering) and is_on(self._lowered, "cuda") and len(devices) == 1:
             weights = [bound(node) for node in self._lowered.nodes if node.op == "get_attr"]
-            self._call = Replayed(self._flat, CudaGraphs(), [source is not None for source in self._sources], weights)
+            self._call = Replayed(self._flat, CudaGraphs(*devices), [source is not None for source in self._sources], weights)
 
     @contextmanager
     def kernel_by_kernel(self) -> Iterator[None]:

@@ -7,18 +7,26 @@ values, and results that share memory with an input, a weight or each other.
 
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 Call = Callable[[list[Any]], list[Any]]
-Record = Callable[[Callable[[], list[Any]]], tuple[list[Any], Callable[[], None]]]
-"""Records one run of a function: its results, and what computes them anew, in the same memory."""
-
 MAX_RECORDINGS = 16  # sets of sizes; each holds memory of its own inputs, all share that of their intermediates
+_MAX_SEEN = 1024
+
+
+class Recorder(Protocol):
+    """Records runs of a function."""
+
+    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        """One run: its results, and what computes them anew, in the same memory."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Around each use of what was recorded, from inputs to results: one use ends before the next begins."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +39,15 @@ class _Recording:
 
 
 class Replayed:
-    """`run` (a `FlatGraph`), recorded by `record` on the second call with the same sizes: the first compiles its kernels.
+    """`run` (a `FlatGraph`), recorded on the second call with the same sizes: the first compiles its kernels.
 
     `is_state` says of each input whether it is read where it lies; `weights` are what `run` reads beside its inputs.
     """
 
-    def __init__(self, run: Call, record: Record, is_state: Sequence[bool], weights: Sequence[torch.Tensor] = ()):
-        self._run, self._record = run, record
+    def __init__(self, run: Call, recorder: Recorder, is_state: Sequence[bool], weights: Sequence[torch.Tensor] = ()):
+        self._run, self._recorder = run, recorder
         self._is_state, self._weights = tuple(is_state), tuple(weights)
-        self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
+        self._recordings: dict[Any, _Recording | None] = {}
         self._seen: set[Any] = set()
         self._places: tuple[int, ...] = ()  # of the weights, when recordings were made
         self._lock = threading.Lock()
@@ -55,17 +63,17 @@ class Replayed:
                 self._places = places
                 self._recordings.clear()
             if key not in self._recordings:
-                if key not in self._seen:
-                    self._seen.add(key)
+                # The first sizes are recorded: sizes that take turns would be recorded in each.
+                if key not in self._seen or len(self._recordings) >= MAX_RECORDINGS or any(map(_overlaps, inputs)):
+                    if len(self._seen) < _MAX_SEEN:
+                        self._seen.add(key)
                     return self._run(inputs)
                 self._recordings[key] = self._recorded(inputs)
-                if len(self._recordings) > MAX_RECORDINGS:
-                    self._recordings.popitem(last=False)
             recording = self._recordings[key]
-            self._recordings.move_to_end(key)
             if recording is None:
                 return self._run(inputs)
-            return self._replayed(recording, inputs)
+            with self._recorder.turn():
+                return self._replayed(recording, inputs)
 
     @property
     def num_recordings(self) -> int:
@@ -84,31 +92,44 @@ class Replayed:
         held = [value if is_state else _copy(value) for value, is_state in zip(inputs, self._is_state, strict=True)]
         self._run(list(held))  # kernels are compiled for alignments too, and not while it is recorded
         try:
-            results, replay = self._record(lambda: self._run(list(held)))
+            results, replay = self._recorder.record(lambda: self._run(list(held)))
         except RuntimeError as error:  # some work cannot be recorded: what waits for the device, or allocates by itself
             warnings.warn(f"runs kernel by kernel, not as one recording: {str(error).splitlines()[0]}", stacklevel=2)
             return None
         tensors = [value for value in results if _is_tensor(value)]
         places = [_storage(tensor) for tensor in tensors]
         taken = {_storage(value) for value in (*self._weights, *held) if _is_tensor(value)}
-        if len(set(places)) < len(places) or taken & set(places):
+        if len(set(places)) < len(places) or taken & set(places) or any(map(_overlaps, tensors)):
             return None
         return _Recording(tuple(value if _is_tensor(value) else None for value in held), tuple(results), replay)
 
 
 class CudaGraphs:
-    """Records CUDA graphs, which share the memory of their intermediates: they run one after another."""
+    """Records CUDA graphs of one device, which share the memory of their intermediates: they run one after another, whatever streams
+    and threads call."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
 
-    def __call__(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
-            results = function()
+        with torch.cuda.device(self._device):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            torch.cuda.synchronize()
+            # What other threads allocate meanwhile is their own affair.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                results = function()
         return results, graph.replay
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            if self._done is not None:
+                torch.cuda.current_stream().wait_event(self._done)
+            yield
+            self._done = torch.cuda.current_stream().record_event()
 
 
 def _is_tensor(value: Any) -> bool:
@@ -119,6 +140,11 @@ def _type(value: Any, is_state: bool) -> Any:
     if not _is_tensor(value):
         return value
     return (value.dtype, value.device, value.shape, value.stride(), value.data_ptr() if is_state else None)
+
+
+def _overlaps(value: Any) -> bool:
+    """Whether one element stands for many, as in an expanded tensor: there is no copy of that form to write to."""
+    return _is_tensor(value) and any(n > 1 and step == 0 for n, step in zip(value.shape, value.stride(), strict=True))
 
 
 def _copy(value: Any) -> Any:

@@ -69,6 +69,8 @@ class Packing:
         return self._chosen(group.without_other(), weight_of, channels_last) if is_sum else None
 
     def _winner(self, group: Group, ways: Mapping[str, Group], weight: torch.Tensor) -> Group | None:
+        if weight.numel() == 0:  # oneDNN has no layout for nothing
+            return None
         call = group.call
         question = (
             f"{list(ways)} {[str(n.target) for n in group.nodes]} {call} {[hinted(n.meta['val']) for n in group.reads]} {call.layout()}"

@@ -93,10 +93,11 @@ class TritonLowering:
             if _device(group.plan).type != self.device:
                 continue
             try:
-                launch = Launch(self._kernel(group.plan))
+                kernel = self._kernel(group.plan)
             except NotFusible:  # a size that no input of the group tells
                 continue
-            launches |= dict.fromkeys(group.nodes, (group, launch))
+            if kernel is not None:
+                launches |= dict.fromkeys(group.nodes, (group, Launch(kernel)))
         return launches
 
     def _is_beaten(self, group: "Group", launch: "Launch") -> bool:
@@ -119,7 +120,7 @@ class TritonLowering:
         device = _device(group.plan)
         return self._tuners[device].is_beaten(launch.kernel, lambda *inputs: run(list(inputs)))
 
-    def _kernel(self, plan: "AnyPlan") -> "Kernel":
+    def _kernel(self, plan: "AnyPlan") -> "Kernel | None":
         from ..codegen.triton import emit
         from ..codegen.triton.targets import target_of
         from ..codegen.triton.tune import Tuner

@@ -283,7 +283,7 @@ def test_what_a_killed_writer_of_another_entry_left_is_removed(cache):
     cache.put("tuning", KEY, VALUE)
     left = cache.folder / "tuning" / f".abc.{atomic._boot()}-999999999-ab.tmp"
     left.write_bytes(b"half")
-    cache.put("tuning", KEY | {"device": "cuda"}, VALUE)
+    Cache(cache.folder).put("tuning", KEY | {"device": "cuda"}, VALUE)  # as another process would
     assert not left.exists()
 
 
@@ -395,3 +395,16 @@ def test_the_default_folder_is_the_users_and_is_read_when_asked_for(monkeypatch,
     assert default_cache().folder == tmp_path / "xdg" / "graphwright"
     monkeypatch.setenv("GRAPHWRIGHT_CACHE_DIR", str(tmp_path / "own"))
     assert default_cache().folder == tmp_path / "own"
+
+
+def test_entries_are_not_all_looked_at_for_each_that_is_put(tmp_path, monkeypatch):
+    cache = Cache(tmp_path / "cache", max_bytes=2**20)
+    looks = []
+    files_of = Cache._files
+    monkeypatch.setattr(Cache, "_files", lambda self: looks.append(1) or files_of(self))
+    for n in range(100):
+        cache.put("tuning", {"n": str(n)}, b"x" * 100)
+    assert len(looks) <= 2
+    for n in range(40):
+        cache.put("code", {"n": str(n)}, b"x" * 2**15)
+    assert sum(path.stat().st_size for path in files_of(cache)) <= 2**20

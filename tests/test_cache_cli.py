@@ -109,3 +109,9 @@ def test_a_mistake_is_one_line(capsys):
     assert code == 2 and out == "" and err.count("\n") == 1 and "ACTION" in err
     code, _, err = run(capsys, "cache", "explain", "dit:tiny", "--passes", "slice-group")
     assert code == 2 and "did you mean slice-groups" in err
+
+
+def test_a_kind_that_is_not_kept_is_named_with_those_that_are(capsys):
+    default_cache().put("tuning", {"kernel": "x"}, b"tile")
+    code, _, error = run(capsys, "cache", "clear", "tunning")
+    assert code != 0 and "has no entries of kind tunning: there are" in error and "tuning" in error

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -318,11 +319,22 @@ def test_the_range_of_a_symbol_is_in_the_text():
     assert text(8) != text(9)
 
 
+BACKENDS = torch.backends
 SETTERS = {
     "threads": (torch.get_num_threads, torch.set_num_threads, 1),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"),
     "deterministic": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+    "precision of products": (
+        lambda: BACKENDS.cuda.matmul.fp32_precision,
+        partial(setattr, BACKENDS.cuda.matmul, "fp32_precision"),
+        "tf32",
+    ),
+    "precision of convolutions": (
+        lambda: BACKENDS.mkldnn.conv.fp32_precision,
+        partial(setattr, BACKENDS.mkldnn.conv, "fp32_precision"),
+        "bf16",
+    ),
     "denormals": (lambda: False, torch.set_flush_denormal, True),
 }
 

@@ -888,3 +888,12 @@ def test_a_tensor_that_is_not_strided_is_a_capture_error(convert, reason):
 
     with pytest.raises(gw.CaptureError, match=rf"test_compile\.py:\d+.*{reason}"):
         gw.compile(Converted(), example_inputs=(torch.ones(2, 2),))
+
+
+def test_an_argument_that_was_captured_expanded_is_wanted_so():
+    net = nn.Linear(4, 4)
+    model = gw.compile(net, example_inputs=(torch.randn(1, 4).expand(3, 4),), backend="aten")
+    x = torch.randn(1, 4).expand(3, 4)
+    torch.testing.assert_close(model(x), net(x))
+    with pytest.raises(gw.InputError, match="argument input was captured as an expanded tensor.*compile with a contiguous example"):
+        model(torch.randn(3, 4))

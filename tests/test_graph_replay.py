@@ -3,6 +3,7 @@ CUDA graphs are what `bench/gpu.py` checks on a GPU.
 """
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,15 +11,26 @@ import torch
 from graphwright.runtime.graph_replay import MAX_RECORDINGS, Replayed
 
 
-def record(function):
-    results = function()
+class Again:
+    """Records by running anew; counts the turns."""
 
-    def replay():
-        for held, value in zip(results, function(), strict=True):
-            if isinstance(held, torch.Tensor):
-                held.copy_(value)
+    def __init__(self):
+        self.turns = 0
 
-    return results, replay
+    def record(self, function):
+        results = function()
+
+        def replay():
+            for held, value in zip(results, function(), strict=True):
+                if isinstance(held, torch.Tensor):
+                    held.copy_(value)
+
+        return results, replay
+
+    @contextmanager
+    def turn(self):
+        self.turns += 1
+        yield
 
 
 class Affine:
@@ -37,7 +49,7 @@ class Affine:
 @pytest.fixture
 def affine():
     run = Affine()
-    return run, Replayed(run, record, [False], [run.weight])
+    return run, Replayed(run, Again(), [False], [run.weight])
 
 
 def test_every_call_gives_its_own_result(affine):
@@ -80,7 +92,7 @@ def test_a_weight_written_in_place_is_read_and_one_replaced_is_recorded_anew(aff
 
 
 def test_states_are_read_where_they_lie():
-    replayed = Replayed(lambda inputs: [inputs[0] + inputs[1]], record, [False, True])
+    replayed = Replayed(lambda inputs: [inputs[0] + inputs[1]], Again(), [False, True])
     state, other = torch.zeros(2), torch.full((2,), 9.0)
     for n in range(5):
         state.fill_(n)
@@ -99,7 +111,7 @@ ALIASES = {
 @pytest.mark.parametrize("name", ALIASES)
 def test_results_that_share_memory_are_not_recorded(name):
     weight = torch.ones(2)
-    replayed = Replayed(lambda inputs: ALIASES[name](inputs, weight), record, [False], [weight])
+    replayed = Replayed(lambda inputs: ALIASES[name](inputs, weight), Again(), [False], [weight])
     for _ in range(4):
         x = torch.randn(2, 2)
         results = replayed([x])
@@ -109,27 +121,52 @@ def test_results_that_share_memory_are_not_recorded(name):
 
 
 def test_what_cannot_be_recorded_runs_as_it_is_and_says_so():
-    def refuse(function):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    class Refuses(Again):
+        def record(self, function):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    replayed = Replayed(lambda inputs: [inputs[0] + 1], refuse, [False])
+    replayed = Replayed(lambda inputs: [inputs[0] + 1], Refuses(), [False])
     replayed([torch.zeros(1)])
     with pytest.warns(UserWarning, match="not as one recording: operation not permitted when stream is capturing$"):
         assert replayed([torch.zeros(1)])[0] == 1
     assert replayed([torch.zeros(1)])[0] == 1 and replayed.num_recordings == 0
 
 
-def test_recordings_are_bounded(affine):
-    _, replayed = affine
-    for size in range(1, MAX_RECORDINGS + 4):
-        run, replayed_size = torch.randn(size, 3), replayed
-        for _ in range(2):
-            replayed_size([run])
+def test_the_first_sizes_are_recorded_and_no_others_in_their_place(affine):
+    run, replayed = affine
+    for _ in range(4):
+        for size in range(1, MAX_RECORDINGS + 4):
+            x = torch.randn(size, 3)
+            assert torch.equal(replayed([x])[0], x * 2 + 1)
     assert replayed.num_recordings == MAX_RECORDINGS
+    calls = run.calls
+    replayed([torch.randn(MAX_RECORDINGS + 3, 3)])
+    assert run.calls == calls + 1, "runs as it is, and is not recorded"
+
+
+@pytest.mark.parametrize("wide", [lambda x: x.expand(4, 3), lambda x: x.expand(2, 4, 3)])
+def test_expanded_inputs_and_results_run_as_they_are(affine, wide):
+    _, replayed = affine
+    for _ in range(3):
+        x = wide(torch.randn(1, 3))
+        assert torch.equal(replayed([x])[0], x * 2 + 1)
+    assert replayed.num_recordings == 0
+    expands = Replayed(lambda inputs: [(inputs[0] * 2).expand(4, 3)], Again(), [False])
+    for _ in range(3):
+        assert torch.equal(expands([torch.ones(1, 3)])[0], torch.full((4, 3), 2.0))
+    assert expands.num_recordings == 0
+
+
+def test_each_use_of_a_recording_is_a_turn():
+    recorder = Again()
+    replayed = Replayed(lambda inputs: [inputs[0] + 1], recorder, [False])
+    for _ in range(5):
+        replayed([torch.zeros(2)])
+    assert recorder.turns == 4, "all but the first call"
 
 
 def test_values_that_are_no_tensors_are_part_of_what_was_recorded():
-    replayed = Replayed(lambda inputs: [inputs[0] * inputs[1], inputs[1] + 1], record, [False, False])
+    replayed = Replayed(lambda inputs: [inputs[0] * inputs[1], inputs[1] + 1], Again(), [False, False])
     for factor in (2, 3, 2, 3, 2, 3):
         y, n = replayed([torch.ones(1), factor])
         assert y.item() == factor and n == factor + 1

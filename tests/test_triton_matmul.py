@@ -128,6 +128,54 @@ def test_gate_and_up_of_swiglu_are_two_products_of_one_operand(dtype):
     assert kernel.source.count("tl.dot(") == 2 and kernel.source.count("args_0_blocks.load") == 1
 
 
+ONE_TENSOR = {
+    "halves of one weight": (lambda x, w: F.silu(F.linear(x, w[:48])) * F.linear(x, w[48:]), [(33, 64), (96, 64)]),
+    "chunks of one weight": (lambda x, w: F.silu(F.linear(x, w.chunk(2)[0])) * F.linear(x, w.chunk(2)[1]), [(33, 64), (96, 64)]),
+    "q and k of one product": (lambda x: x[..., :32] @ x[..., 32:64].transpose(1, 2) * 0.125, [(2, 80, 96)]),
+    "itself, transposed": (lambda x: F.relu(x @ x.t()), [(80, 64)]),
+    "itself": (lambda x: F.relu(x @ x), [(64, 64)]),
+    "one weight in both ways": (lambda x, w: F.silu(F.linear(x, w)) * (x @ w), [(40, 64), (64, 64)]),
+}
+
+
+@pytest.mark.parametrize("name", ONE_TENSOR)
+@pytest.mark.parametrize("target", ["sm_90", "sm_80"])
+def test_operands_may_lie_in_one_tensor(name, target):
+    function, shapes = ONE_TENSOR[name]
+    args = [randn(*shape) for shape in shapes]
+    program = capture(function, args)
+    (y,) = run(kernel_of(program, TARGETS[target]), program, args)
+    assert_close(y, function(*double(args)), TOLERANCE[torch.float32])
+
+
+PIECES = {
+    "rows": (lambda x, w, r: F.relu(torch.cat([F.linear(x, w), r], 0)), [(5, 32), (16, 32), (7, 16)]),
+    "tokens of one sequence": (lambda x, w, r: F.relu(torch.cat([F.linear(x, w), r], 1)), [(1, 5, 32), (16, 32), (1, 7, 16)]),
+    "columns": (lambda x, w, r: F.relu(torch.cat([F.linear(x, w), r], 1)), [(5, 32), (16, 32), (5, 8)]),
+    "matrices": (lambda a, b, r: F.relu(torch.cat([torch.bmm(a, b), r], 0)), [(2, 8, 16), (2, 16, 8), (3, 8, 8)]),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_product_that_is_a_piece_of_what_is_stored_is_no_kernel(name):
+    function, shapes = PIECES[name]
+    with pytest.raises(NotFusible):
+        kernel_of(capture(function, [randn(*shape) for shape in shapes]))
+
+
+@pytest.mark.parametrize("factors", [{"alpha": 0.0}, {"beta": 0.0}], ids=str)
+def test_what_a_factor_of_zero_hides_is_not_computed(factors):
+    (node, *_) = capture(lambda c, a, b: torch.addmm(c, a, b, **factors), [randn(4, 8), randn(4, 16), randn(16, 8)]).main.calls
+    with pytest.raises(NotFusible, match="not looked at"):
+        contraction(node)
+
+
+def test_an_expanded_operand_off_its_address_is_copied_as_it_lies():
+    store = randn(8 * 16 + 1)
+    a = store[1:].view(1, 8, 16).expand(3, 8, 16)
+    check(lambda a, b: torch.bmm(a, b) * 2.0, [a, randn(3, 16, 8)])
+
+
 def test_integers_are_summed_exactly():
     a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((33, 64), (64, 48)))
     program = capture(lambda a, b: torch._int_mm(a, b), [a, b])
@@ -323,12 +371,14 @@ def test_float64_stays_with_the_library():
 def test_tf32_is_taken_only_where_it_was_asked_for():
     program = capture(lambda a, b: F.relu(a @ b), [randn(16, 16), randn(16, 16)])
     assert 'input_precision="ieee"' in kernel_of(program).source
-    before = torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
-        torch.set_float32_matmul_precision("high")
-        assert 'input_precision="tf32"' in kernel_of(program).source
+        for setting in ("tf32", "ieee"):
+            matmul.fp32_precision = setting
+            assert f'input_precision="{setting}"' in kernel_of(program).source
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
 
 
 def test_addresses_beyond_2_to_the_31_are_wide():

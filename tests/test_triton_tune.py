@@ -127,6 +127,37 @@ def test_a_tile_with_wrong_results_is_not_taken_and_named(monkeypatch, caplog):
     assert f"tile {wrong} of kernel matmul_relu gives wrong results" in caplog.text
 
 
+def test_where_no_tile_works_there_is_no_kernel_and_that_is_known(monkeypatch, cache, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(tune, "_is_close", lambda *args: False)
+    program = product()
+    plan = kernel_of(program).plan
+    assert Tuner(CPU, DEFAULT, cache).kernel(plan, program.symbols, {}) is None
+    assert "gives wrong results" in caplog.text
+    monkeypatch.setattr(tune, "_works", lambda *args: pytest.fail("timed again"))
+    assert Tuner(CPU, DEFAULT, cache).kernel(plan, program.symbols, {}) is None
+    calls, run_graph = lowered(program, cache)
+    assert calls == ["aten.matmul.default", "aten.relu.default"]
+
+
+def test_a_tile_that_does_not_compile_is_passed_over(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    program = product()
+    default = kernel_of(program)
+    sound = tune.load
+
+    def load(kernel):
+        def run(*inputs):
+            raise RuntimeError("PassManager::run failed")
+
+        module = sound(kernel)
+        return module if kernel.tile == default.tile else SimpleNamespace(**{**vars(module), "run": run})
+
+    monkeypatch.setattr(tune, "load", load)
+    assert Tuner(CPU, DEFAULT, None).kernel(default.plan, program.symbols, {}).tile == default.tile
+    assert "is not used: PassManager::run failed" in caplog.text
+
+
 def test_rows_and_pointwise_kernels_have_tiles_to_choose_from():
     for function, args in (
         (lambda x: F.softmax(x, -1), [randn(7, 100)]),

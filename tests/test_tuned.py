@@ -580,3 +580,9 @@ def test_a_program_with_regions_keeps_its_layouts(compiled_wins):
     model = tuned(net, x, passes=[gw.SliceGroups(memory_budget="40%")])
     assert not any(getattr(node.target, "channels_last", False) for node in model._present.executor._lowered.nodes)
     assert_exact(model, net, x)
+
+
+@needs_onednn
+def test_a_layer_of_no_features_is_no_question(onednn_wins):
+    net, x = nn.Linear(8, 0), torch.randn(3, 8)
+    assert tuned(net, x)(x).shape == (3, 0)

@@ -74,6 +74,8 @@ def contraction(node: Node) -> Contraction | None:
     found = _PRODUCTS[node.target](node, arguments_of(node))
     if not all(isinstance(n, int | float) for n in (found.alpha, found.beta)):
         raise NotFusible("a product with a factor that is a size")
+    if found.alpha == 0 or (found.addend is not None and found.beta == 0):
+        raise NotFusible("a product or an addend that is not looked at")
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ...ir import Node
 from .addresses import Addresses, Arguments
-from .matmul_plan import Blocks, MatmulPlan, Side
+from .matmul_plan import Blocks, MatmulPlan, Side, block_names
 from .statements import Statements, single_blanks
 from .values import FLOAT8, TL_TYPES, Ref
 
@@ -38,6 +38,7 @@ class MatmulBody:
     def __init__(self, plan: MatmulPlan, arguments: Arguments, symbols, inputs: Mapping[str, Node], outputs: Mapping[str, Node]):
         self.plan = plan
         self.inputs = inputs
+        self.blocks = block_names(plan, list(inputs))
         taken = {*NAMES, *inputs, *outputs}
         masks = [_masks("in_m", "in_k_row"), *(_masks("in_k_col", "in_n") for _ in plan.rights), _masks("in_m", "in_n")]
         self.sides = []
@@ -218,9 +219,9 @@ class MatmulBody:
         return number in found
 
     def _block(self, blocks: Blocks, starts: Mapping[str, str], axes: tuple[str, str]) -> str:
-        name = list(self.inputs)[blocks.input]
+        name = self.blocks[blocks]
         offsets = [{"batch": "batch.to(tl.int32)" if self.is_wide else "batch", **starts}[axis] for axis in blocks.axes]
-        text = f"{name}_blocks.load([{', '.join(offsets)}])"
+        text = f"{name}.load([{', '.join(offsets)}])"
         if "batch" in blocks.axes:
             text += f".reshape({', '.join(f'BLOCK_{axis.upper()}' for axis in blocks.axes if axis != 'batch')})"
         is_turned = tuple(axis for axis in blocks.axes if axis != "batch") != axes

@@ -6,7 +6,7 @@ from ...ir import Node, SymbolTable
 from .file import IMPORTS, File, Parameter, wrapped
 from .index import Size
 from .matmul_body import NAMES, MatmulBody
-from .matmul_plan import Blocks, MatmulPlan
+from .matmul_plan import Blocks, MatmulPlan, block_names
 from .matmul_tiles import MatmulTile, default_matmul_tile
 from .pointwise import NotFusible
 from .targets import Target
@@ -23,7 +23,8 @@ _PROGRAMS = '''def programs(tiles, device):
 _BLOCKS_OF = '''def blocks_of(x, shape, stride, offset, block):
     """`x`, seen from element `offset`, as blocks that the hardware copies; it wants addresses that are multiples of 16 bytes."""
     if x.data_ptr() % 16:
-        x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+        reach = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride()))
+        x = torch.as_strided(x, (reach,), (1,)).clone().as_strided(x.shape, x.stride())
     return TensorDescriptor(torch.as_strided(x, shape, stride, x.storage_offset() + offset), shape, stride, block)
 '''
 
@@ -104,8 +105,7 @@ class MatmulFile(File):
 
     def _blocks(self) -> dict[str, Blocks]:
         """How the inputs that the hardware copies by blocks are seen, by the names that the kernel has for them."""
-        sides = [side for side in (self.plan.left, *self.plan.rights) if side.blocks is not None]
-        return {f"{self.inputs[side.blocks.input]}_blocks": side.blocks for side in sides}
+        return {name: blocks for blocks, name in block_names(self.plan, self.inputs).items()}
 
     def _passed(self) -> list[str]:
         """The kernel's names for the tensors that it takes; one that is read in both ways comes twice."""
@@ -115,7 +115,8 @@ class MatmulFile(File):
         return [*self._blocks(), *pointers, *(f"{name}_ptr" for name in self.outputs)]
 
     def _tensor(self, parameter: str) -> str:
-        return parameter.rpartition("_")[0]
+        found = self._blocks().get(parameter)
+        return parameter.removesuffix("_ptr") if found is None else self.inputs[found.input]
 
     def _parameter(self, name: str) -> Parameter:
         nodes = {**self.named()[0], **self.named()[1]}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...ir import Node
-from .addresses import runs
+from .addresses import runs, unique
 from .contraction import Contraction, contraction
 from .index import Index, Size, Var, divides, linear, product
 from .plan import Root, Tracer
@@ -109,6 +109,16 @@ class MatmulPlan:
         return self.domain.num_columns
 
 
+def block_names(plan: MatmulPlan, inputs: Sequence[str]) -> dict[Blocks, str]:
+    """The kernel's name for each way in which it sees a tensor as blocks: two operands may lie in one tensor."""
+    names: dict[Blocks, str] = {}
+    taken = set(inputs)
+    for side in (plan.left, *plan.rights):
+        if side.blocks is not None and side.blocks not in names:
+            names[side.blocks] = unique(f"{inputs[side.blocks.input]}_blocks", taken)
+    return names
+
+
 def matmul_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> MatmulPlan:
     """The kernel that computes `outputs` from products among `nodes` and what surrounds them.
 
@@ -188,8 +198,10 @@ def _multiplied(products: Sequence[Contraction]) -> torch.dtype:
 
 def _precision(dtype: torch.dtype) -> str:
     """tf32 where the user asked torch for it."""
-    is_asked = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if is_asked else "ieee"
+    backends: Any = torch.backends
+    setting = backends.cuda.matmul.fp32_precision
+    setting = backends.fp32_precision if setting == "none" else setting
+    return "tf32" if dtype == torch.float32 and setting == "tf32" else "ieee"
 
 
 def _shape(first: Contraction, outputs: Sequence[Node]) -> tuple[Size, ...]:
@@ -277,7 +289,10 @@ class _AfterTracer(_SideTracer):
         """The tile of the accumulator is where it is: no element of another is in reach."""
         num_batch, shape, root = self.products[node].num_batch, shape_of(node), self.root
         rows = linear(index[num_batch:-1], shape[num_batch:-1]), linear(root.index[num_batch:-1], root.shape[num_batch:-1])
-        if index[:num_batch] != root.index[:num_batch] or rows[0] != rows[1] or index[-1] != root.index[-1] or shape[-1] != root.shape[-1]:
+        is_elsewhere = index[:num_batch] != root.index[:num_batch] or rows[0] != rows[1] or index[-1] != root.index[-1]
+        # Of a product that is a piece of what is stored, a tile would reach beyond.
+        sizes = [(*s[:num_batch], product(s[num_batch:-1]), s[-1]) for s in (shape, root.shape)]
+        if is_elsewhere or sizes[0] != sizes[1]:
             raise NotFusible("an element of the product that another tile has")
         self.seen[node] = index
 

@@ -47,13 +47,15 @@ class Tuner:
         self._found: dict[str, AnyTile | None] = {}
         self._verdicts: dict[str, bool] = {}
 
-    def kernel(self, plan: AnyPlan, symbols: SymbolTable, lines: Mapping[Node, str]) -> Kernel:
-        """The kernel of `plan` with the fastest of its tiles."""
+    def kernel(self, plan: AnyPlan, symbols: SymbolTable, lines: Mapping[Node, str]) -> Kernel | None:
+        """The kernel of `plan` with the fastest of its tiles; None where no tile works on this device."""
         default = emit(plan, symbols, lines, target=self.target)
         key = self._key(default)
         if (name := json.dumps(key, sort_keys=True)) not in self._found:
-            self._found[name] = self._kept(key, plan) or self._fastest(plan, symbols, lines, key)
-        return emit(plan, symbols, lines, self._found[name], self.target)
+            is_known, tile = self._kept(key, plan)
+            self._found[name] = tile if is_known else self._fastest(plan, symbols, lines, key)
+        found = self._found[name]
+        return None if found is None else emit(plan, symbols, lines, found, self.target)
 
     def is_beaten(self, kernel: Kernel, other: Callable[..., Any]) -> bool:
         """Whether `other`, a function of the kernel's inputs, computes the same in less time."""
@@ -79,15 +81,16 @@ class Tuner:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "interpreter"
         return {"kernel": _digest(kernel), "sizes": bucket, "device": device, "triton": triton.__version__, "torch": torch.__version__}
 
-    def _kept(self, key: Mapping[str, str], plan: AnyPlan) -> AnyTile | None:
-        """What was found before, on this kind of device."""
+    def _kept(self, key: Mapping[str, str], plan: AnyPlan) -> tuple[bool, AnyTile | None]:
+        """(whether that is known, what was found) before, on this kind of device."""
         kept = None if self.cache is None else self.cache.get("tuning", key)
         if kept is None:
-            return None
+            return False, None
         try:
-            return (MatmulTile if isinstance(plan, MatmulPlan) else Tile)(**json.loads(kept))
+            values = json.loads(kept)
+            return True, None if values is None else (MatmulTile if isinstance(plan, MatmulPlan) else Tile)(**values)
         except (ValueError, TypeError):  # of another version of ours
-            return None
+            return False, None
 
     def _fastest(self, plan: AnyPlan, symbols: SymbolTable, lines: Mapping[Node, str], key: Mapping[str, str]) -> AnyTile | None:
         kernels = [emit(plan, symbols, lines, tile, self.target) for tile in self._candidates(plan)]
@@ -99,11 +102,9 @@ class Tuner:
             works = [*pool.map(lambda kernel: _works(kernel, inputs, expected), kernels)]
         fitting = [kernel for kernel, it_works in zip(kernels, works, strict=True) if it_works]
         timed = [(self._seconds(kernel, inputs), number, kernel.tile) for number, kernel in enumerate(fitting)]
-        if not timed:
-            return None
-        tile = min(timed)[2]
+        tile = min(timed)[2] if timed else None
         if self.cache is not None:
-            self.cache.put("tuning", key, json.dumps(asdict(tile)).encode())
+            self.cache.put("tuning", key, json.dumps(None if tile is None else asdict(tile)).encode())
         return tile
 
     def _candidates(self, plan: AnyPlan) -> Iterator[AnyTile]:
@@ -118,15 +119,14 @@ class Tuner:
 
 
 def _works(kernel: Kernel, inputs: Sequence[Any], expected: Sequence[torch.Tensor]) -> bool:
-    """Compiles a kernel and runs it once: whether the device has room for its tile, and it gives what its operations give one by one.
-    A compiler's fault that shows with some tiles alone is not to be chosen for its speed."""
-    from triton.runtime.errors import OutOfResources
-
+    """Compiles a kernel and runs it once: whether it compiles, the device has room for its tile, and it gives what its operations give
+    one by one. A compiler's fault that shows with some tiles alone is not to be chosen for its speed, nor to end anything."""
     module = load(kernel)
     try:
         with torch.cuda.device_of(inputs[0]):
             results = module.run(*inputs)
-    except OutOfResources:
+    except Exception as error:  # out of resources, or whatever a compiler says of what it cannot do
+        _log.info("tile %s of kernel %s is not used: %s", kernel.tile, kernel.name, error)
         return False
     if all(_is_close(y, exact, module.TOLERANCE) for y, exact in zip(results, expected, strict=True)):
         return True
