@@ -101,6 +101,10 @@ def families(half: Callable[..., torch.Tensor]) -> dict[str, tuple[Function, lis
             lambda a, b, s: torch._int_mm(a, b).float() * s,
             [(half(4096, 4096) * 20).to(torch.int8), (half(4096, 4096) * 20).to(torch.int8).t(), half(4096, 1).float()],
         ),
+        "experts: silu of grouped products": (
+            lambda x, w, ends: F.silu(torch._grouped_mm(x, w, offs=ends)),
+            [half(8192, 2048), half(16, 2048, 1408), ((half(16) * 0 + 512).cumsum(0)).int()],
+        ),
         "float8 product, scales": (
             lambda a, b, s, t: torch._scaled_mm(a, b, s, t, out_dtype=torch.bfloat16) * 2.0,
             [

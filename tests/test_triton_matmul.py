@@ -17,6 +17,7 @@ from triton_kernels import TOLERANCE, assert_close, capture, check, double, kern
 
 from graphwright.codegen.triton import NotFusible, emit  # noqa: E402
 from graphwright.codegen.triton.contraction import contraction  # noqa: E402
+from graphwright.codegen.triton.launch import load  # noqa: E402
 from graphwright.codegen.triton.matmul_plan import matmul_plan  # noqa: E402
 from graphwright.codegen.triton.matmul_tiles import candidate_tiles  # noqa: E402
 from graphwright.codegen.triton.targets import DEFAULT, TARGETS  # noqa: E402
@@ -195,6 +196,60 @@ def test_8_bit_floats_want_a_gpu_that_multiplies_them(target):
 def test_casts_to_8_bits_stay_with_the_library():
     with pytest.raises(NotFusible):
         kernel_of(capture(lambda x: (x * 2.0).to(torch.float8_e4m3fn), [randn(4, 4)]))
+
+
+ENDS = {
+    "equal": [10, 20, 30],
+    "one empty": [0, 17, 30],
+    "two empty": [30, 30, 30],
+    "larger than a tile": [1, 29, 30],
+    "one row each": [28, 29, 30],
+}
+
+
+def half(*shape):
+    return randn(*shape, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("rows", [30, 300])
+def test_groups_of_rows_meet_a_matrix_each(ends, rows):
+    x, w = half(rows, 32), half(3, 32, 48)
+    stops = [end * rows // 30 for end in ENDS[ends]]
+    program = capture(lambda x, w, ends: F.silu(torch._grouped_mm(x, w, offs=ends)) * 2.0, [x, w, torch.tensor(stops, dtype=torch.int32)])
+    kernel = kernel_of(program)
+    (y,) = run(kernel, program, [x, w, torch.tensor(stops, dtype=torch.int32)])
+    parts = [x.double()[begin:end] @ w.double()[g] for g, (begin, end) in enumerate(zip([0, *stops], stops, strict=False))]
+    assert_close(y, F.silu(torch.cat(parts)) * 2.0, TOLERANCE[torch.bfloat16])
+
+
+def test_gate_and_up_of_experts_are_one_kernel():
+    x, gate, up, ends = half(40, 32), half(3, 32, 48), half(3, 32, 48), torch.tensor([7, 7, 40], dtype=torch.int32)
+    function = lambda x, g, u, e: F.silu(torch._grouped_mm(x, g, offs=e)) * torch._grouped_mm(x, u, offs=e)  # noqa: E731
+    program = capture(function, [x, gate, up, ends])
+    kernel = kernel_of(program)
+    (y,) = run(kernel, program, [x, gate, up, ends])
+    parts = [(x.double()[b:e], gate.double()[g], up.double()[g]) for g, (b, e) in enumerate(((0, 7), (7, 7), (7, 40)))]
+    assert_close(y, torch.cat([F.silu(r @ g) * (r @ u) for r, g, u in parts]), TOLERANCE[torch.bfloat16])
+    assert len(kernel.plan.rights) == 2
+
+
+def test_rows_beyond_the_last_group_are_left_alone_by_the_rest():
+    x, w, ends = half(30, 32), half(2, 32, 48), torch.tensor([4, 11], dtype=torch.int32)
+    program = capture(lambda x, w, e: torch._grouped_mm(x, w, offs=e) + 1.0, [x, w, ends])
+    (y,) = run(kernel_of(program), program, [x, w, ends])
+    assert_close(y[:11], torch.cat([x.double()[:4] @ w.double()[0], x.double()[4:11] @ w.double()[1]]) + 1.0, TOLERANCE[torch.bfloat16])
+
+
+def test_a_grouped_kernel_checks_itself():
+    program = capture(
+        lambda x, w, e: torch._grouped_mm(x, w, offs=e).relu(),
+        [half(30, 32), half(3, 32, 48), torch.tensor([4, 11, 30], dtype=torch.int32)],
+    )
+    try:
+        load(kernel_of(program)).check("cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @given(

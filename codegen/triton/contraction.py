@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...ir import Node
-from .index import Index, Size
+from .index import Index, Size, Var
 from .pointwise import NotFusible, arguments_of
 from .views import Indices, broadcast, shape_of
 
@@ -22,7 +22,8 @@ class Contraction:
     """One product. The first `num_batch` dims of the result count matrices, its last dim is j, those between are i.
 
     `is_transposed` where the last dim of `right` is k: the weight of a linear layer. The sum is multiplied by `scales`, which are
-    broadcast. `is_fast` where sums of 8-bit floats may lose what the hardware's own accumulator loses.
+    broadcast. `is_fast` where sums of 8-bit floats may lose what the hardware's own accumulator loses. With `ends`, rows up to ends[0]
+    meet right[0], those up to ends[1] right[1], and so on: a product of each expert with its tokens.
     """
 
     node: Node
@@ -35,6 +36,12 @@ class Contraction:
     beta: float = 1
     scales: tuple[Node, ...] = ()
     is_fast: bool = False
+    ends: Node | None = None
+
+    @property
+    def group(self) -> Var | None:
+        """The variable that counts groups of rows."""
+        return None if self.ends is None else Var("g", shape_of(self.right)[0])
 
     @property
     def k(self) -> Size:
@@ -47,7 +54,8 @@ class Contraction:
 
     def right_at(self, index: Indices, k: Index) -> Indices:
         """The position in `right` of term k of the element at `index`."""
-        return (*index[: self.num_batch], *((index[-1], k) if self.is_transposed else (k, index[-1])))
+        batch = index[: self.num_batch] if self.group is None else (Index.of(self.group),)
+        return (*batch, *((index[-1], k) if self.is_transposed else (k, index[-1])))
 
     def addend_at(self, index: Indices) -> Indices:
         """The position in `addend`, which is broadcast."""
@@ -113,11 +121,23 @@ def _scaled_mm(node: Node, a: dict[str, Any]) -> Contraction:
     return Contraction(node, a["self"], a["mat2"], 0, False, a["bias"], scales=scales, is_fast=a["use_fast_accum"])
 
 
+def _grouped_mm(node: Node, a: dict[str, Any]) -> Contraction:
+    """Of groups of rows, each with a matrix of its own."""
+    if a["offs"] is None or len(shape_of(a["self"])) != 2 or len(shape_of(a["mat2"])) != 3:
+        raise NotFusible("groups that are not of rows")
+    if a["bias"] is not None or a["out_dtype"] not in (None, a["self"].meta["val"].dtype):
+        raise NotFusible("a grouped product with a bias or of another type")
+    if not isinstance(shape_of(a["mat2"])[0], int) or a["offs"].meta["val"].dtype != torch.int32:
+        raise NotFusible("groups of unknown number")
+    return Contraction(node, a["self"], a["mat2"], 0, ends=a["offs"])
+
+
 _PRODUCTS: dict[Callable[..., Any], Callable[[Node, dict[str, Any]], Contraction]] = {
     aten.linear.default: _linear,
     aten.mm.default: _mm,
     aten._int_mm.default: _mm,
     aten._scaled_mm.default: _scaled_mm,
+    aten._grouped_mm.default: _grouped_mm,
     aten.addmm.default: _addmm,
     aten.bmm.default: _bmm,
     aten.baddbmm.default: _baddbmm,

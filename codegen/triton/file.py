@@ -220,6 +220,10 @@ class File:
         head = [f"def reference({', '.join(self.inputs)}):", '    """The same in plain PyTorch."""']
         return "\n".join([*head, *self._bindings(lines), *lines])
 
+    def random(self, node: Node, shape: str) -> str:
+        """Random values for an input."""
+        return _random(self.plan, node.meta["val"], shape)
+
     def _example_inputs(self) -> str:
         lines = ["def example_inputs(device):", '    """Random tensors of the types that the program has."""']
         hints = [f"    {self.addresses.symbol_names[s.name]} = {s.hint}" for s in self.symbols]
@@ -228,7 +232,7 @@ class File:
             value = node.meta["val"]
             shape, stride = self.tuple(map(size_of, value.shape)), self.tuple(map(size_of, value.stride()))
             makes.append(f"    {name} = torch.empty_strided({shape}, {stride}, dtype={value.dtype}, device=device)")
-            makes.append(f"    {name}.copy_({_random(self.plan, value, shape)})")
+            makes.append(f"    {name}.copy_({self.random(node, shape)})")
         used = set(re.findall(r"[A-Za-z_]\w*", "\n".join(makes)))
         hints = [line for line in hints if line.split()[0] in used]
         return "\n".join([*lines, *hints, *makes, f"    return [{', '.join(self.inputs)}]"])

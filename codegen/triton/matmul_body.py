@@ -19,7 +19,7 @@ from .values import FLOAT8, TL_TYPES, Ref
 NAMES = frozenset(
     """tile tile_in_batch tiles_m tiles_n batch group height m n k_row k_col in_m in_n in_k_row in_k_col m_start n_start k_start M N K a b
     b_2 acc acc_2 BATCH BLOCK_M BLOCK_N BLOCK_K GROUP NUM_STAGES INTERPRETED PER_MULTIPROCESSOR FLATTEN TensorDescriptor blocks_of
-    programs tiles""".split()
+    programs tiles g stop begin end row is_here tiles_here tiles_before""".split()
 )
 
 
@@ -65,6 +65,8 @@ class MatmulBody:
         body = [*self._positions(), *self._before(), *self._accumulators(), *self._product(), *self._after()]
         total = "BATCH * tiles_m * tiles_n" if self.plan.domain.batch else "tiles_m * tiles_n"
         head = ["tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)"]
+        if self.plan.ends is not None:  # each group may have a tile that is not full
+            head, total = ["tiles_n = tl.cdiv(N, BLOCK_N)"], f"(tl.cdiv(M, BLOCK_M) + {self.plan.num_groups}) * tiles_n"
         head.append(f"for tile in tl.range(tl.program_id(0), {total}, tl.num_programs(0), flatten=FLATTEN):")
         lines = single_blanks([*head, *("    " + line if line else "" for line in body)])
         return ["    " + line if line else "" for line in lines]
@@ -72,6 +74,8 @@ class MatmulBody:
     # --- where a tile lies ---
 
     def _positions(self) -> list[str]:
+        if self.plan.ends is not None:
+            return self._positions_in_groups()
         tile, lines = "tile", []
         if self.plan.domain.batch:
             wide = ".to(tl.int64)" if self.is_wide else ""
@@ -89,8 +93,28 @@ class MatmulBody:
             seen |= written.addresses.batch_variables
         return [*lines, *(f"{name} = {text}" for name, text in seen.items()), ""]
 
+    def _positions_in_groups(self) -> list[str]:
+        """Tiles are counted group by group; beyond the last there may be some without rows."""
+        ends = list(self.inputs)[self.plan.ends or 0]
+        wide = ".to(tl.int64)" if self.is_wide else ""
+        return [
+            "n_start = tile % tiles_n * BLOCK_N",
+            "group, m_start, end = 0, 0, 0",
+            "tiles_before, begin = 0, 0",
+            f"for g in range({self.plan.num_groups}):",
+            f"    stop = tl.load({ends}_ptr + g)",
+            "    tiles_here = tl.cdiv(stop - begin, BLOCK_M)",
+            "    row = tile // tiles_n - tiles_before",
+            "    is_here = (row >= 0) & (row < tiles_here)",
+            "    group, end = tl.where(is_here, g, group), tl.where(is_here, stop, end)",
+            "    m_start = tl.where(is_here, begin + row * BLOCK_M, m_start)",
+            "    tiles_before, begin = tiles_before + tiles_here, stop",
+            f"batch = group{wide}",
+            "",
+        ]
+
     def _rows(self) -> list[str]:
-        lines = [f"m = {self._range('m_start', 'BLOCK_M')}[:, None]", "in_m = m < M"]
+        lines = [f"m = {self._range('m_start', 'BLOCK_M')}[:, None]", "in_m = m < M" if self.plan.ends is None else "in_m = m < end"]
         variables = {**self.left.addresses.row_variables, **self.after.addresses.row_variables}
         return [*lines, *(f"{name} = {text}" for name, text in variables.items())]
 
@@ -163,7 +187,8 @@ class MatmulBody:
             # Hopper's accumulator keeps 14 bits of such sums: each instruction's sum, of 32 terms, is added in float32.
             precision = ", max_num_imprecise_acc=32"
         inside += [f"{acc} = tl.dot(a, {right}, {acc}{precision}{integer})" for right, acc in self._names()]
-        return ["for k_start in range(0, K, BLOCK_K):", *("    " + line for line in inside), ""]
+        terms = "K" if self.plan.ends is None else "tl.where(end > 0, K, 0)"
+        return [f"for k_start in range(0, {terms}, BLOCK_K):", *("    " + line for line in inside), ""]
 
     def _operand(self, name: str, written: _Written, starts: Mapping[str, str], axes: tuple[str, str]) -> list[str]:
         side, write = written.side, written.statements

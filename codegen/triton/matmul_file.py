@@ -2,7 +2,7 @@
 
 import torch
 
-from ...ir import SymbolTable
+from ...ir import Node, SymbolTable
 from .file import IMPORTS, File, Parameter, wrapped
 from .index import Size
 from .matmul_body import NAMES, MatmulBody
@@ -91,8 +91,16 @@ class MatmulFile(File):
             ],
             ")",
         )
-        count = f"    tiles = {batch}triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)"
+        rows = "triton.cdiv(M, BLOCK_M)" if self.plan.ends is None else f"(triton.cdiv(M, BLOCK_M) + {self.plan.num_groups})"
+        count = f"    tiles = {batch}{rows} * triton.cdiv(N, BLOCK_N)"
         return [*lines, count, "    if tiles > 0:", *("    " + line for line in launch)]
+
+    def random(self, node: Node, shape: str) -> str:
+        if self.plan.ends is None or node is not self.plan.inputs[self.plan.ends]:
+            return super().random(node, shape)
+        groups, rows = self.plan.num_groups, self.size(self.plan.m)
+        # Equal groups, but for the first, which has no rows.
+        return f"torch.arange({groups}) * {rows} // {groups - 1}" if groups > 1 else f"torch.full((1,), {rows})"
 
     def _blocks(self) -> dict[str, Blocks]:
         """How the inputs that the hardware copies by blocks are seen, by the names that the kernel has for them."""
@@ -102,7 +110,7 @@ class MatmulFile(File):
     def _passed(self) -> list[str]:
         """The kernel's names for the tensors that it takes; one that is read in both ways comes twice."""
         plan = self.plan
-        loaded = {v.input for side in plan.sides if side.blocks is None for v in side.values if v.kind == "load"}
+        loaded = {v.input for side in plan.sides if side.blocks is None for v in side.values if v.kind == "load"} | {plan.ends}
         pointers = [f"{name}_ptr" for n, name in enumerate(self.inputs) if n in loaded]
         return [*self._blocks(), *pointers, *(f"{name}_ptr" for name in self.outputs)]
 

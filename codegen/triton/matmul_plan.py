@@ -58,7 +58,8 @@ class MatmulPlan:
     """One kernel: products of `left` and each of `rights`, then `after` and `stores`. `nodes`, `inputs` and `outputs` are as a Plan's.
 
     `accumulator` is the type that sums have; `precision` what Triton's dot takes for float32: "ieee", or "tf32" where the user asked;
-    `is_fast` lets the hardware sum 8-bit floats as it does.
+    `is_fast` lets the hardware sum 8-bit floats as it does. Input number `ends`, where there is one, tells where each of `num_groups`
+    groups of rows ends.
     """
 
     nodes: tuple[Node, ...]
@@ -73,6 +74,8 @@ class MatmulPlan:
     accumulator: torch.dtype
     precision: str
     is_fast: bool = False
+    ends: int | None = None
+    num_groups: int = 1
 
     kind = "matmul"
 
@@ -131,15 +134,21 @@ def matmul_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> MatmulPlan:
     term = Index.of(k[0])
     left = _LeftTracer(nodes, Domain(m, k, True, batch, ("m", "k_row")), None, inputs, n)
     position = first.left_at(at, term)
-    if any(c.left is not first.left or c.left_at(after.seen[c.node], term) != position or c.k != first.k for c in products[1:]):
+    if any(
+        c.left is not first.left or c.left_at(after.seen[c.node], term) != position or c.k != first.k or c.ends is not first.ends
+        for c in products[1:]
+    ):
         raise NotFusible("products of other operands")
     lefts = _side(left, first.left, position, ("m", "k"), dtype)
     rights = []
     for c in products:
-        tracer = _SideTracer(nodes, Domain(k, n, True, batch, ("k_col", "n")), None, inputs)
+        own = batch if c.group is None else (c.group,)
+        tracer = _SideTracer(nodes, Domain(k, n, True, own, ("k_col", "n")), None, inputs)
         rights.append(_side(tracer, c.right, c.right_at(after.seen[c.node], term), ("k", "n"), dtype))
     sides = [lefts, *rights, Side(after.domain, tuple(after.values))]
     order = list(dict.fromkeys(value.input for side in sides for value in side.values if value.kind == "load"))
+    if first.ends is not None:
+        order = [number for number in order if inputs[number] is not first.ends] + [_number(first.ends, inputs)]
     sides = [_renumbered(side, order) for side in sides]
     return MatmulPlan(
         nodes=tuple(nodes),
@@ -154,7 +163,16 @@ def matmul_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> MatmulPlan:
         accumulator=torch.int32 if dtype == torch.int8 else torch.float32,
         precision=_precision(dtype),
         is_fast=all(c.is_fast for c in products),
+        ends=None if first.ends is None else len(order) - 1,
+        num_groups=1 if first.group is None else first.group.size,
     )
+
+
+def _number(node: Node, inputs: list[Node]) -> int:
+    """The number of `node` among `inputs`, which it joins."""
+    if node not in inputs:
+        inputs.append(node)
+    return inputs.index(node)
 
 
 def _multiplied(products: Sequence[Contraction]) -> torch.dtype:
@@ -268,7 +286,10 @@ def _side(tracer: _SideTracer, node: Node, index: Indices, axes: tuple[str, str]
     result = tracer.value(node, index)
     if not isinstance(result, Ref):
         raise NotFusible("a product of a constant")
-    side = Side(tracer.domain, tuple(tracer.values), result, dtype)
+    values = tuple(tracer.values)
+    if len(values) == 1 and values[0].kind == "load":  # what is not computed with goes as it is
+        values = (replace(values[0], dtype=dtype),)
+    side = Side(tracer.domain, values, result, dtype)
     return Side(side.domain, side.values, result, dtype, _blocks(side, tracer.inputs, axes))
 
 

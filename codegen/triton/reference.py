@@ -35,6 +35,14 @@ GW_FUNCTIONS = {
     y = y if weight is None else y * weight.reshape((1, *shape[1:]))
     return y if bias is None else y + bias.reshape((1, *shape[1:]))
 ''',
+    "_grouped_mm": '''def _grouped_mm(a, b, offs, bias=None, out_dtype=None):
+    """Rows of `a` up to each end of `offs`, from the one before, times the matrix of that group."""
+    ends = [0, *offs.tolist()]
+    y = a.new_zeros(a.size(0), b.size(-1))
+    for group, (begin, end) in enumerate(zip(ends, ends[1:])):
+        y[begin:end] = a[begin:end] @ b[group]
+    return y
+''',
     "_scaled_mm": '''def _scaled_mm(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
     """a b, scaled by row and column or as a whole, in float64."""
     y = (a.double() @ b.double()) * scale_a.double() * scale_b.double()
