@@ -352,7 +352,7 @@ def starts(bench: Bench, case: Case, names: list[str]) -> None:
 
 def started(bench: Bench, case: Case, name: str, caches: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--threads", str(bench.threads), "--backend", bench.options.backend, "--start", case.name, name]
-    folders = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "XDG_CACHE_HOME": f"{caches}/xdg"}
+    folders = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "GRAPHWRIGHT_CACHE_DIR": f"{caches}/graphwright"}
     done = subprocess.run(command, env=os.environ | folders, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
