@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import ir as ir
     from . import models as models
     from .compiler import compile as compile
     from .compiler import load as load
@@ -60,12 +61,14 @@ _HOMES = {
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["models", *_HOME_OF]  # noqa: PLE0604
+_MODULES = ("ir", "models")
+
+__all__ = [*_MODULES, *_HOME_OF]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name == "models":
-        return importlib.import_module(".models", __name__)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'graphwright' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name], __name__), name)

@@ -100,3 +100,9 @@ def test_names_used_sees_each_way_in():
     assert "pickle" in names_used("import pickle as p")
     assert "pickle" in names_used("from pickle import loads")
     assert "allow_pickle" in names_used("np.load(f, allow_pickle=True)")
+
+
+def test_modules_that_users_write_are_there_without_an_import_of_their_own():
+    program = "import graphwright as gw; print(gw.ir.capture.__name__, gw.models.load.__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT.anchor)
+    assert done.stdout.split() == ["capture", "load"], done.stderr
