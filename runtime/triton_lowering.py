@@ -70,6 +70,7 @@ class TritonLowering:
     def _add(
         self, nodes: Sequence[Node], launches: "Mapping[Node, tuple[Group, Launch]]", lowered: fx.Graph, copies: dict[Node, Node]
     ) -> None:
+        """Adds calls to `lowered`, a launch in the place of each group."""
         for node in _schedule(nodes, {node: group for node, (group, _) in launches.items()}):
             if node not in launches:
                 copies[node] = lowered.node_copy(node, copies.__getitem__)
