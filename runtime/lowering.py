@@ -5,10 +5,9 @@ its slices have. In a program with regions a piece that takes more memory than i
 out convolutions anew and may keep what the plan frees.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import fx
 
 from ..ir import Node, SymbolTable
@@ -24,10 +23,9 @@ from .code_cache import CodeCache
 from .prediction import lowered_profile
 from .segments import AtenLowering, InductorLowering
 from .sliced import SlicedRun
-from .tuned_lowering import TunedLowering
+from .tuned_lowering import Bound, TunedLowering
 
 Backend = str
-Bound = Callable[[Node], torch.Tensor]  # gives the values of a weight
 
 
 class Lowering(Protocol):

@@ -25,7 +25,7 @@ from .segments import AtenLowering
 from .sliced import SlicedRun
 from .tuned_segments import TunedSegments
 
-Bound = Callable[[Node], torch.Tensor]
+Bound = Callable[[Node], torch.Tensor]  # gives the values of a weight
 
 
 class TunedLowering:
@@ -92,4 +92,4 @@ def _is_weight(node: Node) -> bool:
 
 
 def _weight_bytes(graph: fx.Graph, bound: Bound) -> int:
-    return sum(bound(node).nbytes for node in graph.nodes if node.op == "get_attr")
+    return sum(bound(node).nbytes for node in graph.nodes if _is_weight(node))

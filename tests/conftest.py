@@ -34,6 +34,14 @@ def own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("GRAPHWRIGHT_CACHE_DIR", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
 
 
+@pytest.fixture
+def cache(tmp_path):
+    """A cache of its own."""
+    from graphwright.runtime.cache import Cache
+
+    return Cache(tmp_path / "cache")
+
+
 class RootIsAFolder:
     """The root's __init__.py makes pytest import the root as a package named after the clone's folder: all of
     graphwright, and its op registrations, a second time. To pytest the root is a plain folder."""

@@ -22,11 +22,6 @@ KEY = {"program": "5e1f", "device": "cpu", "torch": "2.13.0"}
 VALUE = b"16 slices of 64 rows"
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / "cache")
-
-
 def files(cache):
     return sorted(path for path in cache.folder.rglob("*") if path.is_file())
 

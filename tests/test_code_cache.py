@@ -17,7 +17,7 @@ from graphwright.codegen.stored_code import restore, store
 from graphwright.ir import capture
 from graphwright.runtime import cache_key, lowering
 from graphwright.runtime.backend import has_cpp_compiler
-from graphwright.runtime.cache import Cache, default_cache
+from graphwright.runtime.cache import default_cache
 from graphwright.runtime.cache_key import code_environment, environment, graph_text
 
 needs_compiler = pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
@@ -35,11 +35,6 @@ class Layers(nn.Module):
     def forward(self, x):
         x = (self.first(x).sin() * self.scale).relu()
         return x, (self.second(x).sin() * self.scale).relu()
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / "cache")
 
 
 @pytest.fixture

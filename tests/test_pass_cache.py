@@ -17,7 +17,6 @@ from graphwright.ir.float64 import exact_value
 from graphwright.passes import Outcome
 from graphwright.runtime import cache as cache_module
 from graphwright.runtime import cache_key, pass_cache
-from graphwright.runtime.cache import Cache
 from graphwright.runtime.pass_cache import NotKept, pass_key
 
 X = torch.linspace(-2, 2, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
@@ -39,11 +38,6 @@ class Net(nn.Module):
     def forward(self, x):
         y = self.norm(self.conv(x))
         return self.linear(y) * self.table.sin().cos() + self.offset
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / "cache")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import graphwright as gw
 from graphwright.ir import capture
 from graphwright.ir.snapshot import take
 from graphwright.runtime import type_cache
-from graphwright.runtime.cache import Cache
 from graphwright.runtime.type_cache import read_program
 
 X = torch.randn(4, 6)
@@ -24,11 +23,6 @@ class Net(nn.Module):
     def forward(self, x):
         self.count.add_(1)
         return self.layer(x).view(2, 2, 6).transpose(0, 1) * 2 + self.count
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / "cache")
 
 
 @pytest.fixture

@@ -71,16 +71,9 @@ class KernelBody:
     def _looped(self) -> list[str]:
         values, write, lines = self.plan.values, self.statements, [""]
         done: set[int] = set()
-
-        def before(stage: int) -> list[str]:
-            """What does not vary along the columns and is known by now."""
-            ready = [n for n, v in enumerate(values) if not v.columns and v.kind != "reduce" and v.stage <= stage and n not in done]
-            done.update(ready)
-            return [*map(write.define, ready)]
-
         for stage in range(self.plan.num_stages):
-            lines += before(stage)
-            reduces = [n for n, v in enumerate(values) if v.kind == "reduce" and v.stage == stage + 1]
+            lines += map(write.define, write.ready(stage, done))
+            reduces = write.reductions(stage)
             stores = [s for s in self.plan.stores if s.columns and self._stage(s) == stage]
             if not reduces and not stores:
                 continue

@@ -38,7 +38,15 @@ _LAID_OUT = '''def laid_out(x, stride):
         return x
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 '''
-_CHECK = '''def check(device):
+_CHECK = '''def error_of(y, exact):
+    """The largest difference, in terms of the largest element; NaN where one has NaN and the other has not."""
+    y, exact = y.double(), exact.double()
+    difference = torch.where(y == exact, 0.0, (y - exact).abs()).masked_fill(y.isnan() & exact.isnan(), 0.0)
+    scale = exact.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp(min=1.0) if y.numel() else 1.0
+    return (difference / scale).max().item() if y.numel() else 0.0
+
+
+def check(device):
     """Random inputs, outputs poisoned with NaN, against the reference in float64."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # makes fresh memory NaN, so what is never written shows
@@ -46,10 +54,7 @@ _CHECK = '''def check(device):
     results = run(*inputs)
     expected = reference(*(x.double() if x.is_floating_point() else x for x in inputs))
     for n, (y, exact) in enumerate(zip(results, expected)):
-        y, exact = y.double(), exact.double()
-        difference = torch.where(y == exact, 0.0, (y - exact).abs()).masked_fill(y.isnan() & exact.isnan(), 0.0)
-        scale = exact.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp(min=1.0) if y.numel() else 1.0
-        error = (difference / scale).max().item() if y.numel() else 0.0
+        error = error_of(y, exact)
         if not error <= TOLERANCE:  # NaN as well
             raise AssertionError(f"output {n} differs by {error:.3g}, more than {TOLERANCE:.3g}")
         print(f"output {n}: error {error:.3g} of at most {TOLERANCE:.3g} on {device}")

@@ -13,7 +13,7 @@ from ...ir import Node
 from .addresses import Addresses, Arguments
 from .matmul_plan import Blocks, MatmulPlan, Side, block_names
 from .statements import Statements, single_blanks
-from .values import FLOAT8, TL_TYPES, Ref
+from .values import FLOAT8, TL_TYPES
 
 # Names that these kernels and their files give a meaning; an input of that name gets another.
 NAMES = frozenset(
@@ -146,10 +146,8 @@ class MatmulBody:
         side, write, done = self.left.side, self.left.statements, set[int]()
         lines: list[str] = []
         for stage in range(side.num_stages):
-            ready = [n for n, v in enumerate(side.values) if not v.columns and v.kind != "reduce" and v.stage <= stage and n not in done]
-            done.update(ready)
-            lines += map(write.define, ready)
-            reduces = [n for n, v in enumerate(side.values) if v.kind == "reduce" and v.stage == stage + 1]
+            lines += map(write.define, write.ready(stage, done))
+            reduces = write.reductions(stage)
             if not reduces:
                 continue
             lines += [write.accumulator(n, "BLOCK_M, BLOCK_K") for n in reduces]
@@ -198,8 +196,7 @@ class MatmulBody:
         result = side.values[side.result.id]
         is_plain = result.kind == "load" and not result.guard
         along_k = result.columns if axes[1] == "k" else result.rows
-        varies = (lambda v: v.columns) if axes[1] == "k" else (lambda v: v.rows)
-        lines = [write.define(n) for n, v in enumerate(side.values) if varies(v) and v.kind != "reduce" and self._is_needed(side, n)]
+        lines = [write.define(n) for n in write.needed([side.result], along_rows=axes[0] == "k")]
         text = write.operand(side.result)
         if not (result.rows and result.columns):
             text = f"tl.broadcast_to({text}, [{', '.join(f'BLOCK_{axis.upper()}' for axis in axes)}])"
@@ -207,16 +204,6 @@ class MatmulBody:
             text = f"tl.where({'in_k_row' if axes[1] == 'k' else 'in_k_col'}, {text}, {'0' if side.dtype == torch.int8 else '0.0'})"
         cast = f".to({TL_TYPES[side.dtype]})" if side.dtype != result.dtype else ""  # type: ignore[index]
         return [*lines, f"{name} = {f'({text})' if ' ' in text and not text.endswith(')') else text}{cast}"]
-
-    def _is_needed(self, side: Side, number: int) -> bool:
-        """Whether the product needs a value, not only a reduction before it."""
-        found, waiting = set[int](), [side.result.id]
-        while waiting:
-            value = side.values[waiting[-1]]
-            found.add(waiting.pop())
-            if value.kind != "reduce":
-                waiting += [o.id for o in value.operands if isinstance(o, Ref) and o.id not in found]
-        return number in found
 
     def _block(self, blocks: Blocks, starts: Mapping[str, str], axes: tuple[str, str]) -> str:
         name = self.blocks[blocks]

@@ -16,7 +16,7 @@ from .contraction import Contraction, contraction
 from .index import Index, Size, Var, divides, linear, product
 from .plan import Root, Tracer
 from .pointwise import NotFusible, pointwise
-from .values import FLOAT8, Domain, Ref, Store, Value, compute_dtype, packet_of
+from .values import FLOAT8, Domain, Ref, Store, Value, compute_dtype, num_stages, packet_of
 from .views import Indices, broadcast, shape_of
 
 MAX_PRODUCTS = 2  # each has an accumulator, which fills the registers of a program
@@ -50,7 +50,7 @@ class Side:
     @property
     def num_stages(self) -> int:
         """One more than the reductions that follow one another."""
-        return max((value.stage for value in self.values), default=0) + 1
+        return num_stages(self.values)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def matmul_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> MatmulPlan:
     if len(products) > MAX_PRODUCTS:
         raise NotFusible(f"more than {MAX_PRODUCTS} products")
     dtype = _multiplied(products)
-    shape = _shape(products[0], outputs)
+    shape = _shape(first, outputs)
     # The first output settles how positions are counted: the product's may be a view of it.
     batch, m, n = _variables(shape, first.num_batch)
     index = tuple(map(Index.of, (*batch, *m, *n)))
@@ -142,7 +142,7 @@ def matmul_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> MatmulPlan:
     at = after.seen[first.node]
     k = (Var("k", first.k),)
     term = Index.of(k[0])
-    left = _LeftTracer(nodes, Domain(m, k, True, batch, ("m", "k_row")), None, inputs, n)
+    left = _LeftTracer(nodes, Domain(m, k, True, batch, ("m", "k_row")), None, inputs)
     position = first.left_at(at, term)
     if any(
         c.left is not first.left or c.left_at(after.seen[c.node], term) != position or c.k != first.k or c.ends is not first.ends
@@ -238,7 +238,7 @@ class _SideTracer(Tracer):
 class _LeftTracer(_SideTracer):
     """What comes before the left operand is computed again for each tile of columns, so it is cheap or there are few rows."""
 
-    def __init__(self, nodes: Sequence[Node], domain: Domain, root: Root | None, inputs: list[Node], n: Sequence[Var]):
+    def __init__(self, nodes: Sequence[Node], domain: Domain, root: Root | None, inputs: list[Node]):
         super().__init__(nodes, domain, root, inputs)
         rows = domain.num_rows
         self.has_few_rows = isinstance(rows, int) and rows <= _FEW_ROWS
@@ -278,7 +278,7 @@ class _AfterTracer(_SideTracer):
             result = self.apply("{0} * {1}", [result, self.value(scale, at)], kind, node)
         if found.alpha != 1:
             result = self.apply("{0} * {1}", [result, found.alpha], kind, node)
-        if found.addend is not None and found.beta != 0:
+        if found.addend is not None:
             addend = self.cast(self.value(found.addend, found.addend_at(index)), kind, node)
             if found.beta != 1:
                 addend = self.apply("{0} * {1}", [addend, found.beta], kind, node)
@@ -305,7 +305,7 @@ def _side(tracer: _SideTracer, node: Node, index: Indices, axes: tuple[str, str]
     if len(values) == 1 and values[0].kind == "load":  # what is not computed with goes as it is
         values = (replace(values[0], dtype=dtype),)
     side = Side(tracer.domain, values, result, dtype)
-    return Side(side.domain, side.values, result, dtype, _blocks(side, tracer.inputs, axes))
+    return replace(side, blocks=_blocks(side, tracer.inputs, axes))
 
 
 def _renumbered(side: Side, order: Sequence[int]) -> Side:

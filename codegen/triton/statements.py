@@ -88,14 +88,25 @@ class Statements:
         """What a reduction is after its loop."""
         return f"{self.names[number]} = tl.{self.values[number].text}({self.names[number]}_block, 1, keep_dims=True)"
 
-    def needed(self, refs: Sequence[Any]) -> list[int]:
-        """What varies along the columns among `refs` and their operands, in order."""
+    def ready(self, stage: int, done: set[int]) -> list[int]:
+        """What does not vary along the columns, is known after `stage` reductions, and is not in `done`, which it joins."""
+        values = enumerate(self.values)
+        found = [n for n, v in values if not v.columns and v.kind != "reduce" and v.stage <= stage and n not in done]
+        done.update(found)
+        return found
+
+    def reductions(self, stage: int) -> list[int]:
+        """The reductions over what is known after `stage` others."""
+        return [n for n, v in enumerate(self.values) if v.kind == "reduce" and v.stage == stage + 1]
+
+    def needed(self, refs: Sequence[Any], along_rows: bool = False) -> list[int]:
+        """What varies along the columns (or the rows) among `refs` and their operands, in order."""
         found: set[int] = set()
         waiting = [ref.id for ref in refs if isinstance(ref, Ref)]
         while waiting:
             number = waiting.pop()
             value = self.values[number]
-            if number in found or not value.columns:
+            if number in found or not (value.rows if along_rows else value.columns):
                 continue
             found.add(number)
             waiting += [o.id for o in value.operands if isinstance(o, Ref)]

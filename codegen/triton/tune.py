@@ -128,18 +128,10 @@ def _works(kernel: Kernel, inputs: Sequence[Any], expected: Sequence[torch.Tenso
     except Exception as error:  # out of resources, or whatever a compiler says of what it cannot do
         _log.info("tile %s of kernel %s is not used: %s", kernel.tile, kernel.name, error)
         return False
-    if all(_is_close(y, exact, module.TOLERANCE) for y, exact in zip(results, expected, strict=True)):
+    if all(module.error_of(y, exact) <= module.TOLERANCE for y, exact in zip(results, expected, strict=True)):
         return True
     _log.warning("tile %s of kernel %s gives wrong results on this device and is not used", kernel.tile, kernel.name)
     return False
-
-
-def _is_close(actual: torch.Tensor, exact: torch.Tensor, tolerance: float) -> bool:
-    """Whether elements differ by at most `tolerance` of the largest, as a kernel's file checks itself."""
-    actual, exact = actual.double(), exact.double()
-    difference = torch.where(actual == exact, 0.0, (actual - exact).abs()).masked_fill(actual.isnan() & exact.isnan(), 0.0)
-    scale = exact.abs().nan_to_num(0.0, 0.0, 0.0).amax().clamp(min=1.0) if exact.numel() else 1.0
-    return bool((difference <= tolerance * scale).all())
 
 
 def _digest(kernel: Kernel) -> str:

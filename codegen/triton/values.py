@@ -1,5 +1,6 @@
 """What a plan is made of: the blocks that one program of a kernel loads, computes, reduces and stores, and the positions that it visits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -119,7 +120,12 @@ class Plan:
 
     @property
     def num_stages(self) -> int:
-        return max((value.stage for value in self.values), default=0) + 1
+        return num_stages(self.values)
+
+
+def num_stages(values: Sequence[Value]) -> int:
+    """One more than the reductions that follow one another."""
+    return max((value.stage for value in values), default=0) + 1
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
