@@ -75,5 +75,5 @@ def unpack(packed: Tensor, *, signed: bool) -> Tensor:
 
 
 def _e2m1_index(magnitude: Tensor) -> Tensor:
-    met = sum((magnitude >= bound).to(torch.int64) for bound in _E2M1_MEETING)
-    return met + sum((magnitude > bound).to(torch.int64) for bound in _E2M1_EXCEEDING)
+    passed = [magnitude >= bound for bound in _E2M1_MEETING] + [magnitude > bound for bound in _E2M1_EXCEEDING]
+    return torch.stack(passed).sum(0)
