@@ -69,9 +69,10 @@ class Weight:
 
 def content_digest(tensor: torch.Tensor) -> str:
     """SHA-256 over dtype, shape and elements in row-major order."""
-    elements = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
-    header = f"{tensor.dtype}{list(tensor.shape)}".encode()
-    return hashlib.sha256(header + b"\0").hexdigest() if elements.size == 0 else _sha256(header + b"\0", elements)
+    header = f"{tensor.dtype}{list(tensor.shape)}".encode() + b"\0"
+    if tensor.numel() == 0:  # whose stride may be 0, which has no view as bytes
+        return hashlib.sha256(header).hexdigest()
+    return _sha256(header, tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _sha256(header: bytes, elements: Any) -> str:
