@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -41,10 +42,9 @@ class ResumeFolder:
     def load(self, sites: Mapping[str, Watch]) -> None:
         """Brings each site to where its file was written; one without such a file stays as it is."""
         for site, watch in sites.items():
-            with suppress(OSError, SafetensorError, ValueError, KeyError), safe_open(self._file(site), "pt") as file:
-                tensors, text = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()["state"]
-                if file.metadata()["digest"] == _digest(tensors, text):
-                    watch.restore(tensors, json.loads(text))
+            found = read_state(self._file(site))
+            if found is not None:
+                watch.restore(*found)
 
     def save_when_due(self, sites: Mapping[str, Watch]) -> None:
         """Saves where enough time has passed since this was done last."""
@@ -56,20 +56,36 @@ class ResumeFolder:
         began = time.monotonic()
         for site, watch in sites.items():
             with suppress(OSError, SafetensorError):
-                self._write(self._file(site), watch)
+                write_state(self._file(site), *watch.state())
         self._saved = time.monotonic()
         self._cost = self._saved - began
 
-    def _write(self, file: Path, watch: Watch) -> None:
-        tensors, data = watch.state()
-        text, temporary = json.dumps(data), file.with_suffix(".tmp")
-        save_file(tensors, temporary, {"state": text, "digest": _digest(tensors, text)})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, file)
-
     def _file(self, site: str) -> Path:
         return self._path / f"{hashlib.sha256(f'{self._key} {site}'.encode()).hexdigest()}.safetensors"
+
+
+def read_state(file: Path) -> tuple[dict[str, Tensor], Any] | None:
+    """The tensors and the plain data that `write_state` wrote; None where there is no such file, or it was damaged."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors, text = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()["state"]  # noqa: SIM118
+            is_whole = opened.metadata()["digest"] == _digest(tensors, text)
+        return (tensors, json.loads(text)) if is_whole else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_state(file: Path, tensors: Mapping[str, Tensor], data: Any) -> None:
+    """Writes tensors and plain data, whole or not at all.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written.
+    """
+    text, temporary = json.dumps(data), file.with_suffix(".tmp")
+    save_file(dict(tensors), temporary, {"state": text, "digest": _digest(tensors, text)})
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(temporary, file)
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

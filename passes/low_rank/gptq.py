@@ -1,0 +1,2 @@
+def gptq_codes(residual, rows, format, scale, scale2):
+    return None
