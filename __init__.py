@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .ir.op import op as op
     from .passes import CLEANUPS as CLEANUPS
     from .passes import AbsorbOutliers as AbsorbOutliers
+    from .passes import AppendLoRA as AppendLoRA
     from .passes import Contract as Contract
     from .passes import FoldBatchNorm as FoldBatchNorm
     from .passes import FoldConstants as FoldConstants
@@ -56,8 +57,9 @@ _HOMES = {
         "TargetError", "VerifyError",
     ),
     ".passes": (
-        "AbsorbOutliers", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "Pass", "PassManager", "Quantize", "RemoveDeadCode",
-        "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank", "all_passes",
+        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "Pass", "PassManager", "Quantize",
+        "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
+        "all_passes",
     ),
     ".runtime.cache": ("Cache",),
     ".runtime.compiled": ("CompiledModel",),

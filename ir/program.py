@@ -35,7 +35,10 @@ class Where:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that the program owns. `kind`: parameter, buffer, constant or state. `tensor` is None in a program read from text."""
+    """A tensor that the program owns. `kind`: parameter, buffer, constant, state, or record, which no call reads and passes of later need.
+
+    `tensor` is None in a program read from text.
+    """
 
     name: str
     kind: str

@@ -7,7 +7,7 @@ from .contract import Contract
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .inputs import random_inputs
-from .low_rank import AbsorbOutliers, Quantize, Smooth, SplitLowRank
+from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
 from .manager import PassManager, PassReport, PipelineResult
 from .pipeline import parse_pipeline, spell
 from .registry import all_passes, pass_named
@@ -20,6 +20,7 @@ from .verdict import Verdict, Worst
 
 __all__ = [
     "AbsorbOutliers",
+    "AppendLoRA",
     "CLEANUPS",
     "Contract",
     "FoldBatchNorm",

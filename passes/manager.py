@@ -271,7 +271,7 @@ def _checked_outcome(each: Pass, outcome: Any) -> Outcome:
 
 def _drop_unused_weights(program: Program) -> None:
     used = {str(node.target) for node in program.nodes() if node.op == "get_attr"}
-    for name in [name for name, weight in program.weights.items() if name not in used and weight.kind != "state"]:
+    for name in [name for name, weight in program.weights.items() if name not in used and weight.kind not in ("state", "record")]:
         del program.weights[name]
 
 

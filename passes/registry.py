@@ -9,13 +9,13 @@ from importlib.metadata import EntryPoint, entry_points
 from ..ir.errors import PassError
 from .base import Pass
 from .cleanups import CLEANUPS
-from .low_rank import AbsorbOutliers, Quantize, Smooth, SplitLowRank
+from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
 from .slicing import SliceGroups
 
 GROUP = "graphwright.passes"
 BUILT_IN: dict[str, type[Pass]] = {
     **{each.name: type(each) for each in CLEANUPS},
-    **{each.name: each for each in (SliceGroups, Smooth, SplitLowRank, Quantize, AbsorbOutliers)},
+    **{each.name: each for each in (SliceGroups, Smooth, SplitLowRank, Quantize, AbsorbOutliers, AppendLoRA)},
 }
 
 

@@ -8,6 +8,7 @@ measured on rows that nothing was chosen by: a site over its budget stays as it 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,12 @@ class AbsorbOutliers(Pass):
             return Outcome(tuple(left))
         plans = self._plans(rewriter, sites, left)
         rejoin(rewriter, halves, {layer.name for plan in plans for layer in plan.site.layers})
-        reports = carry_out(rewriter, plans, lambda program, taps: self._waves(rewriter, program, taps))
+        reports = []
+        for plan, result in zip(plans, carry_out(rewriter, plans, partial(self._waves, rewriter)), strict=True):
+            if isinstance(result, str):
+                left += [LeftAlone.at(layer.node, f"{layer.name}: {result}") for layer in plan.site.layers]
+            else:
+                reports.append(result)
         lines = summary(reports, checked=self.calibration is not None)
         return Outcome(tuple(left), tuple(lines), {"sites": [report.data for report in reports]})
 

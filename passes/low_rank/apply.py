@@ -49,8 +49,8 @@ def problem_of(site: Site, recipe: Recipe, statistics: Statistics | None, weight
     return Problem(floats, tuple(site.branches(recipe.share_down)), wide[0], wide[1], site.layers[0].dtype)
 
 
-def carry_out(rewriter: Rewriter, plans: Sequence[Plan], gather: Gather) -> list[SiteReport]:
-    """Rewrites every planned site; smoothing, branch and codes are rewrites of their own. `gather(program, taps)` gives statistics of
+def carry_out(rewriter: Rewriter, plans: Sequence[Plan], gather: Gather) -> list[SiteReport | str]:
+    """Rewrites every planned site, or says why it is left after all; smoothing, branch and codes are rewrites of their own. `gather(program, taps)` gives statistics of
     the smoothed program, wave by wave, for plans that have none left."""
     moved = Moved()
     for plan in plans:
@@ -58,13 +58,13 @@ def carry_out(rewriter: Rewriter, plans: Sequence[Plan], gather: Gather) -> list
             fold = plan.fold if plan.setting.folded and isinstance(plan.fold, Fold) else None
             apply_smoothing(rewriter, moved, plan.site, plan.setting.smooth, fold)
     waiting = {plan.site.name: plan for plan in plans if plan.was_calibrated}
-    reports = {plan.site.name: _quantized(rewriter, moved, plan, _seen(plan)) for plan in plans if not plan.was_calibrated}
+    results = {plan.site.name: _quantized(rewriter, moved, plan, _seen(plan)) for plan in plans if not plan.was_calibrated}
     if waiting:
         smoothed, taps = _copied(rewriter, {name: moved.now(plan.site.source) for name, plan in waiting.items()})
         for wave in gather(smoothed, taps):
             for name, statistics in wave.items():
-                reports[name] = _quantized(rewriter, moved, waiting[name], statistics)
-    return [reports[plan.site.name] for plan in plans]
+                results[name] = _quantized(rewriter, moved, waiting[name], statistics)
+    return [results[plan.site.name] for plan in plans]
 
 
 def _copied(rewriter: Rewriter, nodes: Mapping[str, Node]) -> tuple[Program, dict[str, Node]]:
@@ -83,10 +83,18 @@ def _seen(plan: Plan) -> Statistics | None:
     return replace(plan.statistics, rows=rows, selection=selection)
 
 
-def _quantized(rewriter: Rewriter, moved: Moved, plan: Plan, statistics: Statistics | None) -> SiteReport:
-    """Splits and quantizes one site on the weights as they are now, and on its input as it is now."""
+def _quantized(rewriter: Rewriter, moved: Moved, plan: Plan, statistics: Statistics | None) -> SiteReport | str:
+    """Splits and quantizes one site on the weights as they are now, and on its input as it is now.
+
+    Other sites' folds may have scaled rows of its weights, and so what its error is a share of; it is held to its budget again.
+    """
     problem, setting = _problem_now(rewriter.program, moved, plan, statistics)
+    plain = fit(problem, Setting(act=plan.recipe.act), plan.recipe, refine=0)
     fitted = fit(problem, setting, plan.recipe, refine=plan.recipe.refine)
+    if fitted.error > (1 + plan.recipe.min_gain) * plain.error:
+        fitted = plain
+    if not fitted.error <= plan.recipe.limit:
+        return f"its error of {fitted.error:.3g} is over the budget of {plan.recipe.limit:.3g}, once other sites were smoothed"
     layers = plan.site.layers
     for members, branch in zip(problem.branches, fitted.branches, strict=True):
         if branch is None:
@@ -100,9 +108,10 @@ def _quantized(rewriter: Rewriter, moved: Moved, plan: Plan, statistics: Statist
     for i, quantized in enumerate(fitted.quantized):
         with rewriter.step("quantize"):
             product = _product(rewriter.program, moved, plan, i)
-            new = quantize_product(rewriter, product, quantized, plan.recipe.weight, _activations(fitted), setting.rotate)
+            new = quantize_product(rewriter, product, quantized, plan.recipe.weight, _activations(fitted), fitted.setting.rotate)
             moved.put(layers[i].node, new)
-    return SiteReport.of(plan.site, plan.recipe, plan.choice, replace(fitted, setting=plan.setting), plan.fold)
+    shown = fitted if fitted is plain else replace(fitted, setting=plan.setting)
+    return SiteReport.of(plan.site, plan.recipe, plan.choice, shown, plan.fold, plain.error)
 
 
 def _problem_now(program: Program, moved: Moved, plan: Plan, statistics: Statistics | None) -> tuple[Problem, Setting]:

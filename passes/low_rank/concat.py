@@ -7,6 +7,7 @@ Exact but for the order of sums. FLUX's single blocks read attention and MLP so.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,9 +18,12 @@ from .layers import Layer, aten, computed, find_layers
 
 @dataclass(frozen=True)
 class Halves:
-    """A layer that was split: the sum that stands for it, its concatenated input, and its own weight and bias."""
+    """A layer that was split: the sum that stands for it, its parts, its own weight and bias, and the calls that were there."""
 
     name: str
+    joined: Node
+    layer: Node
+    dim: int
     total: Node
     parts: tuple[Node, ...]
     weight: Weight
@@ -41,9 +45,9 @@ def rejoin(rewriter: Rewriter, halves: Sequence[Halves], planned: Collection[str
         if any(part_name(each.name, i) in planned for i in range(len(each.parts))):
             continue
         with rewriter.step("rejoin"):
-            joined = rewriter.insert(aten.cat.default, (list(each.parts), -1), before=each.total, origin=each.total)
+            joined = rewriter.insert(aten.cat.default, (list(each.parts), each.dim), before=each.total, origin=each.joined)
             arguments = (joined, rewriter.weight(each.weight), each.bias)
-            rewriter.replace(each.total, rewriter.insert(aten.linear.default, arguments, before=each.total, origin=each.total))
+            rewriter.replace(each.total, rewriter.insert(aten.linear.default, arguments, before=each.total, origin=each.layer))
 
 
 def part_name(name: str, index: int) -> str:
@@ -67,7 +71,8 @@ def _parts(layer: Layer) -> list[Node]:
 
 
 def _split(rewriter: Rewriter, layer: Layer, parts: list[Node]) -> Halves:
-    source = rewriter.program.weights[str(layer.weight.target)]
+    source, joined = rewriter.program.weights[str(layer.weight.target)], layer.x
+    dim: Any = joined.args[1]
     with rewriter.step("split-concatenation"):
         total: Node | None = None
         start = 0
@@ -84,4 +89,4 @@ def _split(rewriter: Rewriter, layer: Layer, parts: list[Node]) -> Halves:
             total = product if total is None else rewriter.insert(aten.add.Tensor, (total, product), before=layer.node, origin=layer.node)
         assert total is not None
         rewriter.replace(layer.node, total)
-    return Halves(layer.name, total, tuple(parts), source, layer.bias)
+    return Halves(layer.name, joined, layer.node, dim, total, tuple(parts), source, layer.bias)

@@ -73,7 +73,7 @@ class Quantize(Pass):
         statistics = self._calibrated(rewriter, taken)
         lines = []
         for product in taken:
-            result = self._quantized(rewriter, product, statistics.get(product.name))
+            result = self._quantized(rewriter, product.node, statistics.get(product.name))
             if result:
                 left.append(LeftAlone.at(product.node, f"{product.name}: {result}"))
             else:
@@ -101,10 +101,12 @@ class Quantize(Pass):
             taps = {product.name: product.x for product in products}
             return collect(rewriter.program, taps, self.calibration, function=rewriter.function.name, tell=tell)
 
-    def _quantized(self, rewriter: Rewriter, product: Product, statistics: Statistics | None) -> str:
+    def _quantized(self, rewriter: Rewriter, node: Node, statistics: Statistics | None) -> str:
         """Rewrites the layer, or says why not."""
         if statistics is not None and statistics.refusal:
             return statistics.refusal
+        product = product_of(node, rewriter.program)  # anew: what it reads may have been rewritten
+        assert product is not None
         matrix = product.exact_matrix(rewriter.program).to(torch.float32)
         if not bool(torch.isfinite(matrix).all()):
             return "its weight holds NaN or infinity"

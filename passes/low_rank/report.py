@@ -30,7 +30,7 @@ class SiteReport:
     note: str
 
     @staticmethod
-    def of(site: Site, recipe: Recipe, choice: Choice, fitted: Fit, fold: Fold | str) -> "SiteReport":
+    def of(site: Site, recipe: Recipe, choice: Choice, fitted: Fit, fold: Fold | str, plain: float) -> "SiteReport":
         rank = fitted.setting.rank
         after = sum(_nbytes(each) for each in (*fitted.quantized, *fitted.branches))
         n, k = sum(layer.out_features for layer in site.layers), site.in_features
@@ -46,7 +46,7 @@ class SiteReport:
             act=fitted.setting.act,
             setting=str(fitted.setting),
             error=fitted.error,
-            plain_error=choice.plain_error,
+            plain_error=plain,
             budget=recipe.limit,
             bits=8 * after / (n * k),
             bytes_before=n * k * site.layers[0].weight.meta["val"].dtype.itemsize,

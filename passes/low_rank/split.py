@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ...ir import Rewriter
+from ...ir import Program, Rewriter
 from ..base import LeftAlone, Outcome, Pass
 from ..contract import Contract
 from ..options import at_least, one_of, option
 from .factorize import best_factors
-from .layers import Layer, computed, find_layers, matches
+from .layers import computed, find_layers, matches
 from .recipe import stored_dtype
 from .rewrite import product_of, split
 from .sites import Site, find_sites
@@ -40,36 +40,31 @@ class SplitLowRank(Pass):
         layers, left = find_layers(rewriter)
         if self.rank == 0:
             return Outcome(tuple(left))
-        taken = []
-        for layer in layers:
-            reason = self._reason_against(layer)
-            if reason:
-                left.append(LeftAlone.at(layer.node, f"{layer.name}: {reason}"))
-            else:
-                taken.append(layer)
+        taken = [layer for layer in layers if layer.numel >= self.min_numel and not matches(layer.name, self.skip)]
         for site in find_sites(taken):
             for members in site.branches(self.share_down):
-                self._split(rewriter, site, members)
+                reason = self._reason_against(site, members, rewriter.program)
+                if reason:
+                    left += [LeftAlone.at(site.layers[i].node, f"{site.layers[i].name}: {reason}") for i in members]
+                else:
+                    self._split(rewriter, site, members)
         return Outcome(tuple(left))
 
-    def _reason_against(self, layer: Layer) -> str:
-        n, k, rank = layer.out_features, layer.in_features, self.rank
-        if matches(layer.name, self.skip):
-            return "its name is among those to skip"
-        if layer.numel < self.min_numel:
-            return f"its weight has {layer.numel} elements, fewer than min_numel {self.min_numel}"
+    def _reason_against(self, site: Site, members: tuple[int, ...], program: Program) -> str:
+        n, k, rank = sum(site.layers[i].out_features for i in members), site.in_features, self.rank
         if rank > min(n, k):
             return f"rank {rank} is more than the {min(n, k)} that a weight [{n}, {k}] has"
         if rank * (n + k) >= n * k / 4:
             return f"a branch of rank {rank} saves nothing at [{n}, {k}]: it has a quarter of the weight's numbers or more"
+        weights = [program.weights[str(site.layers[i].weight.target)].tensor for i in members]
+        if not all(weight is not None and bool(torch.isfinite(weight).all()) for weight in weights):
+            return "its weight holds NaN or infinity"
         return ""
 
     def _split(self, rewriter: Rewriter, site: Site, members: tuple[int, ...]) -> None:
         layers = [site.layers[i] for i in members]
         products = [product_of(layer.node, rewriter.program) for layer in layers]
         joined = torch.cat([layer.matrix(rewriter.program) for layer in layers])
-        if not bool(torch.isfinite(joined).all()):
-            return
         up, down = best_factors(joined, self.rank, self.svd, self.seed)
         store = stored_dtype(layers[0].dtype)
         smooth = products[0].smooth if products[0] is not None else None
