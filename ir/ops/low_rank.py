@@ -13,7 +13,7 @@ from ..op import op
 def lowrank_linear(
     x: Tensor,
     weight_q: Tensor,
-    weight_scale: Tensor,
+    weight_scale: Tensor | None,
     down: Tensor | None,
     up: Tensor | None,
     bias: Tensor | None,
@@ -28,8 +28,8 @@ def lowrank_linear(
 ) -> Tensor:
     """y = Q(rot((x + act_shift) * smooth)) @ dequantize(weight_q).T + (x @ down.T) @ up.T + bias, in x's dtype.
 
-    x [.., K], weight_q the codes of a weight [N, K] in `weight_format` (a float weight itself, and an empty scale, for "none"),
-    weight_scale [N, K/g], down [r, K], up [N, r], bias [N], smooth [K] -> [.., N]. Sums are float32, or float64 for float64 x.
+    x [.., K], weight_q the codes of a weight [N, K] in `weight_format` (a float weight itself for "none"), weight_scale [N, K/g]
+    (None for "none"), down [r, K], up [N, r], bias [N], smooth [K] -> [.., N]. Sums are float32, or float64 for float64 x.
 
     Activations are quantized to `act_format` ("none": not at all) row by row as they come; `act_scale2` is the tensor's scale of
     the NV formats, `weight_scale2` that of the weight (f32[1], or [N] where several weights were joined). `rotate` is the size
@@ -56,9 +56,11 @@ def lowrank_linear(
     return y.to(x.dtype)
 
 
-def _weight(codes: Tensor, scale: Tensor, scale2: Tensor | None, weight_format: str, dtype: torch.dtype) -> Tensor:
+def _weight(codes: Tensor, scale: Tensor | None, scale2: Tensor | None, weight_format: str, dtype: torch.dtype) -> Tensor:
     if weight_format == "none":
         return codes.to(dtype)
     if not format_of(weight_format).weight:
         raise ValueError(f"format {weight_format} is none for weights")
+    if scale is None:
+        raise ValueError(f"format {weight_format} needs the scales of its weight")
     return dequantize(codes, scale, scale2, weight_format, dtype)
