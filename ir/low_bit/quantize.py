@@ -38,7 +38,7 @@ def quantize(weight: Tensor, name: str, scale_dtype: torch.dtype | None = None) 
     form = _usable(name, "weight", weight.size(-1))
     if scale_dtype is None:
         scale_dtype = torch.float32 if weight.dtype == torch.float64 else weight.dtype
-    blocks = _blocks(weight.to(torch.float32), form)
+    blocks = in_blocks(weight.to(torch.float32), form)
     amax = blocks.abs().amax(-1)
     scale2 = tensor_scale(amax, form) if form.scale == "nv" else None
     scale = _stored_scale(amax, form, scale_dtype, scale2)
@@ -50,7 +50,7 @@ def encode_on(values: Tensor, name: str, scale: Tensor, scale2: Tensor | None = 
     """The codes (packed where the format packs) of `values` [N, K] on scales that are given, as `quantize` gives them."""
     form = _usable(name, "weight", values.size(-1))
     step = _scale_value(scale, form, scale2).unsqueeze(-1)
-    codes = encode(_blocks(values.to(torch.float32), form) / step, form).flatten(-2)
+    codes = encode(in_blocks(values.to(torch.float32), form) / step, form).flatten(-2)
     return pack(codes) if form.is_packed else codes
 
 
@@ -59,7 +59,7 @@ def dequantize(codes: Tensor, scale: Tensor, scale2: Tensor | None, name: str, d
     form = format_of(name)
     if form.is_packed:
         codes = unpack(codes, signed=form.element == "int")
-    values = _blocks(decode(codes, form, dtype), form)
+    values = in_blocks(decode(codes, form, dtype), form)
     return (values * step_of(scale, scale2, name, dtype).unsqueeze(-1)).flatten(-2)
 
 
@@ -84,11 +84,16 @@ def fake_quantize(x: Tensor, name: str, scale_dtype: torch.dtype, scale2: float 
     narrow = x.to(torch.float32)
     if name == "u8-tensor":
         return _affine(narrow, form).to(x.dtype)
-    blocks = _blocks(narrow, form)
+    step = row_steps(narrow, form, scale_dtype, scale2).unsqueeze(-1)
+    return (round_to_values(in_blocks(narrow, form) / step, form).to(x.dtype) * step.to(x.dtype)).flatten(-2)
+
+
+def row_steps(x: Tensor, form: Format, scale_dtype: torch.dtype, scale2: float = 1.0) -> Tensor:
+    """What codes of the blocks of x (float32 [.., K]) are multiplied by, each row by itself: float32 [.., K/g]."""
+    blocks = in_blocks(x, form)
     amax = (blocks.clamp(min=0) if form.element == "uint" else blocks.abs()).amax(-1)
     scale = _stored_scale(amax, form, scale_dtype, _as_tensor(scale2, amax))
-    step = _scale_value(scale, form, _as_tensor(scale2, amax)).unsqueeze(-1)
-    return (round_to_values(blocks / step, form).to(x.dtype) * step.to(x.dtype)).flatten(-2)
+    return _scale_value(scale, form, _as_tensor(scale2, amax))
 
 
 def tensor_scale(amax: Tensor, form: Format) -> Tensor:
@@ -108,7 +113,8 @@ def _usable(name: str, use: str, k: Any) -> Format:
     return form
 
 
-def _blocks(values: Tensor, form: Format) -> Tensor:
+def in_blocks(values: Tensor, form: Format) -> Tensor:
+    """[.., K] -> [.., K/g, g]."""
     return values.unflatten(-1, (-1, form.group)) if form.group else values.unsqueeze(-2)
 
 
