@@ -36,7 +36,9 @@ from .statistics import Statistics
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """weight, act: formats. budget: the largest error of a layer; auto is 1.5 x what the formats make of normal numbers. output_budget:
+    """Weights of linear layers, and residuals beside a branch, are rounded to codes of a low-bit format.
+
+    weight, act: formats. budget: the largest error of a layer; auto is 1.5 x what the formats make of normal numbers. output_budget:
     of the whole program under verify="numeric". min_numel, skip: smaller weights, and layers of these names, stay. calibration:
     example inputs to measure errors on."""
 
