@@ -9,6 +9,7 @@ import graphwright as gw
 from graphwright.ir.float64 import to_float64
 from graphwright.ir.pattern import named_arguments
 from graphwright.ir.run import run
+from graphwright.passes import parse_pipeline
 from graphwright.passes.low_rank.rewrite import LOWRANK
 from graphwright.tests import low_rank_models as nets
 
@@ -450,3 +451,8 @@ def test_auto_takes_the_format_of_least_noise():
     model = gw.compile(module, passes, example_inputs=(x,), backend="aten", cache=False)
     [site] = report_of(model).data["sites"]
     assert (site["weight"], site["act"]) == ("nvint4", "nvint4")  # of normal numbers integers in blocks of 16 are the closest
+
+
+def test_none_is_written_alike_in_text_and_in_python():
+    for text, each in (("absorb-outliers{act=none,smooth=none}", gw.AbsorbOutliers(smooth="none")), ("quantize{act=none}", gw.Quantize())):
+        assert parse_pipeline(text) == (each,) and parse_pipeline(each.spelling) == (each,)

@@ -98,6 +98,9 @@ class AbsorbOutliers(Pass):
     resume: Any = option(None, "a folder", lambda v: v is None or isinstance(v, str | Path), spelled=False)
 
     def __post_init__(self) -> None:
+        for name in ("act", "smooth"):
+            if getattr(self, name) is None:  # what a pipeline's text calls none
+                object.__setattr__(self, name, "none")
         super().__post_init__()
         needs = {
             "a fixed smooth": self.smooth not in ("search", "none"),

@@ -55,6 +55,8 @@ class Quantize(Pass):
     calibration: Any = option(None, "an iterable of example inputs", lambda v: v is None or isinstance(v, Iterable), spelled=False)
 
     def __post_init__(self) -> None:
+        if self.act is None:  # what a pipeline's text calls none
+            object.__setattr__(self, "act", "none")
         super().__post_init__()
         if self.act != "none" and format_of(self.act).scale == "nv" and self.calibration is None:
             raise PassError(f"pass {self.name}: act {self.act} needs example inputs: give calibration=, an iterable of argument tuples")
