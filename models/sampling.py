@@ -28,7 +28,7 @@ def signal_levels() -> Tensor:
 
 def noised(images: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """x_t of each image: sqrt(a_t) x0 + sqrt(1 - a_t) e; images and noise: [B, ...], timestep: [B], integer."""
-    levels = signal_levels()[timestep].view(-1, *[1] * (images.dim() - 1))
+    levels = signal_levels().to(timestep.device)[timestep].view(-1, *[1] * (images.dim() - 1))
     return levels.sqrt().to(images.dtype) * images + (1 - levels).sqrt().to(images.dtype) * noise
 
 
