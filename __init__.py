@@ -27,16 +27,21 @@ if TYPE_CHECKING:
     from .ir.errors import VerifyError as VerifyError
     from .ir.op import op as op
     from .passes import CLEANUPS as CLEANUPS
+    from .passes import AbsorbOutliers as AbsorbOutliers
+    from .passes import AppendLoRA as AppendLoRA
     from .passes import Contract as Contract
     from .passes import FoldBatchNorm as FoldBatchNorm
     from .passes import FoldConstants as FoldConstants
     from .passes import Pass as Pass
     from .passes import PassManager as PassManager
+    from .passes import Quantize as Quantize
     from .passes import RemoveDeadCode as RemoveDeadCode
     from .passes import RemoveNoOps as RemoveNoOps
     from .passes import RemoveProvenAssertions as RemoveProvenAssertions
     from .passes import ShareSubexpressions as ShareSubexpressions
     from .passes import SliceGroups as SliceGroups
+    from .passes import Smooth as Smooth
+    from .passes import SplitLowRank as SplitLowRank
     from .passes import all_passes as all_passes
     from .runtime.cache import Cache as Cache
     from .runtime.compiled import CompiledModel as CompiledModel
@@ -52,8 +57,9 @@ _HOMES = {
         "TargetError", "VerifyError",
     ),
     ".passes": (
-        "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "Pass", "PassManager", "RemoveDeadCode", "RemoveNoOps",
-        "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "all_passes",
+        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "Pass", "PassManager", "Quantize",
+        "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
+        "all_passes",
     ),
     ".runtime.cache": ("Cache",),
     ".runtime.compiled": ("CompiledModel",),

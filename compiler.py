@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .ir import Program, capture, from_exported
+from .ir.calling import Call, parameters_of
 from .ir.errors import ArtifactError, GraphwrightError, InputError
 from .passes import CLEANUPS, Contract, PassManager, parse_pipeline
 from .passes.pipeline import Pipeline
@@ -19,7 +20,6 @@ from .runtime import artifact
 from .runtime.artifact import Saved
 from .runtime.backend import choose_backend
 from .runtime.cache import Cache, default_cache
-from .runtime.calling import Call, parameters_of
 from .runtime.compiled import Compilation, CompiledModel
 from .runtime.pass_cache import run_or_find
 

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 
 import graphwright as gw
 from graphwright import models
+from graphwright.ir.calling import Call
 from graphwright.ir.float64 import Widening, widened
 from graphwright.ir.run import run
 from graphwright.runtime.backend import has_cpp_compiler
-from graphwright.runtime.calling import Call
 from graphwright.runtime.compiled import CompiledModel
 from graphwright.runtime.memory import measure_peak
 

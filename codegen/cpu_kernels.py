@@ -1,4 +1,5 @@
-"""CPU kernels of dialect operators from library calls: the same function as the operator's body, with less memory and time.
+"""CPU kernels of dialect operators, from library calls or our own C++: the same function as the operator's body, with less memory and
+time.
 
 A kernel takes its operator's positional arguments; each is tested against the body in float64.
 """
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..ir.ops.norm import merge_stats, result_format
 from .cpu_convolutions import conv1d, conv2d, conv3d
+from .low_rank.linear import lowrank_linear
 
 gw = torch.ops.gw
 
@@ -72,6 +74,7 @@ def _has_rows_along_batch(x: Tensor) -> bool:
 KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
     gw.norm_stats.default: norm_stats,
     gw.norm_apply.default: norm_apply,
+    gw.lowrank_linear.default: lowrank_linear,
     torch.ops.aten.conv1d.default: conv1d,
     torch.ops.aten.conv2d.default: conv2d,
     torch.ops.aten.conv3d.default: conv3d,

@@ -9,13 +9,13 @@ from typing import Any
 from ..compiler import compile as compile_model
 from ..ir import Program
 from ..ir import verify as verify_program
+from ..ir.calling import Call, parameters_of
 from ..ir.diff import compare
 from ..ir.errors import ContractError, GraphwrightError, VerifyError
 from ..passes import CLEANUPS, Pass, PassManager, PassReport, parse_pipeline
 from ..passes.manager import UNCHANGED
 from ..runtime.atomic import check_writable
 from ..runtime.backend import choose_backend
-from ..runtime.calling import Call, parameters_of
 from .result import FOUND, OK, Mistake, Result, progress, table
 from .sources import load, program_of, users_code
 

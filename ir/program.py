@@ -35,7 +35,10 @@ class Where:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that the program owns. `kind`: parameter, buffer, constant or state. `tensor` is None in a program read from text."""
+    """A tensor that the program owns. `kind`: parameter, buffer, constant, state, or record, which no call reads and passes of later need.
+
+    `tensor` is None in a program read from text.
+    """
 
     name: str
     kind: str
@@ -69,9 +72,10 @@ class Weight:
 
 def content_digest(tensor: torch.Tensor) -> str:
     """SHA-256 over dtype, shape and elements in row-major order."""
-    elements = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
-    header = f"{tensor.dtype}{list(tensor.shape)}".encode()
-    return hashlib.sha256(header + b"\0").hexdigest() if elements.size == 0 else _sha256(header + b"\0", elements)
+    header = f"{tensor.dtype}{list(tensor.shape)}".encode() + b"\0"
+    if tensor.numel() == 0:  # whose stride may be 0, which has no view as bytes
+        return hashlib.sha256(header).hexdigest()
+    return _sha256(header, tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _sha256(header: bytes, elements: Any) -> str:

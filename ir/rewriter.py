@@ -186,6 +186,18 @@ class Rewriter:
                 self._weight_nodes[weight.name] = add_weight(self.graph, self.program.weights[weight.name], self.symbols)
         return self._weight_nodes[weight.name]
 
+    def record(self, weight: Weight) -> None:
+        """Keeps a weight of kind "record" in the program's table, under its name, in the place of one that was there.
+
+        Raises:
+            VerifyError: it is of another kind, or a weight that calls read has its name.
+        """
+        self._in_step()
+        known = self.program.weights.get(weight.name)
+        if weight.kind != "record" or (known is not None and known.kind != "record"):
+            raise VerifyError(f"pass {self.pass_name} keeps a record {weight.name}, which is no record or stands for another weight")
+        self.program.weights[weight.name] = weight
+
     def replace(self, old: Node, new: Node, *, retype: bool = False) -> None:
         """Redirects every use of `old` to `new` and erases `old` with what only it needed.
 

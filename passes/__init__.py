@@ -7,6 +7,7 @@ from .contract import Contract
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .inputs import random_inputs
+from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
 from .manager import PassManager, PassReport, PipelineResult
 from .pipeline import parse_pipeline, spell
 from .registry import all_passes, pass_named
@@ -18,6 +19,8 @@ from .slicing import SliceGroups
 from .verdict import Verdict, Worst
 
 __all__ = [
+    "AbsorbOutliers",
+    "AppendLoRA",
     "CLEANUPS",
     "Contract",
     "FoldBatchNorm",
@@ -28,12 +31,15 @@ __all__ = [
     "PassManager",
     "PassReport",
     "PipelineResult",
+    "Quantize",
     "Reference",
     "RemoveDeadCode",
     "RemoveNoOps",
     "RemoveProvenAssertions",
     "ShareSubexpressions",
     "SliceGroups",
+    "Smooth",
+    "SplitLowRank",
     "Verdict",
     "Worst",
     "all_passes",

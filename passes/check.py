@@ -85,6 +85,15 @@ class Reference:
             following.__dict__["_wide_program"], following.__dict__["float64"] = judged.wide_program, judged.float64
         return following
 
+    def outputs(self) -> dict[str, Any]:
+        """The program's outputs and new states by label, in its working dtype."""
+        return self.own.tensors
+
+    def outputs_of(self, candidate: Program) -> dict[str, Any] | Verdict:
+        """Those of `candidate`, or the verdict that it fails to run."""
+        values = self._run_candidate(candidate) if self._judged is None or self._judged.program is not candidate else self._judged.own
+        return values if isinstance(values, Verdict) else values.tensors
+
     def forget(self) -> None:
         """Lets go of the outputs of the candidate judged last."""
         self._judged = None

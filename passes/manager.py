@@ -51,7 +51,7 @@ class PassReport:
         lines += [f"  {line}" for line in self.lines]
         lines += [f"  left {count} {what}: {reason}" for (what, reason), count in _tally((left.what, left.reason) for left in self.left)]
         if self.verdict is not None:
-            lines.append(f"  {_verdict_line(self.verdict)}")
+            lines.append(f"  {_verdict_line(self.verdict, self.contract)}")
         return "\n".join(lines)
 
 
@@ -271,7 +271,7 @@ def _checked_outcome(each: Pass, outcome: Any) -> Outcome:
 
 def _drop_unused_weights(program: Program) -> None:
     used = {str(node.target) for node in program.nodes() if node.op == "get_attr"}
-    for name in [name for name, weight in program.weights.items() if name not in used and weight.kind != "state"]:
+    for name in [name for name, weight in program.weights.items() if name not in used and weight.kind not in ("state", "record")]:
         del program.weights[name]
 
 
@@ -280,8 +280,10 @@ def _content(program: Program) -> str:
     return str(Program(program.functions.values(), program.weights, program.symbols, program.schedules))
 
 
-def _verdict_line(verdict: Verdict) -> str:
-    if verdict.reason == UNCHANGED or verdict.kind == "unmeasured":
+def _verdict_line(verdict: Verdict, contract: Contract) -> str:
+    """The verdict with what the exact rule measured; other contracts say what they measured in its reason."""
+    is_exact = contract in (Contract.EXACT, Contract.POLICY)
+    if verdict.reason == UNCHANGED or verdict.kind == "unmeasured" or not is_exact:
         return str(verdict)
     working = f"working dtype {verdict.error:.1e} ({verdict.error_ratio:.2f} x the original's own)"
     return f"{verdict}; float64 error {verdict.rewrite_error:.1e}, {working}"

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from ..ir import Program, Weight
+from ..ir.calling import REQUIRED, Parameter
 from ..ir.errors import ArtifactError, GraphwrightError, TargetError
 from ..passes import Contract
 from . import zip_subset
 from .atomic import atomic_write
 from .cache import Cache
-from .calling import REQUIRED, Parameter
 from .strict_json import strict_json
 from .tensor_file import ALIGNMENT, read_tensors, tensor_member
 from .type_cache import read_program

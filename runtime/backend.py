@@ -2,11 +2,10 @@
 
 import functools
 import importlib.util
-import os
-import shutil
 
 import torch
 
+from ..codegen.low_rank.library import compiler
 from ..ir.errors import TargetError
 
 BACKENDS = ("auto", "aten", "inductor", "tuned", "triton")
@@ -41,5 +40,4 @@ def has_triton() -> bool:
 @functools.cache
 def has_cpp_compiler() -> bool:
     """Whether a C++ compiler is on the path, or named by CXX as Inductor looks for it."""
-    named = os.environ.get("CXX")
-    return any(shutil.which(command) for command in ([named] if named else ["g++", "clang++"]))
+    return compiler() is not None

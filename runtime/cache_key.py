@@ -6,7 +6,6 @@ Whatever may change a result is in its key. What is no part of any key: names of
 import hashlib
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..codegen.low_rank.library import compiler
 from ..ir import Region, SymbolTable
 
 _LIBRARIES = ("networkx", "numpy", "sympy", "triton")
@@ -55,6 +55,11 @@ def code_environment() -> dict[str, str] | None:
     except AttributeError:
         return None
     return {**environment(), "inductor": digest(*settings), "compiler": _compiler()}
+
+
+def native_environment(source: str) -> dict[str, str]:
+    """The parts for a library that the C++ compiler makes of `source` here."""
+    return {"source": digest(source), "compiler": _compiler(), "cpu": _cpu()}
 
 
 def graph_text(graph: fx.Graph, inputs: Sequence[Any], symbols: SymbolTable) -> str:
@@ -171,8 +176,8 @@ def _flushes_denormals() -> bool:
 
 
 def _compiler() -> str:
-    """The C++ compiler that Inductor calls, as a file."""
-    path = shutil.which(os.environ.get("CXX") or "g++")
+    """The C++ compiler, as a file."""
+    path = compiler()
     if path is None:
         return "none"
     found = os.stat(path)

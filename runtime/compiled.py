@@ -12,13 +12,13 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from ..ir import Program
+from ..ir.calling import Call, Parameter
 from ..ir.errors import ArtifactError, InputError, TargetError
 from ..ir.tree import unflatten
 from ..passes import Contract
 from . import artifact
 from .artifact import Saved
 from .cache import Cache
-from .calling import Call, Parameter
 from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
 from .report import Report, Threads, predicted, predicted_on

@@ -12,6 +12,7 @@ from ..ir.calls import GETITEM, is_pure
 
 def lazy_runs(nodes: Sequence[Node], anchored: Callable[[Node], Sequence[Node] | None]) -> Iterator[Node | list[Node]]:
     """Runs of calls, and between them the anchors one by one. `anchored` gives what an anchor reads, None for any other call."""
+    nodes = _with_parts(nodes)
     waiting: dict[Node, None] = {}
     keeps_order = not all(is_pure(node) for node in nodes)
     for node in nodes:
@@ -40,3 +41,12 @@ def _among(waiting: dict[Node, None], reads: Sequence[Node]) -> set[Node]:
             stack += [operand for operand in node.all_input_nodes if operand in waiting]
             stack += [part for part in node.users if part.target is GETITEM and part in waiting]
     return found
+
+
+def _with_parts(nodes: Sequence[Node]) -> list[Node]:
+    """The calls with the results of one that has several right behind it: a compiled run takes and gives tensors alone."""
+    ordered: list[Node] = []
+    for node in nodes:
+        if node.target is not GETITEM:
+            ordered += [node, *(user for user in node.users if user.target is GETITEM)]
+    return ordered

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from torch import fx
 
+from ..codegen.low_rank import library as native
+from ..codegen.low_rank.sites import is_of_native_form
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
@@ -19,7 +21,8 @@ from ..ir.program import region_of
 from ..ir.region_call import RegionCall
 from .backend import has_cpp_compiler, has_triton
 from .cache import Cache
-from .code_cache import CodeCache
+from .cache_key import native_environment
+from .code_cache import CodeCache, Shelf
 from .prediction import lowered_profile
 from .segments import AtenLowering, InductorLowering
 from .sliced import SlicedRun
@@ -45,6 +48,7 @@ class Lowering(Protocol):
 def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound: Bound, cache: Cache | None = None) -> Lowering:
     """What makes `graph` ready for `backend`: "aten", "inductor", "tuned" or "triton" ("triton_interpreter" is for tests alone). What a
     compiler made for it before may come from `cache`."""
+    _make_kernels_ready(graph, cache)
     if backend in ("triton", "triton_interpreter") or (backend == "tuned" and is_on(graph, "cuda") and has_triton()):
         from .triton_lowering import TritonLowering
 
@@ -55,6 +59,13 @@ def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound:
     if backend == "aten" or not has_cpp_compiler():
         return AtenLowering()
     return InductorLowering(symbols, code)
+
+
+def _make_kernels_ready(graph: fx.Graph, cache: Cache | None) -> None:
+    """Compiles the kernels of ours that calls in `graph` need, or takes them from `cache`, so that no call has to wait for it."""
+    bodies = [region.graph for node in graph.nodes if (region := region_of(node)) is not None]
+    if any(is_of_native_form(node) for each in (graph, *bodies) for node in each.nodes):
+        native.library(None if cache is None else Shelf(cache, "native", native_environment(native.source())))
 
 
 def is_on(graph: fx.Graph, device: str) -> bool:

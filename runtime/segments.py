@@ -10,11 +10,14 @@ from typing import Any
 
 from torch import fx
 
+from ..codegen.low_rank.sites import add_site, find_sites, has_kernel
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.infer import storage_key, tensors_of
+from ..ir.region_call import RegionCall
 from .code_cache import CodeCache
 from .flat import Boxed, FlatGraph
+from .lazy_order import lazy_runs
 from .sliced import Body, SlicedRun
 
 
@@ -32,8 +35,12 @@ class AtenLowering:
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
+        sites = {site[0]: site for site in find_sites(nodes)}
         for node in nodes:
-            copies[node] = lowered.node_copy(node, copies.__getitem__)
+            if node in sites:
+                add_site(sites[node], lowered, copies)
+            elif node not in copies:
+                copies[node] = lowered.node_copy(node, copies.__getitem__)
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
         return SlicedRun(node, donors)
@@ -65,9 +72,19 @@ class InductorLowering(AtenLowering):
         self._regions: dict[Node, SlicedRun] = {}
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+        """Adds what `nodes` become to `lowered`: compiled code, and between it the calls that have a kernel of ours."""
+        sites = {site[0]: site for site in find_sites(nodes)}
+        for run in lazy_runs(nodes, lambda node: node.all_input_nodes if has_kernel(node) else None):
+            if isinstance(run, list):
+                self.compiled_segment(run, lowered, copies)
+            elif run in sites:
+                add_site(sites[run], lowered, copies)
+
+    def compiled_segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+        """Adds a run of calls to `lowered` as one call of compiled code."""
         inputs, outputs = ends(nodes)
         if nodes[0] in self.left or not computes(outputs, inputs):
-            return super().segment(nodes, lowered, copies)
+            return AtenLowering.segment(self, nodes, lowered, copies)
         if nodes[0] not in self._segments:
             types = [node.meta["val"] for node in inputs]
             alone = cut_out(nodes, inputs, outputs)
@@ -92,7 +109,7 @@ class InductorLowering(AtenLowering):
         self.pieces[call] = nodes[0]
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
-        if node in self.left:
+        if node in self.left or any(map(has_kernel, RegionCall.of(node).body.graph.nodes)):
             return super().region(node, donors)
         if node not in self._regions:
             self._regions[node] = SlicedRun(node, donors, self._compile_body)

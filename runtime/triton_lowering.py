@@ -53,8 +53,12 @@ class TritonLowering:
         self._lines = node_lines(Function("main", graph, LEAF, LEAF), symbols)
 
     def prepared(self, graph: fx.Graph) -> tuple[fx.Graph, dict[Node, Node]]:
-        """`graph` as it is."""
-        return graph, {}
+        """`graph` with two calls for each low-rank linear layer, and from which of its nodes each call came."""
+        from ..codegen.triton.low_rank import split
+
+        self.graph, source = split(graph, self.symbols)
+        self._lines |= {node: self._lines[origin] for node, origin in source.items() if origin in self._lines}
+        return self.graph, source
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
         return SlicedRun(node, donors)

@@ -13,7 +13,6 @@ from torch import fx
 from ..codegen.cpu_packed import PackedCall
 from ..codegen.cpu_rows import is_row_product
 from ..ir import Node, Region, SymbolTable
-from ..ir.calls import GETITEM
 from ..ir.program import region_of
 from ..ir.region_call import RegionCall
 from .backend import has_cpp_compiler
@@ -52,7 +51,7 @@ class TunedLowering:
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
-        for run in lazy_runs(_with_parts(nodes), lambda node: node.all_input_nodes if isinstance(node.target, PackedCall) else None):
+        for run in lazy_runs(nodes, lambda node: node.all_input_nodes if isinstance(node.target, PackedCall) else None):
             if isinstance(run, list):
                 self._between.segment(run, lowered, copies)
             else:
@@ -76,15 +75,6 @@ class TunedLowering:
         """Whether a call is not to be packed: library kernels have it, or it is a product of one row, which is faster as a loop of
         compiled code."""
         return node in self.left or (self._compiles and is_row_product(node))
-
-
-def _with_parts(nodes: Sequence[Node]) -> list[Node]:
-    """The calls with the results of one that has several right behind it: a compiled run takes and gives tensors alone."""
-    ordered: list[Node] = []
-    for node in nodes:
-        if node.target is not GETITEM:
-            ordered += [node, *(user for user in node.users if user.target is GETITEM)]
-    return ordered
 
 
 def _is_weight(node: Node) -> bool:

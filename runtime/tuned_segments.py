@@ -34,7 +34,7 @@ class TunedSegments(InductorLowering):
         self._probe = probe
         self._alike: dict[tuple[Any, ...], Segment | None] = {}
 
-    def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
+    def compiled_segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         inputs, outputs = ends(nodes)
         if nodes[0] in self.left or not computes(outputs, inputs):
             return AtenLowering.segment(self, nodes, lowered, copies)

@@ -11,6 +11,7 @@ import torch
 from graphwright.ir.links import ROWS, Moves, Row, declare
 from graphwright.ir.links.probe import call_node, check_links
 from graphwright.ir.links.table import Never
+from graphwright.ir.low_bit import quantize
 
 aten = torch.ops.aten
 SEEDS = 3
@@ -126,6 +127,15 @@ def linear(rng, name):
     i, o = rng.randint(1, 5), rng.randint(1, 6)
     for bias in ((), (t(o),)):
         yield aten.linear.default, (t(*shape_of(rng, 0, 3), i), t(o, i), *bias), {}
+
+
+@sample("gw::lowrank_linear")
+def lowrank_linear(rng, name):
+    n, k = rng.randint(2, 5), 32
+    for weight_format, act_format in (("int8-channel", "int8-token"), ("int4-g16", "none")):
+        weight, x = quantize(t(n, k), weight_format), t(*shape_of(rng, 0, 3), k)
+        options = {"weight_format": weight_format, "act_format": act_format, "smooth": t(k).abs() + 1}
+        yield torch.ops.gw.lowrank_linear.default, (x, weight.codes, weight.scale, t(2, k), t(n, 2), t(n)), options
 
 
 @sample("aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")

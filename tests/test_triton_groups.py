@@ -23,9 +23,9 @@ from graphwright.codegen.triton import emit  # noqa: E402
 from graphwright.codegen.triton.groups import Group, find_groups  # noqa: E402
 from graphwright.codegen.triton.launch import load  # noqa: E402
 from graphwright.codegen.triton.views import base, is_split, is_view  # noqa: E402
+from graphwright.ir.calling import Call  # noqa: E402
 from graphwright.ir.errors import TargetError  # noqa: E402
 from graphwright.runtime.backend import choose_backend  # noqa: E402
-from graphwright.runtime.calling import Call  # noqa: E402
 from graphwright.runtime.compiled import Compilation, CompiledModel  # noqa: E402
 from graphwright.runtime.executor import Executor  # noqa: E402
 

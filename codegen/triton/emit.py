@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from ...ir import Node, SymbolTable
 from .file import File, Parameter
+from .low_rank.operand_file import OperandFile
+from .low_rank.plan import OperandPlan, ProductPlan
+from .low_rank.product_file import ProductFile
+from .low_rank.tiles import OperandTile
 from .matmul_file import MatmulFile
 from .matmul_plan import MatmulPlan
 from .matmul_tiles import MatmulTile
@@ -17,8 +21,9 @@ from .targets import DEFAULT, Target
 from .tiles import Tile
 from .values import Plan
 
-AnyPlan = Plan | MatmulPlan
-AnyTile = Tile | MatmulTile
+AnyPlan = Plan | MatmulPlan | OperandPlan | ProductPlan
+AnyTile = Tile | MatmulTile | OperandTile
+_FILES: dict[type, type[File]] = {Plan: File, MatmulPlan: MatmulFile, OperandPlan: OperandFile, ProductPlan: ProductFile}
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,10 @@ def emit(
     Raises:
         NotFusible: a size is known from no input.
     """
-    writer = (MatmulFile if isinstance(plan, MatmulPlan) else File)(plan, symbols, tile, target)
+    writer = _FILES[type(plan)](plan, symbols, tile, target)
     body = writer.body()
     digest = hashlib.sha256(body.encode()).hexdigest()[:16]
-    ir = tuple((ir_lines or {}).get(node, str(node)).strip() for node in in_order(plan.nodes, plan.outputs))
+    ir = tuple((ir_lines or {}).get(node, str(node)).strip() for node in in_order(plan.nodes, plan.outputs) or plan.nodes)
     cost = roofline(plan)
     header = _header(writer, plan, ir, digest, cost)
     return Kernel(writer.name, header + body, digest, ir, bytes_before(plan.nodes), cost, writer.tile, writer.plan, writer.parameters())

@@ -38,7 +38,7 @@ _LAID_OUT = '''def laid_out(x, stride):
         return x
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 '''
-_CHECK = '''def error_of(y, exact):
+ERROR_OF = '''def error_of(y, exact):
     """The largest difference, in terms of the largest element; NaN where one has NaN and the other has not."""
     y, exact = y.double(), exact.double()
     difference = torch.where(y == exact, 0.0, (y - exact).abs()).masked_fill(y.isnan() & exact.isnan(), 0.0)
@@ -46,7 +46,8 @@ _CHECK = '''def error_of(y, exact):
     return (difference / scale).max().item() if y.numel() else 0.0
 
 
-def check(device):
+'''
+CHECK = '''def check(device):
     """Random inputs, outputs poisoned with NaN, against the reference in float64."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # makes fresh memory NaN, so what is never written shows
@@ -93,23 +94,45 @@ class File:
         self.name = kernel_name(plan.nodes)
         self.addresses = Addresses(plan.domain, symbols)
         taken = {*RESERVED, *self.own_names, self.name, *self.addresses.symbol_names.values()}
-        self.inputs = [unique(_input_name(node), taken) for node in plan.inputs]
-        self.outputs = [unique("y" if len(plan.outputs) == 1 else f"y{n}", taken) for n in range(len(plan.outputs))]
+        self.inputs = [unique(name, taken) for name in self.input_names()]
+        self.outputs = [unique(name, taken) for name in self.output_names()]
 
     def default_tile(self) -> Any:
         return default_tile(self.plan)
 
+    def input_names(self) -> list[str]:
+        """What inputs are called where nothing else has that name."""
+        return [input_name(node) for node in self.plan.inputs]
+
+    def output_names(self) -> list[str]:
+        """What outputs are called where nothing else has that name."""
+        return ["y"] if len(self.plan.outputs) == 1 else [f"y{n}" for n in range(len(self.plan.outputs))]
+
     def body(self) -> str:
         statements = self.statements()
-        helpers = dict.fromkeys(h for value in self.plan.values for h in value.helpers)
-        parts = [self.imports(), "\n".join([*self.constants(), f"TOLERANCE = {_tolerance(self.plan)!r}"])]
-        parts += [HELPERS[helper] for helper in sorted(helpers)]
+        parts = [self.imports(), "\n".join([*self.constants(), f"TOLERANCE = {self.tolerance()!r}"]), *self.helpers()]
         parts += [self._kernel(statements), *self.functions(), self.run()]
-        parts += [*gw_functions(self.plan.nodes), self._reference(), self._example_inputs(), _CHECK]
+        parts += [*self.reference_functions(), self.reference(), self._example_inputs(), self.check()]
         return "\n\n".join(part.rstrip("\n") + "\n" for part in parts).replace("\n\n\n\n", "\n\n\n")
 
     def imports(self) -> str:
         return IMPORTS
+
+    def helpers(self) -> list[str]:
+        """What the kernel calls."""
+        return [HELPERS[helper] for helper in sorted({helper for value in self.plan.values for helper in value.helpers})]
+
+    def tolerance(self) -> float:
+        """How far results may be from the reference in float64."""
+        return _tolerance(self.plan)
+
+    def reference_functions(self) -> list[str]:
+        """What `reference` calls."""
+        return gw_functions(self.plan.nodes)
+
+    def check(self) -> str:
+        """The functions that compare results with the reference."""
+        return ERROR_OF + CHECK
 
     def functions(self) -> list[str]:
         """What `run` calls."""
@@ -166,14 +189,14 @@ class File:
 
     def run(self) -> str:
         lines = [f"def run({', '.join(self.inputs)}):", f'    """The outputs of one launch, as a tuple: {", ".join(self.outputs)}."""']
-        checks = [f"    {name} = laid_out({name}, {self.tuple(map(size_of, node.meta['val'].stride()))})" for name, node in self._tensors()]
+        checks = [f"    {name} = laid_out({name}, {self.tuple(map(size_of, node.meta['val'].stride()))})" for name, node in self.tensors()]
         makes = []
         for name, node in zip(self.outputs, self.plan.outputs, strict=True):
             value = node.meta["val"]
             shape, stride = self.tuple(map(size_of, value.shape)), self.tuple(map(size_of, value.stride()))
             makes.append(f"    {name} = torch.empty_strided({shape}, {stride}, dtype={value.dtype}, device={self.inputs[0]}.device)")
         texts = [*checks, *makes, *self.launch()]
-        return "\n".join([*lines, *self._bindings(texts), *texts, f"    return ({', '.join(self.outputs)},)"])
+        return "\n".join([*lines, *self.bindings(texts), *texts, f"    return ({', '.join(self.outputs)},)"])
 
     def launch(self) -> list[str]:
         """The statements of `run` that launch the kernel."""
@@ -191,7 +214,8 @@ class File:
         )
         return [f"    {count} = {self.size(total)}", f"    if {count} > 0:", *("    " + line for line in launch)]
 
-    def _tensors(self) -> Iterable[tuple[str, Node]]:
+    def tensors(self) -> Iterable[tuple[str, Node]]:
+        """Inputs by their names."""
         return zip(self.inputs, self.plan.inputs, strict=True)
 
     def size(self, size: Size) -> str:
@@ -201,8 +225,8 @@ class File:
         texts = [self.size(size) for size in sizes]
         return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
 
-    def _bindings(self, texts: Sequence[str]) -> list[str]:
-        """Reads the symbols that `texts` use off the shapes of the inputs."""
+    def bindings(self, texts: Sequence[str]) -> list[str]:
+        """Statements that read the symbols in `texts` off the shapes of the inputs."""
         used = set(re.findall(r"[A-Za-z_]\w*", "\n".join(texts)))
         lines = []
         for symbol in self.symbols:
@@ -213,17 +237,18 @@ class File:
         return lines
 
     def _place(self, symbol: sympy.Symbol) -> str:
-        for name, node in self._tensors():
+        for name, node in self.tensors():
             for dim, size in enumerate(node.meta["val"].shape):
                 if size_of(size) == symbol:
                     return f"{name}.shape[{dim}]"
         raise NotFusible(f"no input tells the size {symbol}")
 
-    def _reference(self) -> str:
-        named = {node: name for name, node in self._tensors()}
+    def reference(self) -> str:
+        """The function that results are compared with."""
+        named = {node: name for name, node in self.tensors()}
         lines = reference_lines(self.plan.nodes, self.plan.outputs, named, self.addresses)
         head = [f"def reference({', '.join(self.inputs)}):", '    """The same in plain PyTorch."""']
-        return "\n".join([*head, *self._bindings(lines), *lines])
+        return "\n".join([*head, *self.bindings(lines), *lines])
 
     def random(self, node: Node, shape: str) -> str:
         """Random values for an input."""
@@ -233,7 +258,7 @@ class File:
         lines = ["def example_inputs(device):", '    """Random tensors of the types that the program has."""']
         hints = [f"    {self.addresses.symbol_names[s.name]} = {s.hint}" for s in self.symbols]
         makes = []
-        for name, node in self._tensors():
+        for name, node in self.tensors():
             value = node.meta["val"]
             shape, stride = self.tuple(map(size_of, value.shape)), self.tuple(map(size_of, value.stride()))
             makes.append(f"    {name} = torch.empty_strided({shape}, {stride}, dtype={value.dtype}, device=device)")
@@ -275,7 +300,8 @@ def wrapped(head: str, groups: Sequence[Sequence[str]], tail: str) -> list[str]:
     return [*lines, indent + tail]
 
 
-def _input_name(node: Node) -> str:
+def input_name(node: Node) -> str:
+    """The last part of the name of an input, or the operation that made it."""
     if node.op == "call_function":
         name = str(node.target).split(".")[1] if "." in str(node.target) else "x"
     else:

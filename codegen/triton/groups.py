@@ -8,28 +8,31 @@ group: a kernel reads through them, and whoever else needs one makes it.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
 from ...ir import Node
+from .emit import AnyPlan
+from .low_rank.ops import low_bit_operand, low_bit_product
+from .low_rank.plan import operand_plan
 from .matmul_plan import MatmulPlan
 from .plan import is_known, plan
 from .pointwise import NotFusible
 from .roofline import bytes_after, bytes_before, gains
-from .values import Plan
 from .views import base, is_split, is_view
 
 # ATen runs these in more than one pass, so that even one alone is worth a kernel.
-_WORTH_A_KERNEL = {torch.ops.gw.norm_apply.default}
+_WORTH_A_KERNEL = {torch.ops.gw.norm_apply.default, low_bit_product}
 
 
 @dataclass(frozen=True)
 class Group:
     """Operations that one kernel computes: in the order of the graph, `inputs` being read and `outputs` written by it.
 
-    `kind` is "pointwise", "rows" or "matmul". `bytes_before` counts what the operations move one by one, `bytes_after` what the kernel
-    moves.
+    `kind` is "pointwise", "rows", "matmul", or "operand" or "low_bit" for the halves of a low-rank layer. `bytes_before` counts what the
+    operations move one by one, `bytes_after` what the kernel moves.
     """
 
     nodes: tuple[Node, ...]
@@ -38,12 +41,13 @@ class Group:
     kind: str
     bytes_before: int
     bytes_after: int
-    plan: Plan | MatmulPlan = field(repr=False, compare=False)
+    plan: AnyPlan = field(repr=False, compare=False)
 
 
 def find_groups(graph: fx.Graph, among: Collection[Node] | None = None) -> list[Group]:
     """The groups of a functional graph (of the calls `among` its own, which follow one another), in the order of their first nodes."""
-    return _Grouping(graph, graph.nodes if among is None else among).groups()
+    grouping = _Grouping(graph, graph.nodes if among is None else among)
+    return sorted([*grouping.operands(), *grouping.groups()], key=lambda group: grouping.position[group.nodes[0]])
 
 
 def outputs_of(nodes: Iterable[Node]) -> list[Node]:
@@ -68,7 +72,7 @@ def _operands(node: Node) -> list[Node]:
 class _Cluster:
     """A group that may still grow."""
 
-    def __init__(self, nodes: list[Node], found: Plan | MatmulPlan | None):
+    def __init__(self, nodes: list[Node], found: AnyPlan | None):
         self.nodes = nodes
         self.plan = found
         self.cost = bytes_after(found) if found is not None else 0
@@ -76,7 +80,7 @@ class _Cluster:
 
 class _Grouping:
     def __init__(self, graph: fx.Graph, among: Iterable[Node]):
-        allowed = set(among)
+        allowed = self.allowed = set(among)
         self.position = {node: n for n, node in enumerate(graph.nodes)}
         self.users = {node: _users(node) for node in graph.nodes}
         self.cluster: dict[Node, _Cluster] = {}
@@ -84,6 +88,10 @@ class _Grouping:
             if not is_view(node) and not is_split(node):
                 self.cluster[node] = _Cluster([node], self._plan([node]) if node in allowed and is_known(node) else None)
         self.refused: set[tuple[Node, ...]] = set()
+
+    def operands(self) -> list[Group]:
+        """The calls that prepare left operands of low-rank layers, each with its results."""
+        return [_operand(node) for node in self.allowed if node.target is low_bit_operand]
 
     def groups(self) -> list[Group]:
         while self._merge_once():
@@ -94,7 +102,7 @@ class _Grouping:
     def _is_worth_it(self, cluster: _Cluster) -> bool:
         return len(cluster.nodes) > 1 or cluster.nodes[0].target in _WORTH_A_KERNEL
 
-    def _plan(self, nodes: Sequence[Node]) -> Plan | MatmulPlan | None:
+    def _plan(self, nodes: Sequence[Node]) -> AnyPlan | None:
         outputs = sorted(outputs_of(nodes), key=self.position.__getitem__)
         try:
             return plan(nodes, outputs) if outputs else None
@@ -172,6 +180,13 @@ def _group(cluster: _Cluster) -> Group:
     found = cluster.plan
     assert found is not None
     return Group(found.nodes, found.inputs, found.outputs, found.kind, bytes_before(found.nodes), bytes_after(found), found)
+
+
+def _operand(call: Node) -> Group:
+    numbered: dict[Any, Node] = {result.args[1]: result for result in call.users}
+    results = [numbered[number] for number in range(len(numbered))]
+    found = operand_plan(call, results)
+    return Group((call, *results), found.inputs, found.outputs, found.kind, bytes_before([call]), bytes_after(found), found)
 
 
 def _hint(size: object) -> int:

@@ -101,6 +101,16 @@ class MatmulPlan:
         return product(v.size for v in self.domain.batch)
 
     @property
+    def product_terms(self) -> Size:
+        """Products that are summed."""
+        return product([self.num_batch, self.m, self.n, self.k, len(self.products)])
+
+    @property
+    def product_kind(self) -> str:
+        """The type of operands, "tf32" for float32 that is rounded to it."""
+        return "tf32" if self.precision == "tf32" else str(self.left.dtype).removeprefix("torch.")
+
+    @property
     def m(self) -> Size:
         return self.domain.num_rows
 
@@ -132,10 +142,10 @@ def matmul_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> MatmulPlan:
     dtype = _multiplied(products)
     shape = _shape(first, outputs)
     # The first output settles how positions are counted: the product's may be a view of it.
-    batch, m, n = _variables(shape, first.num_batch)
+    batch, m, n = row_and_column_variables(shape, first.num_batch)
     index = tuple(map(Index.of, (*batch, *m, *n)))
     inputs: list[Node] = []
-    after = _AfterTracer(nodes, Domain(m, n, True, batch, ("m", "n")), Root(shape, index, None, ()), inputs, products)
+    after = AfterTracer(nodes, Domain(m, n, True, batch, ("m", "n")), Root(shape, index, None, ()), inputs, products)
     stores = [store for number, output in enumerate(outputs) for store in after.stores(number, output)]
     if set(after.seen) != {c.node for c in products}:
         raise NotFusible("a product of a product, or one that no output needs")
@@ -153,7 +163,7 @@ def matmul_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> MatmulPlan:
     rights = []
     for c in products:
         own = batch if c.group is None else (c.group,)
-        tracer = _SideTracer(nodes, Domain(k, n, True, own, ("k_col", "n")), None, inputs)
+        tracer = SideTracer(nodes, Domain(k, n, True, own, ("k_col", "n")), None, inputs)
         rights.append(_side(tracer, c.right, c.right_at(after.seen[c.node], term), ("k", "n"), dtype))
     sides = [lefts, *rights, Side(after.domain, tuple(after.values))]
     order = list(dict.fromkeys(value.input for side in sides for value in side.values if value.kind == "load"))
@@ -212,14 +222,14 @@ def _shape(first: Contraction, outputs: Sequence[Node]) -> tuple[Size, ...]:
     return shape
 
 
-def _variables(shape: Sequence[Size], num_batch: int) -> tuple[tuple[Var, ...], tuple[Var, ...], tuple[Var, ...]]:
+def row_and_column_variables(shape: Sequence[Size], num_batch: int) -> tuple[tuple[Var, ...], tuple[Var, ...], tuple[Var, ...]]:
     """(batch, rows, columns)."""
     batch = tuple(Var(f"b{d}", size) for d, size in enumerate(shape[:num_batch]))
     m = tuple(Var(f"m{d}", size) for d, size in enumerate(shape[num_batch:-1]))
     return batch, m, (Var("n", shape[-1]),)
 
 
-class _SideTracer(Tracer):
+class SideTracer(Tracer):
     """Follows one operand, or the result, of products; `inputs` are those of the whole kernel."""
 
     def __init__(self, nodes: Sequence[Node], domain: Domain, root: Root | None, inputs: list[Node]):
@@ -235,7 +245,7 @@ class _SideTracer(Tracer):
         raise NotFusible("a reduction next to a product")
 
 
-class _LeftTracer(_SideTracer):
+class _LeftTracer(SideTracer):
     """What comes before the left operand is computed again for each tile of columns, so it is cheap or there are few rows."""
 
     def __init__(self, nodes: Sequence[Node], domain: Domain, root: Root | None, inputs: list[Node]):
@@ -254,7 +264,7 @@ class _LeftTracer(_SideTracer):
         return Tracer.reduce(self, kind, operand, node, name)
 
 
-class _AfterTracer(_SideTracer):
+class AfterTracer(SideTracer):
     """What comes after products; `seen` holds the position in each product of the element at (batch, m, n)."""
 
     def __init__(self, nodes: Sequence[Node], domain: Domain, root: Root, inputs: list[Node], products: Sequence[Contraction]):
@@ -297,7 +307,7 @@ class _AfterTracer(_SideTracer):
         self.seen[node] = index
 
 
-def _side(tracer: _SideTracer, node: Node, index: Indices, axes: tuple[str, str], dtype: torch.dtype) -> Side:
+def _side(tracer: SideTracer, node: Node, index: Indices, axes: tuple[str, str], dtype: torch.dtype) -> Side:
     result = tracer.value(node, index)
     if not isinstance(result, Ref):
         raise NotFusible("a product of a constant")

@@ -15,6 +15,7 @@ from ...ir import Node
 from ...ir.infer import tensors_of
 from .contraction import contraction
 from .index import Index, Size, Var, product, size_of
+from .low_rank.ops import low_bit_product
 from .pointwise import NotFusible, Pointwise, arguments_of, pointwise
 from .reductions import REDUCTIONS, Rows, correction, eps_of, keeps_shape, rows_of
 from .special import SPECIAL
@@ -22,6 +23,7 @@ from .values import FLOAT8, TL_TYPES, Condition, Count, Domain, Plan, Ref, Store
 from .views import Indices, broadcast, index_of, is_view, shape_of, source
 
 if TYPE_CHECKING:
+    from .low_rank.plan import ProductPlan
     from .matmul_plan import MatmulPlan
 
 aten, gw = torch.ops.aten, torch.ops.gw
@@ -31,14 +33,18 @@ MAX_INPUTS = 16
 _MANY_ROWS = 256  # about two programs for each multiprocessor of a large GPU
 
 
-def plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> "Plan | MatmulPlan":
+def plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> "Plan | MatmulPlan | ProductPlan":
     """The kernel that computes `outputs` from what lies outside of `nodes`, which are in the order of their graph.
 
     Raises:
         NotFusible: there is none; the message says why.
     """
+    if any(node.target is low_bit_product for node in nodes):
+        from .low_rank.plan import product_plan  # which is built on this module
+
+        return product_plan(nodes, outputs)
     if any(contraction(node) is not None for node in nodes):
-        from .matmul_plan import matmul_plan  # which is built on this module
+        from .matmul_plan import matmul_plan  # likewise
 
         return matmul_plan(nodes, outputs)
     reason: NotFusible | None = None
@@ -431,7 +437,7 @@ def is_known(node: Node) -> bool:
     if node.op != "call_function" or is_view(node):
         return False
     try:
-        return node.target in SPECIAL or node.target in REDUCTIONS or (pointwise(node) or contraction(node)) is not None
+        return node.target in {low_bit_product, *SPECIAL, *REDUCTIONS} or (pointwise(node) or contraction(node)) is not None
     except NotFusible:
         return False
 

@@ -1,6 +1,6 @@
 """The plain PyTorch that a kernel is checked against, as text: the group's operations one by one, as the program wrote them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ GW_FUNCTIONS = {
 }
 
 
-def in_order(nodes: Sequence[Node], outputs: Sequence[Node]) -> list[Node]:
-    """`nodes` with the views between them and their inputs, operands first."""
-    inside, order, seen = set(nodes), [], set()
+def in_order(nodes: Sequence[Node], outputs: Sequence[Node], inputs: Collection[Node] = ()) -> list[Node]:
+    """`nodes` with the views between them and their inputs (views of which are found where they are left out), operands first."""
+    inside, order, seen = set(nodes), [], set(inputs)
 
     def visit(node: Node) -> None:
         if node in seen or not (node in inside or is_view(node) or is_split(node)):
@@ -86,14 +86,14 @@ def reference_lines(nodes: Sequence[Node], outputs: Sequence[Node], inputs: Mapp
             return str(value)
         return number_text(value)
 
-    for node in in_order(nodes, outputs):
+    for node in in_order(nodes, outputs, inputs):
         packet = str(node.target._schema.name).partition("::")[2] if node.target is not GETITEM else "item"  # type: ignore[union-attr]
         name = unique(packet.strip("_"), taken)
         if node.target is GETITEM:
             text = f"{names[node.args[0]]}[{node.args[1]}]"
         else:
             arguments = [argument(a) for a in node.args] + [f"{k}={argument(a)}" for k, a in node.kwargs.items()]
-            callee = packet if packet in GW_FUNCTIONS else str(node.target)
+            callee = str(node.target) if str(node.target).startswith("aten.") and packet not in GW_FUNCTIONS else packet
             text = f"{callee}({', '.join(arguments)})"
         names[node] = name
         lines.append(f"    {name} = {text}")

@@ -6,7 +6,7 @@ multiprocessor's share are read once for each loop.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from .matmul_plan import MatmulPlan
 from .plan import flops_of
 from .tiles import default_tile
 from .values import Plan
+
+if TYPE_CHECKING:
+    from .emit import AnyPlan
 
 _LAUNCH = 2e-6  # seconds between two kernels of a CUDA graph, at least
 _CACHED_ROW = 2**18  # bytes: 50 MB of L2 for 132 multiprocessors with one row each is 380 KB
@@ -76,21 +79,18 @@ class Roofline:
         )
 
 
-def roofline(plan: Plan | MatmulPlan) -> Roofline:
+def roofline(plan: "AnyPlan") -> Roofline:
     """The roofline of a planned kernel."""
-    products = plan.products if isinstance(plan, MatmulPlan) else ()
+    products = getattr(plan, "products", ())
     flops = sum(flops_of(node) * max(map(_elements, _tensors(node)), default=0) for node in plan.nodes if node not in products)
-    if not isinstance(plan, MatmulPlan):
+    if isinstance(plan, Plan):
         return Roofline(bytes_after(plan), flops)
-    known = known_sizes(plan)
-    terms = int(known(product([plan.num_batch, plan.m, plan.n, plan.k])))
-    kind = "tf32" if plan.precision == "tf32" else str(plan.left.dtype).removeprefix("torch.")
-    return Roofline(bytes_after(plan), flops, 2 * terms * len(products), kind)
+    return Roofline(bytes_after(plan), flops, 2 * int(known_sizes(plan)(plan.product_terms)), plan.product_kind)
 
 
-def bytes_after(plan: Plan | MatmulPlan) -> int:
+def bytes_after(plan: "AnyPlan") -> int:
     """Bytes that the kernel reads and writes; products read each operand once, as their tiles meet in a cache."""
-    if isinstance(plan, MatmulPlan):
+    if not isinstance(plan, Plan):
         return sum(_bytes(node.meta["val"]) for node in (*plan.inputs, *plan.outputs))
     known = known_sizes(plan)
     sizes = {v.name: known(v.size) for v in (*plan.domain.rows, *plan.domain.columns)}
@@ -148,7 +148,7 @@ def _elements(value: Any) -> int:
     )
 
 
-def known_sizes(plan: Plan | MatmulPlan) -> Callable[[Size], int]:
+def known_sizes(plan: "AnyPlan") -> Callable[[Size], int]:
     """Sizes of the domain as numbers: those of symbols are read off the tensors that have them."""
     hints: dict[Any, int] = {}
     for node in (*plan.inputs, *plan.outputs):

@@ -19,11 +19,13 @@ import torch
 from ...ir import Node, SymbolTable
 from .emit import AnyPlan, AnyTile, Kernel, emit
 from .launch import load
+from .low_rank.plan import OperandPlan, ProductPlan
+from .low_rank.tiles import operand_tiles, product_tiles
 from .matmul_plan import MatmulPlan
-from .matmul_tiles import MatmulTile, candidate_tiles
+from .matmul_tiles import candidate_tiles
 from .roofline import known_sizes
 from .targets import Target
-from .tiles import Tile, default_tile, other_tiles
+from .tiles import default_tile, other_tiles
 
 _log = logging.getLogger(__name__)
 _RUNS_A_SAMPLE = 10
@@ -52,7 +54,7 @@ class Tuner:
         default = emit(plan, symbols, lines, target=self.target)
         key = self._key(default)
         if (name := json.dumps(key, sort_keys=True)) not in self._found:
-            is_known, tile = self._kept(key, plan)
+            is_known, tile = self._kept(key, type(default.tile))
             self._found[name] = tile if is_known else self._fastest(plan, symbols, lines, key)
         found = self._found[name]
         return None if found is None else emit(plan, symbols, lines, found, self.target)
@@ -81,14 +83,14 @@ class Tuner:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "interpreter"
         return {"kernel": _digest(kernel), "sizes": bucket, "device": device, "triton": triton.__version__, "torch": torch.__version__}
 
-    def _kept(self, key: Mapping[str, str], plan: AnyPlan) -> tuple[bool, AnyTile | None]:
+    def _kept(self, key: Mapping[str, str], kind: type) -> tuple[bool, AnyTile | None]:
         """(whether that is known, what was found) before, on this kind of device."""
         kept = None if self.cache is None else self.cache.get("tuning", key)
         if kept is None:
             return False, None
         try:
             values = json.loads(kept)
-            return True, None if values is None else (MatmulTile if isinstance(plan, MatmulPlan) else Tile)(**values)
+            return True, None if values is None else kind(**values)
         except (ValueError, TypeError):  # of another version of ours
             return False, None
 
@@ -110,6 +112,10 @@ class Tuner:
     def _candidates(self, plan: AnyPlan) -> Iterator[AnyTile]:
         if isinstance(plan, MatmulPlan):
             yield from candidate_tiles(plan if self.target.copies_blocks else plan.by_addresses(), self.target)
+        elif isinstance(plan, OperandPlan):
+            yield from operand_tiles(plan, self.target)
+        elif isinstance(plan, ProductPlan):
+            yield from product_tiles(plan, self.target)
         else:
             yield from dict.fromkeys((default_tile(plan), *other_tiles(plan)))
 

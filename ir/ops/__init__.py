@@ -1,5 +1,5 @@
 """The dialect's operators; importing this package declares them."""
 
-from . import attention, norm
+from . import attention, low_rank, norm
 
-__all__ = ["attention", "norm"]
+__all__ = ["attention", "low_rank", "norm"]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from ..ir import Function, Program, SymbolTable
-from ..ir.errors import InputError
-from ..ir.infer import contiguous_stride
-from ..ir.region import dense_stride, memory_order
-from ..ir.symbols import UNBOUNDED, Symbol, hint
-from ..ir.tree import Tree, named_tuple_class
+from .errors import InputError
+from .infer import contiguous_stride
+from .program import Function, Program
+from .region import dense_stride, memory_order
+from .symbols import UNBOUNDED, Symbol, SymbolTable, hint
+from .tree import Tree, named_tuple_class
 
 REQUIRED = inspect.Parameter.empty
 

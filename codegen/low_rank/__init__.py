@@ -1,0 +1,1 @@
+"""`gw.lowrank_linear` on CPUs: a kernel in C++ (`native/`), compiled on the machine that it runs on, and how it is called."""

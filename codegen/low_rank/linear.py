@@ -1,0 +1,171 @@
+"""`gw.lowrank_linear` by the kernel in C++, or by the operator's body where the kernel has no form for its operands.
+
+Weights are read where they lie, in the layout of the file: nothing is packed, so nothing has to follow when a weight is written to, and
+the process holds the bits that the format says.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ir.low_bit.formats import FORMATS, Format
+from ...ir.low_bit.hadamard import rotate as rotated
+from ...ir.low_bit.quantize import fake_quantize
+from .library import library
+
+_CALL = struct.Struct("=30qd")  # `Call` in native/call.h
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float8_e4m3fn: 3}
+_FLOATS = (torch.float32, torch.bfloat16)
+_CODES = {("int", 8): 0, ("int", 4): 1, ("e2m1", 4): 2, ("e4m3", 8): 3}
+_WEIGHTS = {name: form for name, form in FORMATS.items() if form.weight and (form.element, form.bits) in _CODES}
+# Activations that the kernel quantizes itself, to codes that meet those of integer weights: sums are exact.
+_ACTIVATIONS = {name: FORMATS[name] for name in ("int8-token", "int4-g16", "int4-g32", "int4-g64", "int4-g128", "uint4-g64")}
+_body = torch.ops.gw.lowrank_linear.default
+_LINE = 64  # bytes of a line of the cache, where scratch begins
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    *,
+    weight_format: str,
+    act_format: str = "none",
+    smooth: Tensor | None = None,
+    weight_scale2: Tensor | None = None,
+    act_scale2: float = 1.0,
+    act_shift: float = 0.0,
+    rotate: int = 0,
+) -> Tensor:
+    """`gw.lowrank_linear`. Codes of activations are the reference's; what the kernel does not quantize or rotate, the reference does, and
+    the kernel multiplies."""
+    if library() is None or not is_fit(x, weight_q, weight_scale, down, up, bias, weight_format, smooth, weight_scale2):
+        return _body(
+            x, weight_q, weight_scale, down, up, bias, weight_format=weight_format, act_format=act_format, smooth=smooth,
+            weight_scale2=weight_scale2, act_scale2=act_scale2, act_shift=act_shift, rotate=rotate,
+        )  # fmt: skip
+    columns = Columns(weight_q, weight_scale, weight_scale2, up, bias)
+    return products(x, smooth, down, [columns], weight_format, act_format, act_scale2, act_shift, rotate)[0]
+
+
+def is_fit(
+    x: Tensor,
+    weight_q: Tensor,
+    weight_scale: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    weight_format: str,
+    smooth: Tensor | None,
+    weight_scale2: Tensor | None,
+) -> bool:
+    """Whether the operands have the types and the very shapes that the kernel reads; the body also takes what broadcasts to them."""
+    form = _WEIGHTS.get(weight_format)
+    if form is None or x.device.type != "cpu" or x.dtype not in _FLOATS or x.dim() == 0 or x.size(-1) == 0:
+        return False
+    k, n = x.size(-1), weight_q.size(0)
+    group = form.group_of(k)
+    if weight_q.shape != (n, k // 2 if form.is_packed else k) or weight_scale.shape != (n, k // group) or k % group:
+        return False
+    if weight_q.element_size() != 1 or weight_scale.dtype not in _TYPES:
+        return False
+    if weight_scale2 is not None and (weight_scale2.dtype != torch.float32 or weight_scale2.shape not in ((1,), (n,))):
+        return False
+    rank = 0 if down is None else down.size(0)
+    expected = ((down, (rank, k)), (up, (n, rank)), (bias, (n,)), (smooth, (k,)))
+    return all(tensor is None or (tensor.dtype in _FLOATS and tensor.shape == shape) for tensor, shape in expected)
+
+
+class Columns(NamedTuple):
+    """What of a layer has output columns: weight [N, K] with its scales, up [N, r], bias [N]."""
+
+    codes: Tensor
+    scale: Tensor
+    scale2: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
+
+
+def products(
+    x: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    layers: Sequence[Columns],
+    weight_format: str,
+    act_format: str,
+    act_scale2: float,
+    act_shift: float,
+    rotate: int,
+) -> list[Tensor]:
+    """The results of layers that read the same rows through the same `smooth` and `down`, in formats that are the same: rows are
+    quantized and multiplied by `down` once. The library is there, and the operands are fit."""
+    form = _WEIGHTS[weight_format]
+    results = [torch.empty(*x.shape[:-1], layer.codes.size(0), dtype=x.dtype) for layer in layers]
+    rows = x.reshape(-1, x.size(-1))
+    if rows.size(0) == 0:
+        return results
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    codes = _ACTIVATIONS.get(act_format) if form.element == "int" and form.scale in ("f32", "model") else None
+    prepared = None
+    if rotate or (codes is None and act_format != "none"):
+        prepared = _prepared(rows, smooth, act_shift, rotate, "none" if codes else act_format, act_scale2)
+        smooth, act_shift = None, 0.0
+    smooth, down, layers = _dense(smooth), _dense(down), [Columns(*map(_dense, layer)) for layer in layers]
+    calls = [
+        (
+            rows.data_ptr(), _TYPES[rows.dtype], rows.stride(0), *_typed(smooth), 0 if prepared is None else prepared.data_ptr(),
+            *rows.shape, y.size(-1), y.data_ptr(), *_columns(layer, form, rows.size(1), down), *_quantizer(codes, rows),
+            torch.get_num_threads(),
+        )
+        for layer, y in zip(layers, results, strict=True)
+    ]  # fmt: skip
+    _run(calls, act_shift)
+    return results
+
+
+def _prepared(x: Tensor, smooth: Tensor | None, shift: float, rotate: int, act_format: str, scale2: float) -> Tensor:
+    """float32 [M, K]: what meets the weight, as the operator's body has it."""
+    xs = x.float() + shift if shift else x.float()
+    if smooth is not None:
+        xs = xs * smooth.float()
+    if rotate:
+        xs = rotated(xs, rotate, weight=False)
+    return fake_quantize(xs, act_format, x.dtype, scale2).contiguous()
+
+
+def _run(calls: Sequence[tuple[int, ...]], shift: float) -> None:
+    native, count = library(), len(calls)
+    told = b"".join(_CALL.pack(*fields, 0, shift) for fields in calls)
+    scratch = torch.empty(native.scratch_bytes(told, count) + _LINE, dtype=torch.uint8)
+    begin = -(-scratch.data_ptr() // _LINE) * _LINE
+    native.lowrank_linear(b"".join(_CALL.pack(*fields, begin, shift) for fields in calls), count)
+
+
+def _columns(layer: Columns, form: Format, k: int, down: Tensor | None) -> tuple[int, ...]:
+    scale2 = (0, 0) if layer.scale2 is None else (layer.scale2.data_ptr(), layer.scale2.numel())
+    branch = (0, 0, 0, 0, 0) if down is None or layer.up is None else (*_typed(down), *_typed(layer.up), down.size(0))
+    code = _CODES[form.element, form.bits]
+    return layer.codes.data_ptr(), code, *_typed(layer.scale), form.group_of(k), *scale2, *branch, *_typed(layer.bias)
+
+
+def _quantizer(form: Format | None, x: Tensor) -> tuple[int, int, int, int]:
+    """The largest code, whether codes are unsigned, the elements of a block, and how its scale is stored."""
+    if form is None:
+        return 0, 0, 0, 0
+    scale = x.dtype if form.scale == "model" else torch.float32
+    return int(form.qmax), form.element == "uint", form.group_of(x.size(1)), _TYPES[scale]
+
+
+def _typed(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), _TYPES[tensor.dtype])
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()

@@ -1,0 +1,145 @@
+"""Linear layers of a function: products of activations with a constant weight, whatever operation spells them.
+
+    linear(x, W, b)      addmm(b, x, W')      mm(x, W')      matmul(x, W')      with W' = W.T stored [K, N]
+
+A weight that several calls read, or that is no plain matrix of floats, is no layer's own.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from ...ir import Node, Program, Rewriter
+from ...ir.float64 import RoundedWeight, exact_value
+from ...ir.pattern import named_arguments
+from ..base import LeftAlone
+
+aten, gw = torch.ops.aten, torch.ops.gw
+
+_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+_WEIGHT_ENDING = re.compile(r"(\.smoothed)?\.(weight|residual)(_\d+)?$")
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer: y = x @ W.T + bias. `transposed` says that `weight` is stored [K, N]."""
+
+    node: Node
+    x: Node
+    weight: Node
+    bias: Node | None
+    transposed: bool
+    name: str
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.meta["val"].shape[1 if self.transposed else 0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.meta["val"].shape[0 if self.transposed else 1])
+
+    @property
+    def numel(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its activations."""
+        return self.x.meta["val"].dtype
+
+    def exact_matrix(self, program: Program) -> torch.Tensor:
+        """W [N, K] in float64."""
+        value = exact_value(program.weights[str(self.weight.target)])
+        return value.T if self.transposed else value
+
+    def matrix(self, program: Program) -> torch.Tensor:
+        """W [N, K] in float32 (float64 for float64), detached."""
+        tensor = program.weights[str(self.weight.target)].tensor
+        assert tensor is not None
+        tensor = tensor.detach()
+        wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+        return wide.T if self.transposed else wide
+
+
+def find_layers(rewriter: Rewriter) -> tuple[list[Layer], list[LeftAlone]]:
+    """The layers of the function in order, and the products with a constant that are none, with the reason."""
+    layers, left = [], []
+    for node in rewriter.nodes():
+        found = layer_of(node, rewriter.program)
+        if isinstance(found, Layer):
+            layers.append(found)
+        elif found:
+            left.append(LeftAlone.at(node, found))
+    return layers, left
+
+
+def layer_of(node: Node, program: Program) -> "Layer | str":
+    """The layer that `node` is, why it is none, or "" where nobody would expect one."""
+    if node.target not in _PRODUCTS:
+        return ""
+    arguments = named_arguments(node)
+    if node.target is aten.linear.default:
+        x, weight, bias, transposed = arguments["input"], arguments["weight"], arguments["bias"], False
+    elif node.target is aten.addmm.default:
+        x, weight, bias, transposed = arguments["mat1"], arguments["mat2"], arguments["self"], True
+        if arguments["beta"] != 1 or arguments["alpha"] != 1:
+            return "its sum is scaled"
+    else:
+        x, weight = (arguments[name] for name in (("self", "mat2") if node.target is aten.mm.default else ("self", "other")))
+        bias, transposed = None, True
+    if not isinstance(weight, Node) or weight.op != "get_attr":
+        return "its weight is no constant" if node.target is aten.linear.default else ""
+    value = weight.meta["val"]
+    if value.dim() != 2 or value.dtype not in _FLOATS or x.meta["val"].dim() < 2:
+        return "its weight is no matrix of floats, or its input has one dim only"
+    if bias is not None and bias.meta["val"].dim() != 1:
+        return "what is added is no vector"
+    uses = count_uses(program, str(weight.target))
+    if uses > 1:
+        return f"its weight {weight.target} is used {uses} times"
+    tensor = program.weights[str(weight.target)].tensor
+    if tensor is None:
+        return "the program was read from text and its weights have no values"
+    if x.meta["val"].dtype != value.dtype:
+        return "its activations have another dtype than its weight"
+    return Layer(node, x, weight, bias, transposed, layer_name(str(weight.target)))
+
+
+def count_uses(program: Program, weight: str) -> int:
+    """How many operands of calls the weight is, over all functions and regions."""
+    return sum(len(node.users) for node in program.nodes() if node.op == "get_attr" and str(node.target) == weight)
+
+
+def layer_name(weight: str) -> str:
+    """`blocks.0.attn.qkv.weight` -> `blocks.0.attn.qkv`."""
+    return _WEIGHT_ENDING.sub("", weight)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a layer's name fits one of the patterns (`*embed*`, `lm_head`)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def computed(rewriter: Rewriter, name: str, value: torch.Tensor, exact: Any = None) -> Node:
+    """A use of a new weight of that name (made free by a number), which remembers its float64 value where `exact` gives one."""
+    free = next(n for n in _numbered(name) if n not in rewriter.program.weights)
+    stored = value.detach().contiguous()
+    return rewriter.weight(RoundedWeight.computed(free, stored, exact if exact is not None else lambda: _wide(stored)))
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.float64) if value.is_floating_point() else value
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    k = 1
+    while True:
+        yield f"{name}_{k}"
+        k += 1

@@ -1,0 +1,128 @@
+"""The pass `append-lora`: a low-rank adapter joins the branch of a layer that is quantized already; nothing is quantized again.
+
+    down' = [down; A],  up' = [up, s B]        y' = y + s (x A.T) B.T
+
+The rank is padded with zeros to a multiple of 16, as kernels take it. Where the layer's input carries folded factors a, A is divided by
+them. Other layers on the same down-projection get columns of zeros. Source: SVDQuant (arXiv 2411.05007), section 4.3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...ir import Node, Rewriter
+from ...ir.errors import PassError
+from ...ir.float64 import exact_value
+from ...ir.pattern import named_arguments
+from ..base import Outcome, Pass
+from ..contract import Contract
+from ..options import option
+from .layers import computed, find_layers
+from .recipe import stored_dtype
+from .rewrite import LOWRANK
+from .smoothing import folded_factors_name
+
+_PADDING = 16
+
+
+@dataclass(frozen=True)
+class AppendLoRA(Pass):
+    """adapters: layer name -> (A [r, K], B [N, r]), as in W + scale B A. scale: s, often alpha / r.
+
+    Equal to the program before where every B is 0.
+    """
+
+    name = "append-lora"
+    contract = Contract.SUBSTITUTION
+    after = frozenset({"smooth", "split-low-rank", "quantize", "absorb-outliers"})
+
+    adapters: Any = option(None, "a mapping of layer names to (A, B)", lambda v: v is None or isinstance(v, Mapping), spelled=False)
+    scale: float = option(1.0, "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool))
+
+    def run(self, rewriter: Rewriter) -> Outcome:
+        adapters: Mapping[str, Any] = self.adapters or {}
+        layers = _layers(rewriter)
+        unknown = sorted(set(adapters) - set(layers))
+        if unknown:
+            raise PassError(f"pass {self.name}: no layer is called {unknown[0]}; there are {', '.join(sorted(layers))}")
+        for name, pair in adapters.items():
+            a, b = self._checked(name, pair, layers[name])
+            with rewriter.step("append-lora"):
+                self._append(rewriter, layers, name, a, b)
+        return Outcome(lines=(f"{len(adapters)} adapters",))
+
+    def _checked(self, name: str, pair: Any, node: Node) -> tuple[torch.Tensor, torch.Tensor]:
+        n, k = node.meta["val"].shape[-1], named_arguments(node)["x" if node.target is LOWRANK else "input"].meta["val"].shape[-1]
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, torch.Tensor) for each in pair)):
+            raise PassError(f"pass {self.name}: the adapter of {name} is no pair of tensors (A, B)")
+        a, b = (each.detach().to(torch.float64) for each in pair)
+        if a.dim() != 2 or b.dim() != 2 or a.size(1) != k or b.size(0) != n or a.size(0) != b.size(1):
+            shapes = f"A {list(a.shape)} and B {list(b.shape)}"
+            raise PassError(f"pass {self.name}: {name} takes A [r, {k}] and B [{n}, r], not {shapes}")
+        if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
+            raise PassError(f"pass {self.name}: the adapter of {name} holds NaN or infinity")
+        return a, b
+
+    def _append(self, rewriter: Rewriter, layers: dict[str, Node], name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        node = layers[name]
+        if node.target is not LOWRANK:
+            node = layers[name] = _with_branch(rewriter, node)
+        record = rewriter.program.weights.get(folded_factors_name(name))
+        if record is not None:
+            a = a / exact_value(record)
+        arguments = named_arguments(node)
+        down = _value(rewriter, arguments["down"], (0, a.size(1)))
+        padding = -(down.size(0) + a.size(0)) % _PADDING
+        store = stored_dtype(arguments["x"].meta["val"].dtype)
+        wider = torch.cat([down, a, a.new_zeros(padding, a.size(1))])
+        shared = computed(rewriter, _lora_name(name, arguments["down"], "down"), wider.to(store))
+        for other, member in list(layers.items()):
+            if member is not node and (arguments["down"] is None or member.target is not LOWRANK):
+                continue
+            own = named_arguments(member)
+            if member is not node and own["down"] is not arguments["down"]:
+                continue
+            up = _value(rewriter, own["up"], (member.meta["val"].shape[-1], 0))
+            added = self.scale * b if member is node else up.new_zeros(up.size(0), b.size(1))
+            columns = torch.cat([up, added, up.new_zeros(up.size(0), padding)], 1)
+            own["down"], own["up"] = shared, computed(rewriter, _lora_name(other, own["up"], "up"), columns.to(store))
+            layers[other] = _called(rewriter, member, own)
+
+
+def _layers(rewriter: Rewriter) -> dict[str, Node]:
+    """Layers by name: those on codes or residuals, and those left as they were."""
+    found = {layer.name: layer.node for layer in find_layers(rewriter)[0] if not layer.transposed}
+    for node in rewriter.nodes():
+        if node.target is LOWRANK:
+            weight = str(named_arguments(node)["weight_q"].target)
+            found[weight.rpartition(".")[0]] = node
+    return found
+
+
+def _with_branch(rewriter: Rewriter, node: Node) -> Node:
+    """linear(x, W, b) as the dialect's operation on the float weight, without a branch yet."""
+    arguments = named_arguments(node)
+    operands = (arguments["input"], arguments["weight"], None, None, None, arguments["bias"])
+    new = rewriter.insert(LOWRANK, operands, {"weight_format": "none"}, before=node, origin=node)
+    rewriter.replace(node, new)
+    return new
+
+
+def _called(rewriter: Rewriter, node: Node, arguments: dict[str, Any]) -> Node:
+    positional = ("x", "weight_q", "weight_scale", "down", "up", "bias")
+    defaults = {argument.name: argument.default_value for argument in LOWRANK._schema.arguments}
+    options = {name: value for name, value in arguments.items() if name not in positional and value != defaults[name]}
+    return rewriter.set_arguments(node, [arguments[name] for name in positional], options)
+
+
+def _value(rewriter: Rewriter, node: Node | None, empty: tuple[int, int]) -> torch.Tensor:
+    if node is None:
+        return torch.zeros(empty, dtype=torch.float64)
+    return exact_value(rewriter.program.weights[str(node.target)])
+
+
+def _lora_name(layer: str, node: Node | None, which: str) -> str:
+    stem = f"{layer}.{which}" if node is None else str(node.target)
+    return stem if stem.endswith(f".lora.{which}") else f"{stem.rpartition('.')[0]}.lora.{which}"

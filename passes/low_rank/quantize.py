@@ -1,0 +1,152 @@
+"""The pass `quantize`: weights of linear layers, and residuals beside a branch, become codes of a low-bit format. Bounded.
+
+    linear(x, W, b)                      -> gw.lowrank_linear(x, codes, scale, none, none, b, weight_format=...)
+    linear(mul(x, a), W, b)              -> the same with smooth=a
+    gw.lowrank_linear(x, R, none, D, U)  -> gw.lowrank_linear(x, codes, scale, D, U, ...)
+
+Rounds to nearest. Without calibration the error of a layer is |W - Q(W)| / |W|, with it that of its outputs.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...ir import Node, Program, Rewriter
+from ...ir.errors import PassError
+from ...ir.float64 import exact_value
+from ...ir.low_bit import Quantized, dequantize, fake_quantize, format_of, quantize
+from ...ir.low_bit.quantize import tensor_scale
+from ..base import LeftAlone, Outcome, Pass
+from ..check import Reference
+from ..contract import Contract
+from ..options import at_least, one_of, option
+from ..verdict import Verdict
+from .calibrate import collect
+from .formats import ACTIVATIONS, WEIGHTS
+from .layers import find_layers, matches
+from .progress import progress_bar
+from .quality import judge_outputs
+from .recipe import Recipe, stored_dtype
+from .rewrite import Product, product_of, quantize_product
+from .statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """weight, act: formats. budget: the largest error of a layer; auto is 1.5 x what the formats make of normal numbers. output_budget:
+    of the whole program under verify="numeric". min_numel, skip: smaller weights, and layers of these names, stay. calibration:
+    example inputs to measure errors on."""
+
+    name = "quantize"
+    contract = Contract.BOUNDED
+    after = frozenset({"smooth", "split-low-rank"})
+
+    weight: str = option("int4-g64", f"one of {', '.join(WEIGHTS)}", one_of(WEIGHTS))
+    act: str = option("none", f"one of {', '.join(ACTIVATIONS)}", one_of(ACTIVATIONS))
+    budget: Any = option("auto", "auto, or a number of at least 0", lambda v: v == "auto" or at_least(0.0)(v))
+    output_budget: Any = option(None, "none, or a number of at least 0", lambda v: v is None or at_least(0.0)(v))
+    min_numel: int = option(65536, "an integer of at least 0", at_least(0))
+    skip: tuple[str, ...] = option((), "a list of patterns", lambda v: all(isinstance(p, str) for p in v) and not isinstance(v, str))
+    calibration: Any = option(None, "an iterable of example inputs", lambda v: v is None or isinstance(v, Iterable), spelled=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.act != "none" and format_of(self.act).scale == "nv" and self.calibration is None:
+            raise PassError(f"pass {self.name}: act {self.act} needs example inputs: give calibration=, an iterable of argument tuples")
+
+    def check(self, reference: Reference, after: Program) -> Verdict:
+        return judge_outputs(reference, after, self.output_budget)
+
+    def run(self, rewriter: Rewriter) -> Outcome:
+        _, left = find_layers(rewriter)
+        products = [product for node in rewriter.nodes() if (product := product_of(node, rewriter.program)) is not None]
+        taken = []
+        for product in products:
+            reason = self._reason_against(product)
+            if reason:
+                left.append(LeftAlone.at(product.node, f"{product.name}: {reason}"))
+            else:
+                taken.append(product)
+        statistics = self._calibrated(rewriter, taken)
+        lines = []
+        for product in taken:
+            result = self._quantized(rewriter, product.node, statistics.get(product.name))
+            if result:
+                left.append(LeftAlone.at(product.node, f"{product.name}: {result}"))
+            else:
+                lines.append(product.name)
+        head = f"{len(lines)} layers in {self.weight}" + ("" if self.act == "none" else f" x {self.act}")
+        return Outcome(
+            tuple(left), (head,) if self.calibration is not None else (head, "not checked on data: errors are those of the weights")
+        )
+
+    def _reason_against(self, product: Product) -> str:
+        n, k = product.shape
+        if matches(product.name, self.skip):
+            return "its name is among those to skip"
+        if n * k < self.min_numel:
+            return f"its weight has {n * k} elements, fewer than min_numel {self.min_numel}"
+        for name in (self.weight, *(() if self.act == "none" else (self.act,))):
+            if k % format_of(name).group_of(k):
+                return f"K = {k} is no multiple of the blocks of {name}"
+        return ""
+
+    def _calibrated(self, rewriter: Rewriter, products: list[Product]) -> dict[str, Statistics]:
+        if self.calibration is None or not products:
+            return {}
+        with progress_bar() as tell:
+            taps = {product.name: product.x for product in products}
+            return collect(rewriter.program, taps, self.calibration, function=rewriter.function.name, tell=tell)
+
+    def _quantized(self, rewriter: Rewriter, node: Node, statistics: Statistics | None) -> str:
+        """Rewrites the layer, or says why not."""
+        if statistics is not None and statistics.refusal:
+            return statistics.refusal
+        product = product_of(node, rewriter.program)  # anew: what it reads may have been rewritten
+        assert product is not None
+        matrix = product.exact_matrix(rewriter.program).to(torch.float32)
+        if not bool(torch.isfinite(matrix).all()):
+            return "its weight holds NaN or infinity"
+        quantized = quantize(matrix, self.weight, stored_dtype(product.dtype))
+        measured = _Measured(rewriter.program, product, matrix, quantized, self, statistics)
+        limit = Recipe(weight=self.weight, act=self.act, budget=self.budget).limit
+        if not measured.error <= limit:
+            return f"its error of {measured.error:.3g} is over the budget of {limit:.3g}"
+        with rewriter.step("quantize"):
+            quantize_product(rewriter, product, quantized, self.weight, measured.activations, 0)
+        return ""
+
+
+class _Measured:
+    """The error of one layer's codes, and the attributes of its activations."""
+
+    def __init__(self, program: Program, product: Product, matrix: torch.Tensor, quantized: Quantized, options: Quantize, seen: Any):
+        self.program, self.product, self.options = program, product, options
+        self.activations: dict[str, Any] = {} if options.act == "none" else {"act_format": options.act}
+        values = dequantize(quantized.codes, quantized.scale, quantized.scale2, options.weight, torch.float32)
+        smooth, down, up = (self._value(node) for node in (product.smooth, product.down, product.up))
+        whole = matrix if up is None or down is None else matrix + up @ (down if smooth is None else down / smooth)
+        if seen is None:
+            self.error = _relative(matrix - values, whole)
+            return
+        x = seen.selection.to(torch.float32)
+        scaled = x if smooth is None else x * smooth
+        scale2 = 1.0
+        if options.act != "none" and format_of(options.act).scale == "nv":
+            rows = seen.rows.to(torch.float32)
+            scale2 = float(tensor_scale((rows if smooth is None else rows * smooth).abs().amax(1), format_of(options.act)))
+            self.activations["act_scale2"] = scale2
+        coded = fake_quantize(scaled, options.act, torch.float32, scale2)
+        self.error = _relative(scaled @ matrix.T - coded @ values.T, scaled @ whole.T)
+
+    def _value(self, node: Node | None) -> torch.Tensor | None:
+        return None if node is None else exact_value(self.program.weights[str(node.target)]).to(torch.float32)
+
+
+def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(whole, dtype=torch.float64))
+    error = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
+    return error / norm if norm > 0 else (0.0 if error == 0 else math.inf)

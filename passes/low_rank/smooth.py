@@ -1,0 +1,76 @@
+"""The pass `smooth`: outliers of activations move into weights, by factors for each channel of a site's input. Exact.
+
+    linear(x, W, b) -> linear(x a, W / a, b),   a = amax(W)^(1 - alpha) / amax(x)^alpha
+
+The product x a is folded into what makes x where that is possible. Source: SmoothQuant (arXiv 2211.10438), equation 4.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...ir import Rewriter
+from ...ir.errors import PassError
+from ..base import LeftAlone, Outcome, Pass
+from ..contract import Contract
+from ..options import at_least, between, one_of, option
+from .calibrate import collect
+from .folds import Fold, find_fold
+from .layers import find_layers, matches
+from .progress import progress_bar
+from .sites import find_sites
+from .smoothing import Moved, apply_smoothing, factors, tied
+
+
+@dataclass(frozen=True)
+class Smooth(Pass):
+    """alpha: how much of the outliers moves, 0 none and 1 all. fold: into what is before, where possible. pow2: factors of two's
+    powers, so that every rounding stays what it was. skip: patterns of layers that stay. calibration: example inputs, each a tuple of
+    arguments or (args, kwargs).
+
+    Raises (on construction): PassError: there is no calibration, without which no outlier is known.
+    """
+
+    name = "smooth"
+    contract = Contract.EXACT
+
+    alpha: float = option(0.5, "a number from 0 to 1", between(0.0, 1.0))
+    fold: bool = option(True, "true or false", one_of((True, False)))
+    pow2: bool = option(False, "true or false", one_of((True, False)))
+    min_numel: int = option(65536, "an integer of at least 0", at_least(0))
+    skip: tuple[str, ...] = option((), "a list of patterns", lambda v: all(isinstance(p, str) for p in v) and not isinstance(v, str))
+    calibration: Any = option(None, "an iterable of example inputs", lambda v: v is None or isinstance(v, Iterable), spelled=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration is None:
+            raise PassError(
+                f"pass {self.name} needs example inputs: give it as an object, with calibration=, an iterable of argument tuples"
+            )
+
+    def run(self, rewriter: Rewriter) -> Outcome:
+        layers, left = find_layers(rewriter)
+        sites = find_sites([layer for layer in layers if layer.numel >= self.min_numel and not matches(layer.name, self.skip)])
+        if not sites:
+            return Outcome(tuple(left))
+        program = rewriter.program
+        with progress_bar() as tell:
+            taps = {site.name: site.source for site in sites}
+            statistics = collect(program, taps, self.calibration, function=rewriter.function.name, tell=tell)
+        lines, moved = [], Moved()
+        found = [(site, find_fold(site, program) if self.fold else "folding is off") for site in sites]
+        for site, fold in found:
+            seen = statistics[site.name]
+            if seen.refusal:
+                left += [LeftAlone.at(layer.node, f"{layer.name}: {seen.refusal}") for layer in site.layers]
+                continue
+            ties = fold.ties if isinstance(fold, Fold) else None
+            amax_w = torch.cat([layer.matrix(program) for layer in site.layers]).abs().amax(0)
+            dtype = site.layers[0].dtype
+            a = factors(tied(seen.amax, ties), tied(amax_w, ties), self.alpha, 1 - self.alpha, dtype, pow2=self.pow2)
+            apply_smoothing(rewriter, moved, site, a, fold if isinstance(fold, Fold) else None)
+            where = f"folded into {fold.producer}" if isinstance(fold, Fold) else f"multiplied in: {fold}"
+            lines.append(f"{', '.join(layer.name for layer in site.layers)}: {where}")
+        return Outcome(tuple(left), tuple(lines))

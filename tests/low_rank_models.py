@@ -1,0 +1,153 @@
+"""Small networks with one way each of making a linear layer's input, for tests of smoothing and quantization."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+K = 32
+
+
+class AfterLayerNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.q_proj, self.k_proj = nn.LayerNorm(K), nn.Linear(K, 24), nn.Linear(K, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return torch.cat([self.q_proj(y), self.k_proj(y)], -1)
+
+
+class AfterRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.RMSNorm(K), nn.Linear(K, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x).reshape(-1, K))
+
+
+class AfterSpelledNorm(nn.Module):
+    """RMSNorm as transformers' Llama spells it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.fc = nn.Parameter(torch.rand(K) + 0.5), nn.Linear(K, 24, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)))
+
+
+class AfterLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(K, K), nn.Linear(K, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class Modulated(nn.Module):
+    """adaLN with one linear layer for shift, scale and gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.modulation, self.fc = nn.LayerNorm(K, elementwise_affine=False), nn.Linear(K, 3 * K), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(F.silu(x.mean(1))).chunk(3, -1)
+        return x + gate[:, None] * self.fc(self.norm(x) * (1 + scale[:, None]) + shift[:, None])
+
+
+class Attention(nn.Module):
+    """Four query heads on two heads of keys; the output projection reads attention's values."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(K, K), nn.Linear(K, K // 2), nn.Linear(K, K // 2), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(K, 64), nn.Linear(K, 64), nn.Linear(64, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class AfterGELU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(K, 64), nn.Linear(64, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ReadTwice(nn.Module):
+    """The norm's result is a residual too, so nothing can be folded into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(K), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return y + self.fc(y)
+
+
+class Joined(nn.Module):
+    """A layer that reads a concatenation, as FLUX's single blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.proj = nn.Linear(K, K), nn.Linear(K, 64), nn.Linear(K + 64, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(torch.cat([self.left(x), F.gelu(self.right(x))], -1))
+
+
+class Conv1D(nn.Module):
+    """addmm on a weight stored [K, N], as transformers' GPT-2 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(K, 24) / 6), nn.Parameter(torch.randn(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, K), self.weight).view(*x.shape[:-1], 24)
+
+
+FOLDED = {
+    AfterLayerNorm: "layer_norm",
+    AfterRMSNorm: "rms_norm",
+    AfterSpelledNorm: "mul",
+    AfterLinear: "linear",
+    Modulated: "linear",
+    Attention: "linear",
+    SwiGLU: "linear",
+}
+MULTIPLIED = (AfterGELU, ReadTwice, Conv1D)
+ALL = (*FOLDED, *MULTIPLIED, Joined)
+
+
+def made(network: type[nn.Module], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, tuple[Tensor], list[tuple[Tensor]]]:
+    """The network with random weights, an input with outliers in some channels, and calibration inputs of their kind."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = network().to(dtype).eval()
+        for parameter in module.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, dtype=dtype)
+    scale = torch.ones(K, dtype=dtype)
+    scale[torch.tensor([3, 17])] = 20
+
+    def draw() -> tuple[Tensor]:
+        return (torch.randn(2, 6, K, generator=generator).to(dtype) * scale,)
+
+    return module, draw(), [draw() for _ in range(3)]

@@ -1,0 +1,452 @@
+"""The passes `smooth`, `split-low-rank`, `quantize`, `append-lora` and `absorb-outliers`: exact parts, contracts, refusals."""
+
+import re
+
+import pytest
+import torch
+
+import graphwright as gw
+from graphwright.ir.float64 import to_float64
+from graphwright.ir.pattern import named_arguments
+from graphwright.ir.run import run
+from graphwright.passes.low_rank.rewrite import LOWRANK
+from graphwright.tests import low_rank_models as nets
+
+aten = torch.ops.aten
+
+
+def compiled(network, passes, dtype=torch.float32, **options):
+    """The compiled network, its input, and its program without these passes."""
+    module, example, calibration = nets.made(network, dtype)
+    made = [each(calibration) if callable(each) else each for each in passes]
+    options = {"backend": "aten", "cache": False, "verify": "numeric", **options}
+    return gw.compile(module, made, example_inputs=example, **options), example, module
+
+
+def smooth(**options):
+    return lambda calibration: gw.Smooth(calibration=calibration, min_numel=0, **options)
+
+
+def absorb(**options):
+    return lambda calibration: gw.AbsorbOutliers(**{"calibration": calibration, "min_numel": 0, "weight": "int4-g16", "rank": 2, **options})
+
+
+def report_of(model):
+    return model.report().passes[-1]
+
+
+def ops(program):
+    return [node for node in program.main.calls if node.target is LOWRANK]
+
+
+def in_float64(program, example):
+    return run(to_float64(program), [each.double() for each in example])[0][0]
+
+
+# --- smooth -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", nets.ALL)
+@pytest.mark.parametrize("fold", [True, False])
+def test_smoothing_is_exact(network, fold):
+    model, example, _ = compiled(network, [smooth(fold=fold)])
+    before, after = (in_float64(program, example) for program in (model.history[-2], model.program))
+    assert (after - before).abs().max() <= 1e-12 * before.abs().max()
+    assert report_of(model).records and report_of(model).verdict.kind == "right"
+
+
+# Not Modulated with folds: a (1 + bias) - 1 rounds, whatever a is.
+@pytest.mark.parametrize(("network", "fold"), [(n, fold) for n in nets.ALL for fold in (True, False) if not (n is nets.Modulated and fold)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smoothing_by_powers_of_two_changes_no_bit(network, dtype, fold):
+    model, example, module = compiled(network, [smooth(pow2=True, fold=fold)], dtype, verify="structure")
+    with torch.no_grad():
+        assert torch.equal(model(*example), module(*example))
+
+
+@pytest.mark.parametrize(("network", "producer"), nets.FOLDED.items())
+def test_factors_are_folded_into_what_makes_the_input(network, producer):
+    model, _, _ = compiled(network, [smooth()])
+    assert any(f"folded into {producer}" in line for line in report_of(model).lines)
+
+
+@pytest.mark.parametrize("network", nets.MULTIPLIED)
+def test_factors_are_multiplied_in_where_nothing_takes_them(network):
+    model, _, _ = compiled(network, [smooth()])
+    assert "multiply-by-smoothing" in [record.rule for record in report_of(model).records]
+
+
+def test_folding_says_why_not():
+    model, _, _ = compiled(nets.ReadTwice, [smooth()])
+    assert "fc: multiplied in: something else reads its input" in report_of(model).lines
+    model, _, _ = compiled(nets.AfterGELU, [smooth()])
+    assert "fc2: multiplied in: the gelu before it takes no factors" in report_of(model).lines
+
+
+def test_query_heads_that_share_keys_share_factors():
+    model, _, _ = compiled(nets.Attention, [smooth()])
+    a = model.program.weights["out.folded_smooth"].tensor.reshape(2, 2, 8)
+    assert torch.equal(a[:, 0], a[:, 1]) and not torch.equal(a[0], a[1])
+
+
+def test_a_silent_channel_changes_nothing_but_its_own_factor():
+    module, example, calibration = nets.made(nets.AfterLayerNorm)
+
+    def factors():
+        passes = [gw.Smooth(calibration=calibration, min_numel=0)]
+        model = gw.compile(module, passes, example_inputs=example, backend="aten", cache=False)
+        return model.program.weights["q_proj.folded_smooth"].tensor
+
+    before = factors()
+    with torch.no_grad():
+        module.norm.weight[5] = module.norm.bias[5] = 0
+    others = torch.arange(nets.K) != 5
+    assert factors()[5] == 1 and torch.equal(factors()[others], before[others])
+
+
+def test_smoothing_needs_examples():
+    with pytest.raises(gw.PassError, match="pass smooth needs example inputs"):
+        gw.Smooth()
+    with pytest.raises(gw.PassError, match="pass smooth needs example inputs"):
+        gw.compile(torch.nn.Linear(4, 4), "smooth")
+
+
+# --- split-low-rank ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", nets.ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_branch_and_its_residual_are_the_weight(network, dtype, smoothed):
+    passes = ([smooth(fold=False)] if smoothed else []) + [gw.SplitLowRank(rank=2, min_numel=0)]
+    model, example, _ = compiled(network, passes, dtype)
+    before, after = (in_float64(program, example) for program in (model.history[-2], model.program))
+    assert ops(model.program)
+    assert (after - before).abs().max() <= 1e-12 * before.abs().max()
+
+
+def test_a_product_by_factors_becomes_part_of_the_layer():
+    model, _, _ = compiled(nets.AfterGELU, [smooth(), gw.SplitLowRank(rank=2, min_numel=0)])
+    assert all(named_arguments(node)["smooth"] is not None for node in ops(model.program))
+    assert not any(node.target is aten.mul.Tensor for node in model.program.main.calls)
+
+
+def test_rank_0_changes_nothing():
+    model, _, _ = compiled(nets.AfterLayerNorm, [gw.SplitLowRank(rank=0, min_numel=0)])
+    assert not report_of(model).records
+
+
+def test_queries_and_keys_share_a_down_projection():
+    model, example, _ = compiled(nets.AfterLayerNorm, [gw.SplitLowRank(rank=2, min_numel=0)])
+    apart, _, _ = compiled(nets.AfterLayerNorm, [gw.SplitLowRank(rank=2, min_numel=0, share_down=False)])
+    assert len({named_arguments(node)["down"] for node in ops(model.program)}) == 1
+    assert len({named_arguments(node)["down"] for node in ops(apart.program)}) == 2
+    assert torch.allclose(model(*example), apart(*example), atol=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "reason"), [(40, "rank 40 is more than the 24"), (8, "a branch of rank 8 saves nothing at \\[24, 32\\]")])
+def test_a_branch_that_saves_nothing_is_refused(rank, reason):
+    model, _, _ = compiled(nets.AfterRMSNorm, [gw.SplitLowRank(rank=rank, min_numel=0)])
+    assert not report_of(model).records
+    [left] = report_of(model).left
+    assert re.search(reason, left.reason)
+
+
+# --- quantize ---------------------------------------------------------------------------------------------------------------
+
+
+def test_each_of_the_three_passes_can_stand_alone():
+    passes = [smooth(), gw.SplitLowRank(rank=2, min_numel=0), lambda c: gw.Quantize(weight="int4-g16", min_numel=0, calibration=c)]
+    model, example, module = compiled(nets.SwiGLU, passes)
+    assert [str(each.contract) for each in model.report().passes[-3:]] == ["exact", "exact", "bounded"]
+    assert all(named_arguments(node)["weight_format"] == "int4-g16" for node in ops(model.program))
+    with torch.no_grad():
+        expected = module(*example)
+    assert (model(*example) - expected).norm() <= 0.2 * expected.norm()
+
+
+def test_the_order_of_the_three_is_checked():
+    with pytest.raises(gw.PassError, match="split-low-rank"):
+        gw.compile(torch.nn.Linear(4, 4), "quantize,split-low-rank")
+
+
+def test_a_layer_over_its_budget_stays_as_it_was():
+    model, _, _ = compiled(nets.AfterLinear, [gw.Quantize(weight="int4-g16", min_numel=0, budget=0.001)])
+    assert not report_of(model).records and not ops(model.program)
+    assert all("is over the budget of 0.001" in left.reason for left in report_of(model).left)
+
+
+def test_quantize_says_when_it_had_no_data():
+    model, _, _ = compiled(nets.AfterLinear, [gw.Quantize(weight="int4-g16", min_numel=0)])
+    assert "not checked on data: errors are those of the weights" in report_of(model).lines
+
+
+# --- absorb-outliers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", nets.ALL)
+@pytest.mark.parametrize("act", ["none", "int4-g16", "int8-token"])
+def test_every_site_is_within_its_budget_and_no_worse_than_rounding(network, act):
+    model, _, _ = compiled(network, [absorb(act=act)])
+    sites = report_of(model).data["sites"]
+    for site in sites:
+        assert site["error"] <= site["budget"] and site["error"] <= 1.05 * site["plain_error"] + 1e-12
+    assert sites or report_of(model).left
+
+
+@pytest.mark.parametrize("network", nets.ALL)
+def test_the_parts_but_the_codes_are_exact(network):
+    """By fuel: the program as it is before the first rewrite that quantizes."""
+    model, example, _ = compiled(network, [absorb()])
+    rules = [record.rule for record in report_of(model).records]
+    module, example, calibration = nets.made(network)
+    captured = model.history[0]
+    manager = gw.PassManager([absorb()(calibration)], fuel=gw.ir.Fuel(rules.index("quantize")))
+    after = manager.run(captured).program
+    before, exact = in_float64(captured, example), in_float64(after, example)
+    assert (exact - before).abs().max() <= 1e-12 * before.abs().max()
+
+
+def test_outliers_are_absorbed():
+    model, _, _ = compiled(nets.AfterRMSNorm, [absorb(act="int4-g16")])
+    [site] = report_of(model).data["sites"]
+    assert "smoothing folded" in site["setting"] or "rank" in site["setting"]
+
+
+def test_the_plan_is_the_same_twice_and_whatever_the_batches():
+    module, example, calibration = nets.made(nets.SwiGLU)
+    together = [(torch.cat([x for (x,) in calibration]),)]
+    dynamic = {"x": {0: torch.export.Dim("b", min=1, max=64)}}
+    texts = set()
+    for data in (calibration, list(calibration), together):
+        program = gw.capture(module, example, dynamic_shapes=dynamic)
+        texts.add(str(gw.PassManager([absorb()(data)]).run(program).program))
+    assert len(texts) == 1
+
+
+def test_a_weight_on_the_grid_needs_no_branch():
+    module = torch.nn.Linear(64, 48, bias=False)
+    codes = torch.randint(-7, 8, (48, 64), generator=torch.Generator().manual_seed(0))
+    codes[:, ::16] = 7
+    module.weight.data = codes.float()
+    example = (torch.randn(3, 64),)
+    model = gw.compile(module, [gw.AbsorbOutliers(weight="int4-g16", rank=2, min_numel=0)], example_inputs=example, backend="aten")
+    [site] = report_of(model).data["sites"]
+    assert site["error"] == 0 and site["setting"] == "round to nearest"
+    with torch.no_grad():
+        assert torch.allclose(model(*example), module(*example), atol=1e-5)
+
+
+def test_leaving_every_layer_alone_leaves_the_program_as_it_was():
+    for network in nets.ALL:
+        model, _, _ = compiled(network, [absorb(budget=1e-6)])
+        text, before = (str(program).split("pipeline")[0] for program in (model.program, model.history[-2]))
+        assert text == before
+        assert any("is over the budget" in left.reason for left in report_of(model).left)
+
+
+def test_a_concatenated_input_is_two_sites():
+    model, example, module = compiled(nets.Joined, [absorb(act="int8-token", weight="int8-channel")])
+    assert {"proj.part_0", "proj.part_1"} <= {layer for site in report_of(model).data["sites"] for layer in site["layers"]}
+    whole, _, _ = compiled(nets.Joined, [absorb(split_concat=False)])
+    assert "proj" in {layer for site in report_of(whole).data["sites"] for layer in site["layers"]}
+
+
+def test_activations_that_are_never_far_below_zero_take_all_codes():
+    model, _, _ = compiled(nets.AfterGELU, [absorb(act="int4-g64", weight="int4-g64", rank=0, skip=("fc1",))])
+    [node] = ops(model.program)
+    assert named_arguments(node)["act_format"] == "uint4-g64" and named_arguments(node)["act_shift"] == 0.171875
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_quantized_program_is_dumped_parsed_saved_and_loaded(tmp_path, dtype):
+    model, example, _ = compiled(nets.Attention, [absorb(act="int8-token")], dtype)
+    assert str(gw.parse(str(model.program))) == str(model.program)
+    assert "gw.lowrank_linear" in str(gw.diff(model.history[0], model.program))
+    model.save(tmp_path / "m.gw")
+    loaded = gw.load(tmp_path / "m.gw", backend="aten")
+    assert torch.equal(loaded(*example), model(*example))
+    assert not any(name in ("q.weight", "out.weight") for name in loaded.program.weights)
+
+
+def test_resumed_runs_choose_the_same(tmp_path):
+    first, _, _ = compiled(nets.SwiGLU, [absorb(resume=tmp_path / "state")])
+    again, _, _ = compiled(nets.SwiGLU, [absorb(resume=tmp_path / "state")])
+    plain, _, _ = compiled(nets.SwiGLU, [absorb()])
+    texts = {str(model.program).split("pipeline")[0] for model in (first, again, plain)}
+    assert len(texts) == 1
+
+
+def test_statistics_in_several_waves_choose_the_same():
+    model, _, _ = compiled(nets.SwiGLU, [absorb(max_rows=64, max_calib_bytes=11_000)])
+    plain, _, _ = compiled(nets.SwiGLU, [absorb(max_rows=64)])
+    assert [site["setting"] for site in report_of(model).data["sites"]] == [site["setting"] for site in report_of(plain).data["sites"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gptq": True}, "gptq needs example inputs"),
+        ({"smooth": 0.5}, "a fixed smooth needs example inputs"),
+        ({"act": "nvfp4"}, "act nvfp4 needs example inputs"),
+        ({"weight": "int3"}, "option weight is 'int3', but must be auto, or one of int4-g16"),
+        ({"rotate": 24}, "option rotate is 24, but must be 0, 16, 32 or 64"),
+        ({"smooth": 2.0}, "option smooth is 2.0"),
+        ({"max_bits": 3.0}, "option max_bits is 3.0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(gw.PassError, match=message):
+        gw.AbsorbOutliers(**options)
+
+
+def test_no_samples_and_nan_samples_are_refused_or_left_alone():
+    module, example, calibration = nets.made(nets.AfterLinear)
+    with pytest.raises(gw.InputError):
+        gw.compile(module, [absorb()([])], example_inputs=example)
+    bad = [(torch.full_like(calibration[0][0], float("nan")),)]
+    model = gw.compile(module, [absorb()(bad)], example_inputs=example, backend="aten", cache=False)
+    assert not report_of(model).records and all("NaN" in left.reason for left in report_of(model).left)
+
+
+def test_layers_that_cannot_be_quantized_are_left_with_the_reason():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tied = torch.nn.Linear(32, 32, bias=False)
+            self.short = torch.nn.Linear(24, 32)
+            self.broken = torch.nn.Linear(32, 32)
+            self.lm_head = torch.nn.Linear(32, 32)
+            self.small = torch.nn.Linear(16, 2)
+            self.broken.weight.data[0, 0] = float("inf")
+
+        def forward(self, x):
+            y = self.tied(self.tied(x))
+            return y + self.short(x[..., :24]) + self.broken(x) + self.lm_head(x) + self.small(x[..., :16]).sum(-1, keepdim=True)
+
+    passes = [gw.AbsorbOutliers(weight="int4-g16", rank=2, min_numel=64)]
+    model = gw.compile(Odd(), passes, example_inputs=(torch.randn(3, 32),), backend="aten", cache=False)
+    reasons = " / ".join(left.reason for left in report_of(model).left)
+    for expected in (
+        "its weight tied.weight is used 2 times",
+        "short: K = 24 is no multiple of 16, the blocks of int4-g16",
+        "broken: its weight holds NaN or infinity",
+        "lm_head: its name is among those to skip",
+        "small: its weight has 32 elements, fewer than min_numel 64",
+    ):
+        assert expected in reasons
+    assert not ops(model.program)
+
+
+def test_layers_named_for_it_take_weights_alone():
+    model, _, _ = compiled(nets.SwiGLU, [absorb(act="int8-token", weight="int8-channel", weight_only=("gate",), min_gain=0.0)])
+    formats = {site["layers"]: (site["weight"], site["act"]) for site in report_of(model).data["sites"]}
+    assert formats == {("up",): ("int8-channel", "int8-token"), ("down",): ("int8-channel", "int8-token")}
+    assert any("gate: K = 32 is no multiple of 64" in left.reason for left in report_of(model).left)
+
+
+def test_max_bits_lowers_the_rank():
+    module = torch.nn.Linear(256, 256)
+    options = {"rank": 32, "min_numel": 0, "min_gain": 0.0}
+    example = (torch.randn(2, 256),)
+    models = [
+        gw.compile(module, [gw.AbsorbOutliers(**options, max_bits=bits)], example_inputs=example, backend="aten") for bits in (None, 5.5)
+    ]
+    bits = [report_of(model).data["sites"][0]["bits"] for model in models]
+    assert bits[1] <= 5.5 < bits[0]
+
+
+# --- append-lora ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("network", "layer"), [(nets.AfterLayerNorm, "q_proj"), (nets.AfterGELU, "fc2"), (nets.SwiGLU, "down")])
+@pytest.mark.parametrize("fold", [True, False])
+def test_an_adapter_adds_exactly_what_it_says(network, layer, fold):
+    model, example, _ = compiled(network, [absorb(fold=fold, min_gain=0.0)])
+    node = {str(named_arguments(n)["weight_q"].target).rpartition(".")[0]: n for n in ops(model.program)}[layer]
+    n, k = node.meta["val"].shape[-1], named_arguments(node)["x"].meta["val"].shape[-1]
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(3, k, generator=generator).bfloat16(), torch.randn(n, 3, generator=generator).bfloat16()
+    lora = gw.compile(model.program, [gw.AppendLoRA(adapters={layer: (a, b)}, scale=0.5)], backend="aten", cache=False).program
+    taps = {}
+    for program in (model.program, lora):
+        wide = to_float64(program)
+        seen = {}
+        run(
+            wide,
+            [each.double() for each in example],
+            observe=lambda node, value, seen=seen: seen.setdefault(_layer(node), (node, value))[1],
+        )
+        taps[program is lora] = seen
+    (base, y), (adapted, z) = taps[False][layer], taps[True][layer]
+    x = _operand(to_float64(model.program), base, example)
+    record = model.program.weights.get(f"{layer}.folded_smooth")
+    raw = x if record is None else x / record.tensor.double()
+    expected = 0.5 * (raw @ a.double().T) @ b.double().T
+    stored = 2e-2 * expected.abs().max()  # A / a and s B are stored in bfloat16
+    assert (z - y - expected).abs().max() <= stored
+    assert named_arguments(adapted)["down"].meta["val"].shape[0] % 16 == 0
+
+
+def _layer(node):
+    return str(named_arguments(node)["weight_q"].target).rpartition(".")[0] if node.target is LOWRANK else node.name
+
+
+def _operand(program, node, example):
+    name, found = _layer(node), []
+
+    def observe(each, value):
+        found.append((each, value))
+        return value
+
+    run(program, [each.double() for each in example], observe=observe)
+    [target] = [each for each, _ in found if _layer(each) == name]
+    source = named_arguments(target)["x"]
+    if source.op == "placeholder":
+        return example[0].double()
+    return dict(found)[source]
+
+
+def test_an_adapter_of_zeros_changes_no_bit_and_others_keep_theirs():
+    model, example, _ = compiled(nets.AfterLayerNorm, [absorb(min_gain=0.0)])
+    k = nets.K
+    zero = gw.AppendLoRA(adapters={"q_proj": (torch.randn(4, k), torch.zeros(24, 4))})
+    adapted = gw.compile(model.program, [zero], backend="aten", cache=False)
+    assert torch.allclose(adapted(*example), model(*example), atol=1e-6)
+    other = gw.compile(model.program, [gw.AppendLoRA(adapters={"q_proj": (torch.randn(4, k), torch.randn(24, 4))})], backend="aten")
+    assert torch.allclose(other(*example)[..., 24:], model(*example)[..., 24:], atol=1e-5)
+    assert not torch.allclose(other(*example)[..., :24], model(*example)[..., :24], atol=1e-2)
+
+
+def test_an_adapter_fits_a_layer_that_was_left_alone():
+    module, example, _ = nets.made(nets.AfterRMSNorm)
+    a, b = torch.randn(3, nets.K).bfloat16(), torch.randn(24, 3).bfloat16()
+    model = gw.compile(module, [gw.AppendLoRA(adapters={"fc": (a, b)})], example_inputs=example, backend="aten", cache=False)
+    with torch.no_grad():
+        x = module.norm(*example).reshape(-1, nets.K)
+        expected = module(*example) + (x @ a.float().T) @ b.float().T
+    assert torch.allclose(model(*example), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ({"nowhere": (torch.ones(2, 32), torch.ones(24, 2))}, "no layer is called nowhere; there are fc"),
+        ({"fc": (torch.ones(2, 31), torch.ones(24, 2))}, r"fc takes A \[r, 32\] and B \[24, r\], not A \[2, 31\]"),
+        ({"fc": torch.ones(2, 32)}, r"the adapter of fc is no pair of tensors"),
+        ({"fc": (torch.full((2, 32), float("nan")), torch.ones(24, 2))}, "the adapter of fc holds NaN"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(adapters, message):
+    module, example, _ = nets.made(nets.AfterRMSNorm)
+    with pytest.raises(gw.PassError, match=message):
+        gw.compile(module, [gw.AppendLoRA(adapters=adapters)], example_inputs=example, backend="aten", cache=False)
+
+
+def test_auto_takes_the_format_of_least_noise():
+    module = torch.nn.Linear(128, 96)
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
+    passes = [gw.AbsorbOutliers(weight="auto", act="auto", rank=0, smooth="none", min_numel=0, budget=1.0, calibration=[(x,)])]
+    model = gw.compile(module, passes, example_inputs=(x,), backend="aten", cache=False)
+    [site] = report_of(model).data["sites"]
+    assert (site["weight"], site["act"]) == ("nvint4", "nvint4")  # of normal numbers integers in blocks of 16 are the closest
