@@ -25,7 +25,7 @@ from graphwright.runtime.triton_lowering import TritonLowering
 
 @dataclass(frozen=True)
 class Layer:
-    """x [rows, k] -> [rows, n] in bfloat16; `rank` 0 for no branch, `rotate` 0 for no rotation."""
+    """x [rows, k] -> [rows, n] in bfloat16; `rank` 0 for no branch, `rotate` 0 for no rotation, `gelu` for what follows."""
 
     rows: int
     weight: str
@@ -33,6 +33,7 @@ class Layer:
     rank: int = 32
     smooth: bool = True
     rotate: int = 0
+    gelu: bool = False
     n: int = 3072
     k: int = 3072
 
@@ -42,7 +43,7 @@ class Layer:
         names += ["weight_scale2"] if FORMATS[self.weight].scale == "nv" else []
         names += (["down", "up"] if self.rank else []) + (["smooth"] if self.smooth else [])
         get = dict(zip(names, tensors, strict=True)).get
-        return torch.ops.gw.lowrank_linear(
+        y = torch.ops.gw.lowrank_linear(
             x,
             *(get(name) for name in ("weight_q", "weight_scale", "down", "up", "bias")),
             weight_format=self.weight,
@@ -52,6 +53,12 @@ class Layer:
             act_scale2=0.01 if self.act.startswith("nv") else 1.0,
             rotate=self.rotate,
         )
+        return F.gelu(y) if self.gelu else y
+
+    def eager(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """What the layer replaces, its weight [n, k] in bfloat16."""
+        y = F.linear(x, weight, bias)
+        return F.gelu(y) if self.gelu else y
 
 
 def _layers() -> dict[str, Layer]:
@@ -64,6 +71,7 @@ def _layers() -> dict[str, Layer]:
     found = {f"{weight} x {act}, {rows} rows": Layer(rows, weight, act) for rows, each in pairs.items() for weight, act in each}
     found["int4-g64 x int4-g64, rotated, 4096 rows"] = Layer(4096, "int4-g64", "int4-g64", rotate=32)
     found["int8-channel x int8-token, no branch, 4096 rows"] = Layer(4096, "int8-channel", "int8-token", rank=0)
+    found["int8-channel x int8-token, gelu, 4096 rows"] = Layer(4096, "int8-channel", "int8-token", gelu=True)
     found["int4-g64 x none, alone, 1 rows"] = Layer(1, "int4-g64", rank=0, smooth=False)
     return found
 
@@ -121,7 +129,7 @@ def row(bench: Bench, machine: Machine, name: str, layer: Layer, device: torch.d
     torch.use_deterministic_algorithms(False)
     run = FlatGraph(graph)
     x, weight = args[0], torch.randn(layer.n, layer.k).bfloat16().to(device)
-    peers = {"eager": device_seconds(lambda: F.linear(x, weight, args[3]), device)}
+    peers = {"eager": device_seconds(lambda: layer.eager(x, weight, args[3]), device)}
     peers["roofline"] = sum(kernel.roofline.seconds(machine) for kernel in kernels)
     if "torch.compile" not in bench.options.skip.split(","):
         torch._dynamo.reset()

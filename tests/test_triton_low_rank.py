@@ -158,6 +158,18 @@ def test_sizes_that_fit_no_tile(m, weight, act, k):
     assert_exact(Layer(33, k, weight, act), torch.randn(m, k, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("act", ["none", "int4-g64", "nvfp4", "int8-token"])
+@pytest.mark.parametrize("shape", [(1, 576), (2, 8, 576), (576,)])
+def test_few_rows_are_summed_in_parts_along_k(shape, act):
+    """But for rows that share a scale; 576 is no multiple of a part."""
+    layer, x = Layer(35, 576, "int4-g64", act), torch.randn(shape, dtype=torch.bfloat16)
+    assert_exact(layer, x)
+    first, second = kernels_of(layer, x)[0]
+    assert (first.plan.part, second.plan.parts) == ((0, 1) if act == "int8-token" else (256, 3))
+    load(first).check("cpu")
+    load(second).check("cpu")
+
+
 @pytest.mark.parametrize(("weight", "act"), [("int8-channel", "int8-token"), ("int4-g64", "none"), ("mxfp4", "mxfp4")])
 def test_no_rows(weight, act):
     assert computed(Layer(33, 128, weight, act), torch.randn(0, 128, dtype=torch.bfloat16)).shape == (0, 33)
@@ -385,6 +397,7 @@ LEFT_ALONE = {
     "a float weight": (lambda: None, torch.bfloat16),
     "one scale for the tensor": (lambda: Layer(20, 128, "int8-channel", "u8-tensor"), torch.bfloat16),
     "codes of 6 bits": (lambda: Layer(20, 128, "mxint6", "none"), torch.bfloat16),
+    "a rotation of few": (lambda: Layer(20, 128, "int8-channel", "int8-token", size=8), torch.bfloat16),
     "wider factors": (lambda: Layer(20, 128, "int8-channel", "int8-token", torch.float32), torch.bfloat16),
 }
 

@@ -87,13 +87,20 @@ class OperandFile(File):
             lines += ["for k_start in range(0, K, BLOCK_K):", *_inside([*self._loaded(load), *self._turned(), *self._quantized()])]
         else:
             inside = [*self._loaded(load), *self._branch(), *self._turned(), *self._quantized()]
-            lines += ["for k_start in range(0, K, BLOCK_K):", *_inside(inside), *self._branch_stored()]
+            lines += [self._visit(), *_inside(inside), *self._branch_stored()]
         return _inside(lines)
+
+    def _visit(self) -> str:
+        if not self.plan.part:
+            return "for k_start in range(0, K, BLOCK_K):"
+        return f"for k_start in range(part * {self.plan.part}, tl.minimum(K, (part + 1) * {self.plan.part}), BLOCK_K):"
 
     def _rows(self) -> list[str]:
         wide = ".to(tl.int64)" if self._is_wide() else ""
         rows = f"(tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)){wide}"
-        return [f"m = {rows}[:, None]", "in_m = m < M", *(f"{name} = {text}" for name, text in self.addresses.row_variables.items())]
+        lines = ["part = tl.program_id(1)"] if self.plan.part else []
+        lines += [f"m = {rows}[:, None]", "in_m = m < M"]
+        return [*lines, *(f"{name} = {text}" for name, text in self.addresses.row_variables.items())]
 
     def _is_wide(self) -> bool:
         domain = self.plan.domain
@@ -139,7 +146,8 @@ class OperandFile(File):
     def _branch_stored(self) -> list[str]:
         if not self.plan.rank:
             return []
-        return [f"tl.store({self._output('half')}_ptr + m * R + r, half, mask=in_m & in_r)"]
+        row = "(part * M + m)" if self.plan.part else "m"
+        return [f"tl.store({self._output('half')}_ptr + {row} * R + r, half, mask=in_m & in_r)"]
 
     def _turned(self) -> list[str]:
         """xs: x shifted, smoothed and turned."""
@@ -213,8 +221,9 @@ class OperandFile(File):
         counts = {name: self.size(size) for name, size in self.counts().items()}
         sizes = [f"{name}={name}" if name == "M" else f"{name}={text}" for name, text in counts.items()]
         sizes += [f"{name}={self.size(size)}" for name, size in self.addresses.arguments.sizes.items()]
+        parts = f" {-(-self.plan.k // self.plan.part)}" if self.plan.part else ""
         call = wrapped(
-            f"    {self.name}[(triton.cdiv(M, BLOCK_M),)](",
+            f"    {self.name}[(triton.cdiv(M, BLOCK_M),{parts})](",
             [
                 [*self.inputs, *self.outputs],
                 sizes,
@@ -244,7 +253,12 @@ class OperandFile(File):
                     if "codes" in plan.results
                     else ["(codes * steps.unsqueeze(-1)).flatten(-2)"]
                 )
-        results += [f"{x}.double() @ {self._input('down')}.double().T"] if plan.rank else []
+        if plan.rank:
+            text = f"{x}.double() @ {self._input('down')}.double().T"
+            if plan.part:
+                lines += [f"    pieces = zip(*(tensor.double().split({plan.part}, -1) for tensor in ({x}, {self._input('down')})))"]
+                text = "torch.stack([piece @ factor.T for piece, factor in pieces])"
+            results += [text]
         return "\n".join([*lines, f"    return ({', '.join(results)},)"])
 
     def reference_functions(self) -> list[str]:

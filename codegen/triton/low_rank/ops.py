@@ -21,14 +21,16 @@ def _low_bit_operand(
     act_shift: float,
     rotate: int,
     gives: str,
+    part: int = 0,
 ) -> list[Tensor]:
     """What a product takes of x [.., K], and x @ down.T, float32 [.., r], where there is a branch.
 
     `gives` "codes": s8 [.., K] and the float32 [.., K/g] that each of their blocks is multiplied by; "values": the numbers that those
-    stand for, in x's dtype; "nothing": x goes into the product as it is. Results are dense, however x lies.
+    stand for, in x's dtype; "nothing": x goes into the product as it is. With a `part`, the last result is [K/part, .., r], rounded up: the
+    sums over so many neighbours along K, which the product adds up. Results are dense, however x lies.
     """
     raw = x.to(torch.float32)
-    branch = [] if down is None else [(raw @ down.to(torch.float32).T).contiguous()]
+    branch = [] if down is None else [_half(raw, down.to(torch.float32), part).contiguous()]
     if gives == "nothing":
         return branch
     xs = raw + act_shift if act_shift else raw
@@ -40,6 +42,13 @@ def _low_bit_operand(
     steps = row_steps(xs, form, x.dtype, act_scale2)
     codes = encode(in_blocks(xs, form) / steps.unsqueeze(-1), form).flatten(-2).to(torch.int8)
     return [codes.contiguous(), steps.contiguous(), *branch]
+
+
+def _half(x: Tensor, down: Tensor, part: int) -> Tensor:
+    """x @ down.T, the sums over each part of K apart where there are some."""
+    if not part:
+        return x @ down.T
+    return torch.stack([piece @ factor.T for piece, factor in zip(x.split(part, -1), down.split(part, -1), strict=True)])
 
 
 def _low_bit_product(
@@ -55,13 +64,14 @@ def _low_bit_product(
     weight_format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y = (a, blocks times a_scale) @ dequantize(weight).T + half @ up.T + bias in `dtype`: a [.., K], a_scale [.., K/g], half [.., r]."""
+    """y = (a, blocks times a_scale) @ dequantize(weight).T + half @ up.T + bias in `dtype`: a [.., K], a_scale [.., K/g], half [.., r] or
+    parts of it that are to be added, [parts, .., r]."""
     left = a.to(torch.float32)
     if a_scale is not None:
         left = (left.unflatten(-1, (a_scale.size(-1), -1)) * a_scale.unsqueeze(-1)).flatten(-2)
     y = left @ dequantize(weight, weight_scale, weight_scale2, weight_format, torch.float32).T
     if half is not None and up is not None:
-        y = y + half @ up.to(torch.float32).T
+        y = y + (half.sum(0) if half.dim() > a.dim() else half) @ up.to(torch.float32).T
     return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
 
 

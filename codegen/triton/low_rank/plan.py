@@ -22,7 +22,8 @@ _ROLES = ("a_scale", "weight", "weight_scale", "weight_scale2", "half", "up")  #
 @dataclass(frozen=True)
 class OperandPlan:
     """One kernel that gives what a product takes of x: `left` is x over rows and k; `roles` are the numbers of inputs by what they are
-    for. `outputs` are the results of the call, by `results`: "codes" and "steps", or "values", and "half" of the branch."""
+    for. `outputs` are the results of the call, by `results`: "codes" and "steps", or "values", and "half" of the branch. A
+    program takes `part` neighbours along k, all where it is 0."""
 
     nodes: tuple[Node, ...]
     inputs: tuple[Node, ...]
@@ -36,6 +37,7 @@ class OperandPlan:
     scale2: float
     shift: float
     rotate: int
+    part: int
 
     kind = "operand"
 
@@ -94,6 +96,7 @@ class ProductPlan:
     stores: tuple[Store, ...]
     k: int
     rank: int
+    parts: int
     form: Format
     has_codes: bool
     a_block: int
@@ -175,6 +178,7 @@ def operand_plan(call: Node, results: Sequence[Node]) -> OperandPlan:
         scale2=a["act_scale2"],
         shift=a["act_shift"],
         rotate=a["rotate"],
+        part=a["part"],
     )
 
 
@@ -216,6 +220,7 @@ def product_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> ProductPlan:
         stores=tuple(stores),
         k=k,
         rank=0 if a["half"] is None else shape_of(a["half"])[-1],
+        parts=1 if a["half"] is None or len(shape_of(a["half"])) == len(shape_of(a["a"])) else shape_of(a["half"])[0],
         form=FORMATS[a["weight_format"]],
         has_codes=a["a_scale"] is not None,
         a_block=0 if a["a_scale"] is None or shape_of(a["a_scale"])[-1] == 1 else k // shape_of(a["a_scale"])[-1],

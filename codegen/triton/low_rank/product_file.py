@@ -22,8 +22,8 @@ from .reference import product_text
 from .tiles import default_product_tile
 
 NAMES = frozenset(
-    """tile tiles_m tiles_n group height m n m_start n_start in_m in_n n_row in_n_row k in_k k_start byte packed w b acc sums r in_r step
-    block M N K R BLOCK_M BLOCK_N BLOCK_K BLOCK_R GROUP NUM_STAGES INTERPRETED unpacked halves e2m1 e4m3 e8m0""".split()
+    """tile tiles_m tiles_n group height m n m_start n_start in_m in_n n_row in_n_row k in_k k_start byte packed w b acc sums r in_r
+    step part block M N K R BLOCK_M BLOCK_N BLOCK_K BLOCK_R GROUP NUM_STAGES INTERPRETED unpacked halves e2m1 e4m3 e8m0""".split()
 )
 
 
@@ -245,13 +245,22 @@ class ProductFile(File):
         lines = [
             "r = tl.arange(0, BLOCK_R)[None, :]",
             "in_r = r < R",
-            f"half = tl.load({self._input('half')}_ptr + m * R + r, mask=in_m & in_r, other=0.0){casts[0]}",
+            *self._half(casts[0]),
             f"up = tl.load({self._input('up')}_ptr + n_row * R + r, mask=in_n_row & in_r, other=0.0){casts[1]}",
         ]
         if plan.branch_dtype == torch.bfloat16:
             lines += ["if INTERPRETED:", "    half, up = half.to(tl.float32), up.to(tl.float32)"]
         precision = ', input_precision="ieee"' if plan.branch_dtype == torch.float32 else ""
         return [*lines, f"acc = tl.dot(half, up.T, acc{precision})"]
+
+    def _half(self, cast: str) -> list[str]:
+        """The half of the branch that the first kernel gave, its parts added in order."""
+        name, parts = self._input("half"), self.plan.parts
+        if parts == 1:
+            return [f"half = tl.load({name}_ptr + m * R + r, mask=in_m & in_r, other=0.0){cast}"]
+        lines = ["half = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)", f"for part in range({parts}):"]
+        lines += [f"    half += tl.load({name}_ptr + (part * M + m) * R + r, mask=in_m & in_r, other=0.0)"]
+        return [*lines, *([f"half = half{cast}"] if cast else [])]
 
     def _last(self) -> list[str]:
         """What follows the product, and where it goes."""

@@ -83,6 +83,7 @@ def product_text(plan: ProductPlan) -> str:
     if plan.has_codes:
         lines += ["    a = (a.unflatten(-1, (a_scale.size(-1), -1)) * a_scale.double().unsqueeze(-1)).flatten(-2)"]
     lines += ["    y = a @ weight.T"]
-    lines += ["    y = y + half.double() @ up.double().T"] if plan.rank else []
+    half = "half.double()" if plan.parts == 1 else "half.double().sum(0)"
+    lines += [f"    y = y + {half} @ up.double().T"] if plan.rank else []
     lines += ["    return y if bias is None else y + bias.double()"]
     return "\n".join(lines)

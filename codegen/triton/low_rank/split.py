@@ -3,6 +3,7 @@
 Operations that read one x with one smoothing, branch and format (query, key and value) share the operand.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import fx
 from ....ir import Node, SymbolTable
 from ....ir.calls import GETITEM
 from ....ir.infer import infer
+from ....ir.low_bit.formats import FORMATS
 from ..pointwise import arguments_of
-from .formats import ACTIVATIONS, DTYPES, WEIGHTS, multiplies_codes
+from .formats import ACTIVATIONS, DTYPES, FEW_ROWS, PART, ROTATIONS, WEIGHTS, multiplies_codes
 from .ops import low_bit_operand, low_bit_product
 
 _OPERAND = ("act_format", "act_scale2", "act_shift", "rotate")
@@ -34,7 +36,7 @@ def is_covered(node: Node) -> bool:
     x = a["x"].meta["val"]
     if a["weight_format"] not in WEIGHTS or a["act_format"] not in {"none", *ACTIVATIONS} or x.dtype not in DTYPES:
         return False
-    if not node.meta["val"].is_contiguous():
+    if a["rotate"] not in ROTATIONS or not node.meta["val"].is_contiguous():
         return False
     branch = [a[name].meta["val"] for name in ("down", "up") if a[name] is not None]
     if any(each.dtype != x.dtype and x.dtype != torch.float32 or each.dtype not in DTYPES for each in branch):
@@ -46,6 +48,14 @@ def is_covered(node: Node) -> bool:
 def _is_plain(a: Mapping[str, Any]) -> bool:
     """Whether a product can take x as it is."""
     return a["act_format"] == "none" and a["smooth"] is None and not a["act_shift"] and not a["rotate"]
+
+
+def _part(x: torch.Tensor, act_format: str) -> int:
+    """Neighbours along K that a program of the first kernel takes; 0 for all: few rows are too few programs. A row that shares one scale
+    has to be seen as a whole."""
+    rows = math.prod(x.shape[:-1])
+    is_scaled = act_format != "none" and FORMATS[act_format].group == 0
+    return PART if isinstance(rows, int) and rows <= FEW_ROWS and x.size(-1) > PART and not is_scaled else 0
 
 
 class _Split:
@@ -78,7 +88,7 @@ class _Split:
         """The results of the call that prepares what a product takes; none where it takes x alone."""
         if gives == "nothing" and down is None:
             return []
-        options = {name: a[name] for name in _OPERAND} | {"gives": gives}
+        options = {name: a[name] for name in _OPERAND} | {"gives": gives, "part": _part(a["x"].meta["val"], a["act_format"])}
         key = (a["x"], a["smooth"], down, *options.values())
         if key not in self.operands:
             smooth = None if gives == "nothing" else a["smooth"]

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from ..matmul_tiles import MatmulTile
 from ..roofline import known_sizes
 from ..targets import Target
+from .formats import FEW_ROWS
 from .plan import OperandPlan, ProductPlan
-
-_FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ def default_operand_tile(plan: OperandPlan, target: Target) -> OperandTile:
     """The tile that is used when nothing was tuned: as many rows as leave a program for each multiprocessor. Products with a Hadamard
     matrix, in float32, take the registers of more."""
     rows = known_sizes(plan)(plan.m)
+    if rows <= FEW_ROWS:
+        return OperandTile(16, _width(plan, 256), 8, 3)
     height = 32 if rows >= 32 * target.multiprocessors and not plan.rotate else 16
     return OperandTile(height, _width(plan, 128))
 
@@ -40,7 +41,7 @@ def default_operand_tile(plan: OperandPlan, target: Target) -> OperandTile:
 def operand_tiles(plan: OperandPlan, target: Target) -> Iterator[OperandTile]:
     """What a tuner tries, the default first."""
     default = default_operand_tile(plan, target)
-    heights = (16,) if known_sizes(plan)(plan.m) <= _FEW_ROWS else (16, 32, 64)
+    heights = (16,) if known_sizes(plan)(plan.m) <= FEW_ROWS else (16, 32, 64)
     tiles = [OperandTile(m, _width(plan, k), warps, 2) for m in heights for k in (64, 128, 256) for warps in (4, 8) if m * k <= 8192]
     more = [replace(tile, num_stages=3) for tile in tiles if tile.num_warps == 4]
     yield from dict.fromkeys((default, *tiles, *more))
@@ -56,7 +57,7 @@ def default_product_tile(plan: ProductPlan, target: Target) -> MatmulTile:
     known = known_sizes(plan)
     m, n = known(plan.m), known(plan.n)
     fitting = [tile for tile in _candidates(plan, target) if _fits(plan, tile, target)]
-    if m <= _FEW_ROWS:
+    if m <= FEW_ROWS:
         return fitting[0]
 
     def time(tile: MatmulTile) -> float:
@@ -82,7 +83,7 @@ _PRICE = {(128, 128): 1.0, (64, 128): 1.3, (64, 64): 1.7, (32, 64): 2.5, (32, 32
 
 
 def _candidates(plan: ProductPlan, target: Target) -> Iterator[MatmulTile]:
-    if known_sizes(plan)(plan.m) <= _FEW_ROWS:
+    if known_sizes(plan)(plan.m) <= FEW_ROWS:
         for columns, k in ((32, 256), (32, 128), (16, 256), (64, 128), (16, 128)):
             yield MatmulTile(16, columns, plan.sum_block or k, 4, 4, per_multiprocessor=0)
         return
