@@ -249,6 +249,19 @@ def test_symbolic_rows():
         assert ((FlatGraph(graph)([x, *layer.tensors.values()])[0].double() - exact).abs() <= 4 * 2**-7 * bound).all()
 
 
+@pytest.mark.parametrize("names", [("M", "K"), ("m", "tiles")])
+def test_symbols_that_are_called_as_kernels_call_theirs(names):
+    layer = Layer(20, 128, "int8-channel", "int8-token")
+    dims = {d: torch.export.Dim(name, min=2, max=512) for d, name in enumerate(names)}
+    args = [torch.randn(30, 5, 128, dtype=torch.bfloat16).transpose(0, 1), *layer.tensors.values()]
+    graph, found = lowered(capture(layer, args, (dims, *(None for _ in layer.tensors))))
+    assert [kernel.name for kernel in found] == HALVES
+    for shape in ((30, 5, 128), (7, 4, 128)):
+        x = torch.randn(shape, dtype=torch.bfloat16).transpose(0, 1)
+        exact, bound = layer.exact(x)
+        assert ((FlatGraph(graph)([x, *layer.tensors.values()])[0].double() - exact).abs() <= 4 * 2**-7 * bound).all()
+
+
 def operand_of(layer, x):
     """What the first kernel gives."""
     args = [x, *layer.tensors.values()]
