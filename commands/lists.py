@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .. import models
-from ..passes import CLEANUPS, all_passes
+from ..passes import CLEANUPS, Contract, all_passes
 from ..passes.options import spell_value
 from .result import Result, table
 
@@ -20,7 +20,9 @@ def passes(options: argparse.Namespace) -> Result:
         spelled = [f for f in fields(kind) if f.metadata.get("spelled", True)]
         listed = [{"name": f.name, "default": spell_value(f.default), "legal": f.metadata.get("legal", "")} for f in spelled]
         about = next(iter((kind.__doc__ or "").strip().splitlines()), "")
-        found.append({"name": name, "contract": str(kind().contract), "cleanup": name in cleanups, "about": about, "options": listed})
+        declared: Any = kind.contract  # a property where options may change it
+        contract = declared if isinstance(declared, Contract) else kind().contract
+        found.append({"name": name, "contract": str(contract), "cleanup": name in cleanups, "about": about, "options": listed})
     rows = []
     for each in found:
         default = "  (a clean-up: on by default)" if each["cleanup"] else ""

@@ -1,11 +1,13 @@
-"""The model zoo: a reference network of each family that graphwright compiles, as plain `nn.Module`s with random weights.
+"""The model zoo: a reference network of each family that graphwright compiles, as plain `nn.Module`s.
 
-`module, args, kwargs = load("video_unet", "small", frames=24)`, then `module(*args, **kwargs)`.
+`module, args, kwargs = load("video_unet", "small", frames=24)`, then `module(*args, **kwargs)`. Weights are random, but for the
+sizes that `trained` lists.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,21 +15,23 @@ from torch import nn
 from ..ir.errors import InputError
 from . import decoder, dit, video_unet, video_unet_svd, vit
 from .random_weights import draw_weights
+from .trained_weights import read_weights
 
 
 @dataclass(frozen=True)
 class Network:
-    """How to make one network: its class, and by size what to give the class and `example_inputs`."""
+    """How to make one network: its class, by size what to give the class and `example_inputs`, and the sizes that are trained."""
 
     build: type[nn.Module]
     sizes: dict
     example_inputs: Callable
+    trained: tuple[str, ...] = ()
 
 
 _NETWORKS = {
     "video_unet": Network(video_unet.VideoUNet, video_unet.SIZES, video_unet.example_inputs),
     "video_unet_svd": Network(video_unet_svd.VideoUNetSVD, video_unet_svd.SIZES, video_unet_svd.example_inputs),
-    "dit": Network(dit.DiT, dit.SIZES, dit.example_inputs),
+    "dit": Network(dit.DiT, dit.SIZES, dit.example_inputs, trained=("digits",)),
     "decoder": Network(decoder.Decoder, decoder.SIZES, decoder.example_inputs),
     "vit": Network(vit.ViT, vit.SIZES, vit.example_inputs),
 }
@@ -43,6 +47,16 @@ def sizes(name: str) -> list[str]:
     return list(_network(name).sizes)
 
 
+def trained(name: str) -> list[str]:
+    """The sizes of one network whose weights are trained. Raises InputError for a name that is not known."""
+    return list(_network(name).trained)
+
+
+def weights_path(name: str, size: str) -> Path:
+    """Where the weights of a trained size are: a file that comes with the package."""
+    return Path(__file__).parent / f"{name}_{size}.safetensors"
+
+
 def load(name: str, size: str = "small", *, seed: int = 0, **sizes: int) -> tuple[nn.Module, tuple, dict]:
     """A network in eval mode and inputs to call it with: `module(*args, **kwargs)`.
 
@@ -52,12 +66,14 @@ def load(name: str, size: str = "small", *, seed: int = 0, **sizes: int) -> tupl
     Args:
         name: one of `names()`.
         size: "tiny" (under a million parameters, for tests), "small" (tens of millions) or "base" (as published; the
-            U-Nets are 5 GB, so a look at one is best taken on the meta device).
-        seed: of the weights and the inputs.
+            U-Nets are 5 GB, so a look at one is best taken on the meta device). "digits" of dit is trained: a diffusion
+            model of scikit-learn's digits (`digits`, `sampling`), made by `python -m graphwright.models.train dit`.
+        seed: of the weights and the inputs; of the inputs alone where the weights are trained.
         sizes: of the inputs, in place of those of `size`: batch, frames, height, width (in latent pixels) for the U-Nets;
             batch, height, width for vit; batch, length (in tokens) for dit and decoder.
 
-    Raises: InputError for a name, size or input size that is not known or does not fit the network.
+    Raises: InputError for a name, size or input size that is not known or does not fit the network; ArtifactError for a file of
+    trained weights that is missing or damaged.
     """
     network = _network(name)
     if size not in network.sizes:
@@ -67,7 +83,10 @@ def load(name: str, size: str = "small", *, seed: int = 0, **sizes: int) -> tupl
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
         module = network.build(config).eval()
-        draw_weights(module)
+        if size in network.trained:
+            read_weights(module, weights_path(name, size))
+        else:
+            draw_weights(module)
         args, kwargs = network.example_inputs(config)
     return module, args, kwargs
 

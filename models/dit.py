@@ -38,6 +38,7 @@ class Config:
 
 SIZES = {
     "tiny": Config(dim=64, depth=2, num_heads=4, length=16, num_classes=10),
+    "digits": Config(dim=256, depth=3, num_heads=4, length=16, channels=1, num_classes=10),  # trained: models/digits.py is its data
     "small": Config(dim=384, depth=12, num_heads=6, length=256),  # DiT-S/2
     "base": Config(dim=1152, depth=28, num_heads=16, length=256),  # DiT-XL/2
 }

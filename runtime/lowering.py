@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from ..codegen.low_rank import library as native
-from ..codegen.low_rank.linear import is_of_native_form
+from ..codegen.low_rank.sites import is_of_native_form
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations

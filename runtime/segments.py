@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from ..codegen.low_rank.linear import has_kernel
+from ..codegen.low_rank.sites import add_site, find_sites, has_kernel
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.infer import storage_key, tensors_of
@@ -35,8 +35,12 @@ class AtenLowering:
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered`."""
+        sites = {site[0]: site for site in find_sites(nodes)}
         for node in nodes:
-            copies[node] = lowered.node_copy(node, copies.__getitem__)
+            if node in sites:
+                add_site(sites[node], lowered, copies)
+            elif node not in copies:
+                copies[node] = lowered.node_copy(node, copies.__getitem__)
 
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun:
         return SlicedRun(node, donors)
@@ -69,11 +73,12 @@ class InductorLowering(AtenLowering):
 
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds what `nodes` become to `lowered`: compiled code, and between it the calls that have a kernel of ours."""
+        sites = {site[0]: site for site in find_sites(nodes)}
         for run in lazy_runs(nodes, lambda node: node.all_input_nodes if has_kernel(node) else None):
             if isinstance(run, list):
                 self.compiled_segment(run, lowered, copies)
-            else:
-                super().segment([run], lowered, copies)
+            elif run in sites:
+                add_site(sites[run], lowered, copies)
 
     def compiled_segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered` as one call of compiled code."""

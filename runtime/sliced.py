@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..codegen.cpu_packed import PackedCall
+from ..codegen.low_rank.sites import SiteCall
 from ..ir import Node, Region
 from ..ir.infer import operands_of, same_strides, storage_key
 from ..ir.links.sizes import quotient
@@ -207,6 +208,8 @@ class SlicedRun:
 
 def call_workspace(node: Node) -> int:
     """Bytes that a call of a library kernel needs beside operands and results."""
+    if isinstance(node.target, SiteCall):
+        return node_workspace(node.target.first)
     if not isinstance(node.target, PackedCall):
         return node_workspace(node)
     x: Any = node.args[0]

@@ -359,6 +359,98 @@ def test_no_weight_is_held_twice(backend):
     assert dict(model.named_buffers())["codes"].data_ptr() == layer.weight.codes.data_ptr()
 
 
+class Attention(nn.Module):
+    """Queries, keys and values of one site, with views between, and what reads them."""
+
+    def __init__(self, layers, between=lambda y: y.unflatten(-1, (2, -1))):
+        super().__init__()
+        self.layers, self.between = layers, between
+
+    def forward(self, x):
+        shared = {"down": self.layers[0].down, "smooth": self.layers[0].a}
+        parts = []
+        for layer in self.layers:
+            y = op(
+                x, layer.weight.codes, layer.weight.scale, shared["down"], layer.up, layer.b,
+                weight_format=layer.weight_format, smooth=shared["smooth"], **layer.options,
+            )  # fmt: skip
+            parts.append(self.between(y))
+        return tuple(parts)
+
+
+@pytest.fixture
+def sites(monkeypatch):
+    """How many layers the kernel ran in each call."""
+    seen, real = [], linear.products
+
+    def counted(x, smooth, down, layers, *options):
+        seen.append(len(layers))
+        return real(x, smooth, down, layers, *options)
+
+    monkeypatch.setattr(linear, "products", counted)
+    monkeypatch.setattr("graphwright.codegen.low_rank.sites.products", counted)
+    return seen
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_of_a_site_make_their_rows_ready_once(sites, backend):
+    options = {"act_format": "int8-token"}
+    layers = [Layer("int4-g64", n=n, smooth=True, bias=n != 70, options=options) for n in (70, 64, 130)]
+    net, x = Attention(layers), layers[0].x(30)
+    model = compiled(net, x, backend)
+    assert all(torch.equal(a, b) for a, b in zip(model(x), [n(linear.lowrank_linear) for n in _alone(net, x)], strict=True))
+    assert sites[0] == 3 and len(sites) == 4
+
+
+def _alone(net, x):
+    """The layers of a site, each by itself."""
+    first = net.layers[0]
+
+    def of(layer):
+        def run(function):
+            layer.down, layer.a = first.down, first.a
+            return net.between(layer(function, x))
+
+        return run
+
+    return [of(layer) for layer in net.layers]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("layers", "between", "why"),
+    [
+        ([Layer("int4-g64"), Layer("int4-g64")], torch.exp, "what lies between allocates"),
+        ([Layer("int4-g64", k=384), Layer("int4-g128", k=384)], lambda y: y, "formats differ"),
+        ([Layer("int4-g64"), Layer("int4-g64", options={"act_format": "int8-token"})], lambda y: y, "activations differ"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_others_stay_apart(sites, layers, between, why):
+    net, x = Attention(layers, between), layers[0].x(9)
+    compiled(net, x, "aten")(x)
+    assert sites == [1, 1], why
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 600])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("weight_format", "act_format"), [("int8-channel", "int8-token"), ("int4-g64", "none"), ("int4-g64", "int4-g64")])
+def test_the_plan_knows_the_scratch_of_the_kernel(weight_format, act_format, dtype, rows):
+    layer = Layer(weight_format, dtype, k=1024, n=512, smooth=True, options={"act_format": act_format})
+    net, x = Net(layer, after=torch.relu), layer.x(rows)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # what plans are made for
+    try:
+        model = compiled(net, x, "aten")
+        measured = model.measure(x).peak_bytes
+    finally:
+        torch.set_num_threads(before)
+    # Few rows of codes take no panel, of floats up to 12 do not in bfloat16: a plan does not tell these apart.
+    assert model.report().memory.planned == pytest.approx(measured, rel=0.05, abs=2**17)
+
+
 @needs_compiler
 def test_a_saved_model_gives_the_same_bits(tmp_path):
     layer = Layer("int4-g64", torch.bfloat16, smooth=True)

@@ -9,6 +9,7 @@ import graphwright as gw
 from graphwright.ir.float64 import to_float64
 from graphwright.ir.pattern import named_arguments
 from graphwright.ir.run import run
+from graphwright.passes import parse_pipeline
 from graphwright.passes.low_rank.rewrite import LOWRANK
 from graphwright.tests import low_rank_models as nets
 
@@ -289,7 +290,7 @@ def test_statistics_in_several_waves_choose_the_same():
         ({"gptq": True}, "gptq needs example inputs"),
         ({"smooth": 0.5}, "a fixed smooth needs example inputs"),
         ({"act": "nvfp4"}, "act nvfp4 needs example inputs"),
-        ({"weight": "int3"}, "option weight is 'int3', but must be one of int4-g16"),
+        ({"weight": "int3"}, "option weight is 'int3', but must be auto, or one of int4-g16"),
         ({"rotate": 24}, "option rotate is 24, but must be 0, 16, 32 or 64"),
         ({"smooth": 2.0}, "option smooth is 2.0"),
         ({"max_bits": 3.0}, "option max_bits is 3.0"),
@@ -441,3 +442,17 @@ def test_adapters_that_do_not_fit_are_refused(adapters, message):
     module, example, _ = nets.made(nets.AfterRMSNorm)
     with pytest.raises(gw.PassError, match=message):
         gw.compile(module, [gw.AppendLoRA(adapters=adapters)], example_inputs=example, backend="aten", cache=False)
+
+
+def test_auto_takes_the_format_of_least_noise():
+    module = torch.nn.Linear(128, 96)
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
+    passes = [gw.AbsorbOutliers(weight="auto", act="auto", rank=0, smooth="none", min_numel=0, budget=1.0, calibration=[(x,)])]
+    model = gw.compile(module, passes, example_inputs=(x,), backend="aten", cache=False)
+    [site] = report_of(model).data["sites"]
+    assert (site["weight"], site["act"]) == ("nvint4", "nvint4")  # of normal numbers integers in blocks of 16 are the closest
+
+
+def test_none_is_written_alike_in_text_and_in_python():
+    for text, each in (("absorb-outliers{act=none,smooth=none}", gw.AbsorbOutliers(smooth="none")), ("quantize{act=none}", gw.Quantize())):
+        assert parse_pipeline(text) == (each,) and parse_pipeline(each.spelling) == (each,)

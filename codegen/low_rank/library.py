@@ -94,6 +94,6 @@ def _opened(binary: bytes) -> Any:
         except OSError as error:
             _log.warning("the kernel of gw.lowrank_linear does not load: %s", error)
             return None
-    opened.scratch_bytes.argtypes = opened.lowrank_linear.argtypes = (ctypes.c_char_p,)
+    opened.scratch_bytes.argtypes = opened.lowrank_linear.argtypes = (ctypes.c_char_p, ctypes.c_int64)
     opened.scratch_bytes.restype, opened.lowrank_linear.restype = ctypes.c_int64, None
     return opened

@@ -5,16 +5,15 @@ the process holds the bits that the format says.
 """
 
 import struct
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from ...ir import Node
 from ...ir.low_bit.formats import FORMATS, Format
 from ...ir.low_bit.hadamard import rotate as rotated
 from ...ir.low_bit.quantize import fake_quantize
-from ...ir.pattern import named_arguments
 from .library import library
 
 _CALL = struct.Struct("=30qd")  # `Call` in native/call.h
@@ -46,103 +45,16 @@ def lowrank_linear(
 ) -> Tensor:
     """`gw.lowrank_linear`. Codes of activations are the reference's; what the kernel does not quantize or rotate, the reference does, and
     the kernel multiplies."""
-    native = library()
-    if native is None or not _is_fit(x, weight_q, weight_scale, down, up, bias, weight_format, smooth, weight_scale2):
+    if library() is None or not is_fit(x, weight_q, weight_scale, down, up, bias, weight_format, smooth, weight_scale2):
         return _body(
             x, weight_q, weight_scale, down, up, bias, weight_format=weight_format, act_format=act_format, smooth=smooth,
             weight_scale2=weight_scale2, act_scale2=act_scale2, act_shift=act_shift, rotate=rotate,
         )  # fmt: skip
-    weight = _WEIGHTS[weight_format]
-    y = torch.empty(*x.shape[:-1], weight_q.size(0), dtype=x.dtype)
-    if y.numel() == 0:
-        return y
-    rows = x.reshape(-1, x.size(-1))
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    codes = _ACTIVATIONS.get(act_format) if weight.element == "int" and weight.scale in ("f32", "model") else None
-    prepared = None
-    if rotate or (codes is None and act_format != "none"):
-        prepared = _prepared(rows, smooth, act_shift, rotate, "none" if codes else act_format, act_scale2)
-        smooth, act_shift = None, 0.0
-    if down is None or up is None:
-        down = up = None
-    operands = _Operands(
-        rows, prepared, _dense(smooth), _dense(weight_q), _dense(weight_scale), weight_scale2, _dense(down), _dense(up), _dense(bias)
-    )
-    _run(native, operands, weight, codes, act_shift, y)
-    return y
+    columns = Columns(weight_q, weight_scale, weight_scale2, up, bias)
+    return products(x, smooth, down, [columns], weight_format, act_format, act_scale2, act_shift, rotate)[0]
 
 
-class _Operands(NamedTuple):
-    """Tensors as the kernel reads them: rows without gaps inside, all others without any."""
-
-    x: Tensor
-    prepared: Any
-    smooth: Any
-    codes: Any
-    scale: Any
-    scale2: Any
-    down: Any
-    up: Any
-    bias: Any
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
-
-
-def _prepared(x: Tensor, smooth: Tensor | None, shift: float, rotate: int, act_format: str, scale2: float) -> Tensor:
-    """float32 [M, K]: what meets the weight, as the operator's body has it."""
-    xs = x.float() + shift if shift else x.float()
-    if smooth is not None:
-        xs = xs * smooth.float()
-    if rotate:
-        xs = rotated(xs, rotate, weight=False)
-    return fake_quantize(xs, act_format, x.dtype, scale2).contiguous()
-
-
-def _run(native: Any, o: _Operands, form: Format, activations: Format | None, shift: float, y: Tensor) -> None:
-    m, k = o.x.shape
-    fields = (
-        o.x.data_ptr(), _TYPES[o.x.dtype], o.x.stride(0), *_typed(o.smooth), 0 if o.prepared is None else o.prepared.data_ptr(),
-        m, k, o.codes.size(0), y.data_ptr(), o.codes.data_ptr(), _CODES[form.element, form.bits], *_typed(o.scale), form.group_of(k),
-        0 if o.scale2 is None else o.scale2.data_ptr(), 0 if o.scale2 is None else o.scale2.numel(),
-        *_typed(o.down), *_typed(o.up), 0 if o.down is None else o.down.size(0), *_typed(o.bias),
-        *_quantizer(activations, o.x), torch.get_num_threads(),
-    )  # fmt: skip
-    scratch = torch.empty(native.scratch_bytes(_CALL.pack(*fields, 0, shift)) + _LINE, dtype=torch.uint8)
-    native.lowrank_linear(_CALL.pack(*fields, -(-scratch.data_ptr() // _LINE) * _LINE, shift))
-
-
-def _typed(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.data_ptr(), _TYPES[tensor.dtype])
-
-
-def _quantizer(form: Format | None, x: Tensor) -> tuple[int, int, int, int]:
-    """The largest code, whether codes are unsigned, the elements of a block, and how its scale is stored."""
-    if form is None:
-        return 0, 0, 0, 0
-    scale = x.dtype if form.scale == "model" else torch.float32
-    return int(form.qmax), form.element == "uint", form.group_of(x.size(1)), _TYPES[scale]
-
-
-def has_kernel(node: Node) -> bool:
-    """Whether a call in a graph is one that the kernel in C++ runs here."""
-    return is_of_native_form(node) and library() is not None
-
-
-def is_of_native_form(node: Node) -> bool:
-    """Whether a call is `gw.lowrank_linear` on operands that the kernel has a form for."""
-    if node.target is not torch.ops.gw.lowrank_linear.default:
-        return False
-    values = {name: each.meta["val"] if isinstance(each, fx.Node) else each for name, each in named_arguments(node).items()}
-    return _is_fit(*(values[name] for name in _TOLD_BY))
-
-
-_TOLD_BY = ("x", "weight_q", "weight_scale", "down", "up", "bias", "weight_format", "smooth", "weight_scale2")
-
-
-def _is_fit(
+def is_fit(
     x: Tensor,
     weight_q: Tensor,
     weight_scale: Tensor,
@@ -168,3 +80,92 @@ def _is_fit(
     rank = 0 if down is None else down.size(0)
     expected = ((down, (rank, k)), (up, (n, rank)), (bias, (n,)), (smooth, (k,)))
     return all(tensor is None or (tensor.dtype in _FLOATS and tensor.shape == shape) for tensor, shape in expected)
+
+
+class Columns(NamedTuple):
+    """What of a layer has output columns: weight [N, K] with its scales, up [N, r], bias [N]."""
+
+    codes: Tensor
+    scale: Tensor
+    scale2: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
+
+
+def products(
+    x: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    layers: Sequence[Columns],
+    weight_format: str,
+    act_format: str,
+    act_scale2: float,
+    act_shift: float,
+    rotate: int,
+) -> list[Tensor]:
+    """The results of layers that read the same rows through the same `smooth` and `down`, in formats that are the same: rows are
+    quantized and multiplied by `down` once. The library is there, and the operands are fit."""
+    form = _WEIGHTS[weight_format]
+    results = [torch.empty(*x.shape[:-1], layer.codes.size(0), dtype=x.dtype) for layer in layers]
+    rows = x.reshape(-1, x.size(-1))
+    if rows.size(0) == 0:
+        return results
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    codes = _ACTIVATIONS.get(act_format) if form.element == "int" and form.scale in ("f32", "model") else None
+    prepared = None
+    if rotate or (codes is None and act_format != "none"):
+        prepared = _prepared(rows, smooth, act_shift, rotate, "none" if codes else act_format, act_scale2)
+        smooth, act_shift = None, 0.0
+    smooth, down, layers = _dense(smooth), _dense(down), [Columns(*map(_dense, layer)) for layer in layers]
+    calls = [
+        (
+            rows.data_ptr(), _TYPES[rows.dtype], rows.stride(0), *_typed(smooth), 0 if prepared is None else prepared.data_ptr(),
+            *rows.shape, y.size(-1), y.data_ptr(), *_columns(layer, form, rows.size(1), down), *_quantizer(codes, rows),
+            torch.get_num_threads(),
+        )
+        for layer, y in zip(layers, results, strict=True)
+    ]  # fmt: skip
+    _run(calls, act_shift)
+    return results
+
+
+def _prepared(x: Tensor, smooth: Tensor | None, shift: float, rotate: int, act_format: str, scale2: float) -> Tensor:
+    """float32 [M, K]: what meets the weight, as the operator's body has it."""
+    xs = x.float() + shift if shift else x.float()
+    if smooth is not None:
+        xs = xs * smooth.float()
+    if rotate:
+        xs = rotated(xs, rotate, weight=False)
+    return fake_quantize(xs, act_format, x.dtype, scale2).contiguous()
+
+
+def _run(calls: Sequence[tuple[int, ...]], shift: float) -> None:
+    native, count = library(), len(calls)
+    told = b"".join(_CALL.pack(*fields, 0, shift) for fields in calls)
+    scratch = torch.empty(native.scratch_bytes(told, count) + _LINE, dtype=torch.uint8)
+    begin = -(-scratch.data_ptr() // _LINE) * _LINE
+    native.lowrank_linear(b"".join(_CALL.pack(*fields, begin, shift) for fields in calls), count)
+
+
+def _columns(layer: Columns, form: Format, k: int, down: Tensor | None) -> tuple[int, ...]:
+    scale2 = (0, 0) if layer.scale2 is None else (layer.scale2.data_ptr(), layer.scale2.numel())
+    branch = (0, 0, 0, 0, 0) if down is None or layer.up is None else (*_typed(down), *_typed(layer.up), down.size(0))
+    code = _CODES[form.element, form.bits]
+    return layer.codes.data_ptr(), code, *_typed(layer.scale), form.group_of(k), *scale2, *branch, *_typed(layer.bias)
+
+
+def _quantizer(form: Format | None, x: Tensor) -> tuple[int, int, int, int]:
+    """The largest code, whether codes are unsigned, the elements of a block, and how its scale is stored."""
+    if form is None:
+        return 0, 0, 0, 0
+    scale = x.dtype if form.scale == "model" else torch.float32
+    return int(form.qmax), form.element == "uint", form.group_of(x.size(1)), _TYPES[scale]
+
+
+def _typed(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), _TYPES[tensor.dtype])
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()

@@ -57,7 +57,7 @@ _ALL = (
     Format("uint4-g64", "uint", 4, 15, 64, "model", 0.5, 0.108, weight=False),
     Format("int8-channel", "int", 8, 127, ROW, "f32", 0.5, 0.0087, activation=False),
     Format("int8-token", "int", 8, 127, ROW, "f32", 0.5, 0.0087, weight=False),
-    Format("u8-tensor", "uint", 8, 255, ROW, "f32", 0.5, 0.0107, weight=False),
+    Format("u8-tensor", "uint", 8, 255, ROW, "f32", 0.5, 0.0112, weight=False),
     Format("mxint8", "int", 8, 127, 32, "e8m0", 0.5, 0.0083),
     Format("mxint6", "int", 6, 31, 32, "e8m0", 0.5, 0.034),
     Format("mxint4", "int", 4, 7, 32, "e8m0", 0.5, 0.144),

@@ -32,7 +32,8 @@ def quantize(weight: Tensor, name: str, scale_dtype: torch.dtype | None = None) 
     """`weight` [N, K] in format `name`; the scales of int4 are `scale_dtype`, the weight's own (float32 for float64) when None.
 
     Raises:
-        ValueError: the format is not for weights, or K is no multiple of its group.
+        ValueError: the format is not for weights.
+        RuntimeError: K is no multiple of its group.
     """
     form = _usable(name, "weight", weight.size(-1))
     if scale_dtype is None:
@@ -74,7 +75,8 @@ def fake_quantize(x: Tensor, name: str, scale_dtype: torch.dtype, scale2: float 
     and one zero point for all of x: s = (max - min)/255, z = rne(-min/s).
 
     Raises:
-        ValueError: the format is not for activations, or K is no multiple of its group.
+        ValueError: the format is not for activations.
+        RuntimeError: K is no multiple of its group.
     """
     if name == "none":
         return x
@@ -117,7 +119,7 @@ def in_blocks(values: Tensor, form: Format) -> Tensor:
 
 
 def _stored_scale(amax: Tensor, form: Format, dtype: torch.dtype, scale2: Tensor | None) -> Tensor:
-    """amax / qmax in the scale's dtype (e8m0: the exponent above it, as u8); 1 where a block is zero, never 0."""
+    """amax / qmax in the scale's dtype (e8m0: the exponent above it, as u8); 1 where a block is zero, never 0 and never infinite."""
     wanted = amax / form.qmax
     if form.scale == "e8m0":
         mantissa, exponent = torch.frexp(wanted)
@@ -128,8 +130,7 @@ def _stored_scale(amax: Tensor, form: Format, dtype: torch.dtype, scale2: Tensor
         relative = (wanted / scale2).clamp(_E4M3_TINY, _E4M3_MAX)
         return torch.where(amax == 0, 1.0, relative).to(torch.float8_e4m3fn)
     stored = torch.float32 if form.scale == "f32" else dtype
-    smallest = torch.finfo(stored).smallest_normal * torch.finfo(stored).eps  # the smallest subnormal
-    return torch.where(amax == 0, 1.0, wanted).to(stored).clamp(min=smallest)
+    return torch.where(amax == 0, 1.0, wanted).to(stored).clamp(_smallest(stored), torch.finfo(stored).max)
 
 
 def _scale_value(scale: Tensor, form: Format, scale2: Tensor | None) -> Tensor:
@@ -148,9 +149,14 @@ def _affine(x: Tensor, form: Format) -> Tensor:
     if x.numel() == 0:
         return x
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
-    scale = torch.where(high == low, 1.0, (high - low) / form.qmax)
+    scale = torch.where(high == low, 1.0, ((high - low) / form.qmax).clamp(min=_smallest(x.dtype)))
     zero = (-low / scale).round()
     return ((x / scale).round() + zero).clamp(0, form.qmax).sub(zero) * scale
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The smallest positive number, a subnormal one."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def _as_tensor(scale2: float, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .attention import attention, causal_attention
 from .convolution import convolution, transposed_convolution
 from .kernels import RULES as KERNEL_RULES
 from .kernels import upsample_nearest
+from .low_rank import lowrank_linear
 from .operands import Part, Workspace
 
 __all__ = ["NOMINAL_THREADS", "Workspace", "slice_workspace", "workspace"]
@@ -34,7 +35,7 @@ _RULES_OF_SLICES: dict[str, Callable[[dict[str, Any], Node, int, Part], Workspac
     "gw::causal_attention": causal_attention,
 }
 
-_RULES: dict[str, Callable[..., Workspace]] = {**KERNEL_RULES, **_RULES_OF_SLICES}
+_RULES: dict[str, Callable[..., Workspace]] = {**KERNEL_RULES, **_RULES_OF_SLICES, "gw::lowrank_linear": lowrank_linear}
 
 
 def workspace(node: Node, threads: int = NOMINAL_THREADS) -> Workspace:

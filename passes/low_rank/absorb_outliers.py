@@ -27,7 +27,7 @@ from .calibrate import collect_waves
 from .choose import choose, lower_bound
 from .concat import rejoin, split_concatenations
 from .folds import Fold, find_fold
-from .formats import ACTIVATIONS, WEIGHTS
+from .formats import ACTIVATIONS, AUTO, WEIGHTS, group_of, resolved
 from .layers import Layer, find_layers, matches
 from .plan_store import PlanStore
 from .progress import progress_bar
@@ -49,18 +49,18 @@ WEIGHT_ONLY = ("*norm*.linear", "adaln_single.linear", "time_embed.linear")
 class AbsorbOutliers(Pass):
     """Linear layers on low-bit weights, their outliers taken by smoothing factors and a low-rank branch in 16 bits.
 
-    weight, act: formats (`gw.ir.low_bit.FORMATS`). rank: of the branch, lowered where it would save nothing. refine: rounds that
-    alternate branch and codes. gptq: codes by GPTQ. smooth: search of the strength, none, or a fixed alpha. grid: steps of the
-    search. pow2: factors of two's powers, bitwise exact. fold: factors go into what is before, where that is possible. share_down:
-    queries, keys and values share a down-projection. split_concat: a layer that reads a concatenation becomes one for each part.
-    shift: activations that are never far below 0 are shifted and take all 16 codes. rotate: Hadamard blocks as a candidate.
-    svd: exact, randomized or auto. min_gain: a dearer class must be better by this share. budget: the largest error of a site, as
-    a share of its output; auto is 1.5 x what the formats make of normal numbers. max_bits: of a weight with scales and branch.
-    min_numel: smaller weights stay. max_rows: input rows kept for a site. max_calib_bytes: of all rows together; more sites than
-    fit go in waves. skip, weight_only: patterns of layers that stay, or that take int4-g64 weights alone. output_budget: the largest
-    error of the whole program's outputs that `verify="numeric"` lets pass. calibration: example inputs, each a tuple of arguments
-    or (args, kwargs); without them nothing is smoothed and errors are those of weights. resume: a folder in which a run that was
-    killed goes on.
+    weight, act: formats (`gw.ir.low_bit.FORMATS`); auto is the one of 4 bits with the least noise. rank: of the branch, lowered where
+    it would save nothing. refine: rounds that alternate branch and codes. gptq: codes by GPTQ. smooth: search of the strength, none,
+    or a fixed alpha. grid: steps of the search. pow2: factors of two's powers, bitwise exact. fold: factors go into what is before,
+    where that is possible. share_down: queries, keys and values share a down-projection. split_concat: a layer that reads a
+    concatenation becomes one for each part. shift: activations that are never far below 0 are shifted and take all 16 codes.
+    rotate: Hadamard blocks as a candidate. svd: exact, randomized or auto. min_gain: a dearer class must be better by this share.
+    budget: the largest error of a site, as a share of its output; auto is 1.5 x what the formats make of normal numbers.
+    max_bits: of a weight with scales and branch. min_numel: smaller weights stay. max_rows: input rows kept for a site.
+    max_calib_bytes: of all rows together; more sites than fit go in waves. skip, weight_only: patterns of layers that stay, or that
+    take int4-g64 weights alone. output_budget: the largest error of the program's outputs that verify="numeric" lets pass.
+    calibration: example inputs, each a tuple of arguments or (args, kwargs); without them nothing is smoothed and errors are those
+    of weights. resume: a folder in which a run that was killed goes on.
 
     Raises (on construction): PassError: options that need calibration, and there is none; formats or numbers out of range.
     """
@@ -71,8 +71,8 @@ class AbsorbOutliers(Pass):
     rank: int = option(32, "an integer of at least 0", at_least(0))
     refine: int = option(10, "an integer of at least 0", at_least(0))
     gptq: bool = option(False, "true or false", one_of((True, False)))
-    weight: str = option("int4-g64", f"one of {', '.join(WEIGHTS)}", one_of(WEIGHTS))
-    act: str = option("none", f"one of {', '.join(ACTIVATIONS)}", one_of(ACTIVATIONS))
+    weight: str = option("int4-g64", f"auto, or one of {', '.join(WEIGHTS)}", one_of((AUTO, *WEIGHTS)))
+    act: str = option("none", f"auto, or one of {', '.join(ACTIVATIONS)}", one_of((AUTO, *ACTIVATIONS)))
     smooth: Any = option("search", "search, none, or a number from 0 to 1", lambda v: v in ("search", "none") or between(0.0, 1.0)(v))
     grid: int = option(20, "an integer of at least 2", at_least(2))
     pow2: bool = option(False, "true or false", one_of((True, False)))
@@ -98,11 +98,14 @@ class AbsorbOutliers(Pass):
     resume: Any = option(None, "a folder", lambda v: v is None or isinstance(v, str | Path), spelled=False)
 
     def __post_init__(self) -> None:
+        for name in ("act", "smooth"):
+            if getattr(self, name) is None:  # what a pipeline's text calls none
+                object.__setattr__(self, name, "none")
         super().__post_init__()
         needs = {
             "a fixed smooth": self.smooth not in ("search", "none"),
             "gptq": self.gptq,
-            f"act {self.act}": self.act != "none" and format_of(self.act).scale == "nv",
+            f"act {self.act}": self.act == AUTO or (self.act != "none" and format_of(self.act).scale == "nv"),
         }
         for wanted, is_set in needs.items():
             if is_set and self.calibration is None:
@@ -155,23 +158,18 @@ class AbsorbOutliers(Pass):
             return "its name is among those to skip"
         if layer.numel < self.min_numel:
             return f"its weight has {layer.numel} elements, fewer than min_numel {self.min_numel}"
-        form, k = format_of("int4-g64" if is_light else self.weight), layer.in_features
-        for size, what in (
-            (form.group_of(k), f"the blocks of {form.name}"),
-            (self.rotate or 1, "the rotation"),
-            (self._act_group(k), "its activations"),
-        ):
+        weight, k = "int4-g64" if is_light else self.weight, layer.in_features
+        sizes = {f"the blocks of {weight}": group_of(weight, k)}
+        if not is_light:
+            sizes |= {"the rotation": self.rotate or 1, f"the blocks of {self.act}": group_of(self.act, k)}
+        for what, size in sizes.items():
             if k % size:
                 return f"K = {k} is no multiple of {size}, {what}"
         return ""
 
-    def _act_group(self, k: int) -> int:
-        return 1 if self.act == "none" else format_of(self.act).group_of(k)
-
     def _takes_parts(self, layer: Layer, sizes: list[int]) -> bool:
         """Whether a layer that reads a concatenation of such sizes may become one for each part."""
-        own = format_of(self.weight)
-        fits = all(k % own.group_of(k) == 0 and k % self._act_group(k) == 0 and k % max(self.rotate, 1) == 0 for k in sizes)
+        fits = all(k % size == 0 for k in sizes for size in (group_of(self.weight, k), group_of(self.act, k), max(self.rotate, 1)))
         return fits and not self._reason_against(layer) and min(sizes) * layer.out_features >= self.min_numel
 
     def _waves(self, rewriter: Rewriter, program: Program, taps: Mapping[str, Node]) -> Iterator[dict[str, Statistics]]:
@@ -219,6 +217,7 @@ class AbsorbOutliers(Pass):
         problem = problem_of(site, recipe, statistics, [layer.matrix(program) for layer in site.layers])
         if not all(bool(torch.isfinite(weight).all()) for weight in problem.weights):
             return "its weight holds NaN or infinity"
+        recipe = resolved(recipe, problem)
         fold = find_fold(site, program) if recipe.fold else "folding is off"
         store = None if self.resume is None or statistics is None else PlanStore(Path(self.resume), problem, statistics, recipe)
         choice = store.load() if store is not None else None

@@ -50,8 +50,10 @@ def problem_of(site: Site, recipe: Recipe, statistics: Statistics | None, weight
 
 
 def carry_out(rewriter: Rewriter, plans: Sequence[Plan], gather: Gather) -> list[SiteReport | str]:
-    """Rewrites every planned site, or says why it is left after all; smoothing, branch and codes are rewrites of their own. `gather(program, taps)` gives statistics of
-    the smoothed program, wave by wave, for plans that have none left."""
+    """Rewrites every planned site, or says why it is left after all; smoothing, branch and codes are rewrites of their own.
+
+    `gather(program, taps)` gives statistics of the smoothed program, wave by wave, for plans that have none left.
+    """
     moved = Moved()
     for plan in plans:
         if plan.setting.smooth is not None:

@@ -37,7 +37,18 @@ _VIEWS = {
     aten.dropout.default,
     aten._to_copy.default,
     aten.to.dtype,
+    aten.type_as.default,
 }
+_SAME_SHAPE = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.type_as.default,
+}
+_MATMULS = {aten.matmul.default, aten.bmm.default}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
 _ATTENTION = aten.scaled_dot_product_attention.default
 _MAX_ELEMENTS = 2**24  # of channel numbers: a value larger than that is not traced
@@ -111,6 +122,10 @@ def _operand(node: Node, stops: Any) -> Node:
         if any(named_arguments(node)[name] is value for name in ("query", "key", "attn_mask")):
             raise Untraceable("attention reads its values as keys too")
         return value
+    if node.target in _MATMULS and node.args[0] is not node.args[1]:
+        weighted: Any = node.args[1]  # attention spelled out: rows are sums of rows of its values
+        if weighted.op == "call_function":
+            return weighted
     if node.target is aten.mul.Tensor and len(node.all_input_nodes) == 2:
         factor = next((operand for operand in _factors(node) if _leads_to(operand, stops)), None)
         if factor is not None:
@@ -139,11 +154,20 @@ def _on_numbers(step: Node, values: dict[Node, Any]) -> Any:
         return next(values[operand] for operand in step.all_input_nodes if operand in values)
     if step.target is _ATTENTION:
         return _attended(step, values[named_arguments(step)["value"]])
-    if step.target in (aten._to_copy.default, aten.to.dtype, aten.dropout.default, aten.clone.default, aten.contiguous.default):
+    if step.target in _SAME_SHAPE:
         return values[step.all_input_nodes[0]]
-    target: Any = step.target
+    if step.target in _MATMULS:
+        return _weighted(step, values[step.args[1]])  # type: ignore[index]
+    target: Any = aten.reshape.default if step.target in (aten.view.default, aten._unsafe_view.default) else step.target
     args, kwargs = fx.map_arg((step.args, step.kwargs), lambda operand: values[operand] if operand in values else hint(operand.meta["val"]))
     return target(*_plain(args), **_plain(kwargs))
+
+
+def _weighted(node: Node, value: torch.Tensor) -> torch.Tensor:
+    """Sums of rows show the channels of the rows."""
+    if value.dim() < 2 or not torch.equal(value, value[..., :1, :].expand_as(value)):
+        raise Untraceable("the rows that are summed before it differ in their channels")
+    return value[..., :1, :].expand(_sizes(node))
 
 
 def _attended(node: Node, value: torch.Tensor) -> torch.Tensor:

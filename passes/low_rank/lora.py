@@ -29,7 +29,9 @@ _PADDING = 16
 
 @dataclass(frozen=True)
 class AppendLoRA(Pass):
-    """adapters: layer name -> (A [r, K], B [N, r]), as in W + scale B A. scale: s, often alpha / r.
+    """A low-rank adapter joins the branch of a layer that is quantized already; nothing is quantized again.
+
+    adapters: layer name -> (A [r, K], B [N, r]), as in W + scale B A. scale: s, often alpha / r.
 
     Equal to the program before where every B is 0.
     """

@@ -36,7 +36,9 @@ from .statistics import Statistics
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """weight, act: formats. budget: the largest error of a layer; auto is 1.5 x what the formats make of normal numbers. output_budget:
+    """Weights of linear layers, and residuals beside a branch, are rounded to codes of a low-bit format.
+
+    weight, act: formats. budget: the largest error of a layer; auto is 1.5 x what the formats make of normal numbers. output_budget:
     of the whole program under verify="numeric". min_numel, skip: smaller weights, and layers of these names, stay. calibration:
     example inputs to measure errors on."""
 
@@ -53,6 +55,8 @@ class Quantize(Pass):
     calibration: Any = option(None, "an iterable of example inputs", lambda v: v is None or isinstance(v, Iterable), spelled=False)
 
     def __post_init__(self) -> None:
+        if self.act is None:  # what a pipeline's text calls none
+            object.__setattr__(self, "act", "none")
         super().__post_init__()
         if self.act != "none" and format_of(self.act).scale == "nv" and self.calibration is None:
             raise PassError(f"pass {self.name}: act {self.act} needs example inputs: give calibration=, an iterable of argument tuples")

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 _BLOCK = re.compile(r".*\.\d+(?=\.)|^\d+(?=\.)")
 _ATTENTION = re.compile(r"(^|_)(q|k|v|query|key|value)(_|$)")
-_LOOK_THROUGH = (aten.dropout.default, aten.alias.default, aten._to_copy.default, aten.to.dtype, aten.clone.default)
+_LOOK_THROUGH = (aten.dropout.default, aten.alias.default, aten._to_copy.default, aten.to.dtype, aten.type_as.default, aten.clone.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unsqueeze.default)
 
 

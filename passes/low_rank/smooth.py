@@ -26,7 +26,9 @@ from .smoothing import Moved, apply_smoothing, factors, tied
 
 @dataclass(frozen=True)
 class Smooth(Pass):
-    """alpha: how much of the outliers moves, 0 none and 1 all. fold: into what is before, where possible. pow2: factors of two's
+    """Outliers of activations move into weights, by factors that are folded into what is before where nothing else reads it.
+
+    alpha: how much of the outliers moves, 0 none and 1 all. fold: into what is before, where possible. pow2: factors of two's
     powers, so that every rounding stays what it was. skip: patterns of layers that stay. calibration: example inputs, each a tuple of
     arguments or (args, kwargs).
 

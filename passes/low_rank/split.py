@@ -22,7 +22,9 @@ from .sites import Site, find_sites
 
 @dataclass(frozen=True)
 class SplitLowRank(Pass):
-    """rank: of the branch. svd: exact, randomized, or auto by size. share_down: queries, keys and values of a block share a
+    """Each linear layer becomes a branch of its largest directions beside a float residual.
+
+    rank: of the branch. svd: exact, randomized, or auto by size. share_down: queries, keys and values of a block share a
     down-projection. min_numel, skip: smaller weights, and layers of these names, stay."""
 
     name = "split-low-rank"

@@ -13,7 +13,7 @@ inline void widen(const Call& c, int64_t row, float* f) {
     return;
   }
   const uint16_t* x = reinterpret_cast<const uint16_t*>(c.x) + begin;
-  for (int64_t k = 0; k < c.depth; ++k) f[k] = of_bits(uint32_t(x[k]) << 16);
+  for (int64_t k = 0; k < c.depth; ++k) f[k] = number(x[k]);
 }
 
 // (f + shift) * smooth, or what was prepared.
@@ -30,7 +30,7 @@ inline void smooth(const Call& c, int64_t row, const float* f, float* v) {
     for (int64_t k = 0; k < c.depth; ++k) v[k] = (f[k] + shift) * a[k];
   } else {
     const uint16_t* a = reinterpret_cast<const uint16_t*>(c.smooth);
-    for (int64_t k = 0; k < c.depth; ++k) v[k] = (f[k] + shift) * of_bits(uint32_t(a[k]) << 16);
+    for (int64_t k = 0; k < c.depth; ++k) v[k] = (f[k] + shift) * number(a[k]);
   }
 }
 
@@ -49,7 +49,7 @@ inline float largest(const float* v, int64_t count, bool is_unsigned) {
 inline float stored_scale(const Call& c, float amax) {
   if (amax == 0) return 1.0f;
   float s = amax / float(c.qmax);
-  if (c.act_scale_type == kBFloat16) s = of_bits(uint32_t(to_bfloat16(s)) << 16);
+  if (c.act_scale_type == kBFloat16) s = number(to_bfloat16(s));
   const float smallest = c.act_scale_type == kBFloat16 ? 0x1p-133f : 0x1p-149f;
   if (s < smallest) return smallest;
   return s <= 0x1.fffffep127f ? s : of_bits(0x7fc00000);
@@ -98,59 +98,65 @@ inline void interleave(const Call& c, const Plan& p, const float* v, char* out) 
   }
 }
 
-template <int rows, int columns, class Down>
-INLINE void down_block(const float* f, int64_t stride, const Down* down, int64_t depth, float* out, int64_t rank) {
+// out [rows, columns] = x @ down.T, lanes along the depth. Both as bfloat16 are multiplied in pairs.
+template <int rows, int columns, class X, class Down>
+INLINE void down_block(const X* x, int64_t stride, const Down* down, int64_t depth, float* out, int64_t rank) {
+  constexpr bool as_pairs = kHasBFloat16 && sizeof(X) == 2 && sizeof(Down) == 2;
+  constexpr int64_t step = as_pairs ? 2 * kLanes : kLanes;
   Floats sum[rows][columns] = {};
   int64_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) {
-    Floats d[columns];
-    for (int j = 0; j < columns; ++j) d[j] = load_floats(down + j * depth + k);
-    for (int i = 0; i < rows; ++i) {
-      const Floats value = load_floats(f + i * stride + k);
-      for (int j = 0; j < columns; ++j) sum[i][j] = fused(value, d[j], sum[i][j]);
+  for (; k + step <= depth; k += step) {
+    if constexpr (as_pairs) {
+      Ints d[columns];
+      for (int j = 0; j < columns; ++j) d[j] = load<Ints>(down + j * depth + k);
+      for (int i = 0; i < rows; ++i) {
+        const Ints value = load<Ints>(x + i * stride + k);
+        for (int j = 0; j < columns; ++j) sum[i][j] = dot_bfloat16(sum[i][j], value, d[j]);
+      }
+    } else {
+      Floats d[columns];
+      for (int j = 0; j < columns; ++j) d[j] = load_floats(down + j * depth + k);
+      for (int i = 0; i < rows; ++i) {
+        const Floats value = load_floats(x + i * stride + k);
+        for (int j = 0; j < columns; ++j) sum[i][j] = fused(value, d[j], sum[i][j]);
+      }
     }
   }
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < columns; ++j) {
       float result = lane_sum(sum[i][j]);
-      for (int64_t rest = k; rest < depth; ++rest) result += f[i * stride + rest] * element(int64_t(down), sizeof(Down) == 4 ? kFloat32 : kBFloat16, j * depth + rest);
+      for (int64_t rest = k; rest < depth; ++rest) result += number(x[i * stride + rest]) * number(down[j * depth + rest]);
       out[i * rank + j] = result;
     }
   }
 }
 
-template <int rows, class Down>
-inline void down_rows(const Call& c, const float* f, int64_t stride, const Down* down, float* out) {
+template <int rows, class X, class Down>
+inline void down_rows(const Call& c, const X* x, const Down* down, float* out) {
   int64_t j = 0;
-  for (; j + 4 <= c.rank; j += 4) down_block<rows, 4>(f, stride, down + j * c.depth, c.depth, out + j, c.rank);
-  for (; j < c.rank; ++j) down_block<rows, 1>(f, stride, down + j * c.depth, c.depth, out + j, c.rank);
+  for (; j + 4 <= c.rank; j += 4) down_block<rows, 4>(x, c.x_stride, down + j * c.depth, c.depth, out + j, c.rank);
+  for (; j < c.rank; ++j) down_block<rows, 1>(x, c.x_stride, down + j * c.depth, c.depth, out + j, c.rank);
 }
 
-// out[rows, rank] = f @ down.T. The sum of an element is the same whatever rows there are beside its own.
-inline void through_down(const Call& c, const float* f, int64_t stride, int64_t rows, float* out) {
-  for (int64_t row = 0; row < rows; row += rows - row >= kBranchRows ? kBranchRows : 1) {
-    const bool is_full = rows - row >= kBranchRows;
-    const float* from = f + row * stride;
-    float* to = out + row * c.rank;
-    if (c.down_type == kFloat32) {
-      const float* down = reinterpret_cast<const float*>(c.down);
-      is_full ? down_rows<kBranchRows>(c, from, stride, down, to) : down_rows<1>(c, from, stride, down, to);
-    } else {
-      const uint16_t* down = reinterpret_cast<const uint16_t*>(c.down);
-      is_full ? down_rows<kBranchRows>(c, from, stride, down, to) : down_rows<1>(c, from, stride, down, to);
-    }
+// branch[begin .. end, rank] = x @ down.T. The sum of an element is the same whatever rows there are beside its own.
+template <class X, class Down>
+inline void through_down(const Call& c, int64_t begin, int64_t end, float* branch) {
+  const X* x = reinterpret_cast<const X*>(c.x);
+  const Down* down = reinterpret_cast<const Down*>(c.down);
+  for (int64_t row = begin; row < end; row += end - row >= kBranchRows ? kBranchRows : 1) {
+    const X* from = x + row * c.x_stride;
+    float* to = branch + row * c.rank;
+    end - row >= kBranchRows ? down_rows<kBranchRows>(c, from, down, to) : down_rows<1>(c, from, down, to);
   }
 }
 
-// Rows [begin, end), at most kBranchRows of them, with `buffer` of 2 * kBranchRows * padded floats.
+// Rows [begin, end), with a `buffer` of 2 * padded floats.
 inline void prepare(const Call& c, const Plan& p, int64_t begin, int64_t end, float* buffer) {
   char* scratch = reinterpret_cast<char*>(c.scratch);
-  float* v = buffer + kBranchRows * p.padded;
-  for (int64_t row = begin; row < end; ++row) {
-    float* f = buffer + (row - begin) * p.padded;
-    if (c.rank > 0 || (!p.is_direct && c.prepared == 0)) widen(c, row, f);
-    if (p.is_direct) continue;
-    smooth(c, row, f, v);
+  float* v = buffer + p.padded;
+  for (int64_t row = begin; row < end && !p.is_direct; ++row) {
+    if (c.prepared == 0) widen(c, row, buffer);
+    smooth(c, row, buffer, v);
     if (p.is_integer) {
       int8_t* codes = reinterpret_cast<int8_t*>(scratch + p.activations) + row * p.padded;
       float* scale = reinterpret_cast<float*>(scratch + p.act_scale) + row * p.segments;
@@ -162,11 +168,16 @@ inline void prepare(const Call& c, const Plan& p, int64_t begin, int64_t end, fl
       for (int64_t k = 0; k < c.depth; ++k) out[k] = to_bfloat16(v[k]);
       std::memset(out + c.depth, 0, (p.padded - c.depth) * 2);
     } else {
-      float* out = reinterpret_cast<float*>(scratch + p.activations) + row * p.padded;
-      std::memcpy(out, v, c.depth * 4);
+      std::memcpy(reinterpret_cast<float*>(scratch + p.activations) + row * p.padded, v, c.depth * 4);
     }
   }
-  if (c.rank > 0) through_down(c, buffer, p.padded, end - begin, reinterpret_cast<float*>(scratch + p.branch) + begin * c.rank);
+  if (c.rank == 0) return;
+  float* branch = reinterpret_cast<float*>(scratch + p.branch);
+  if (c.x_type == kFloat32) {
+    c.down_type == kFloat32 ? through_down<float, float>(c, begin, end, branch) : through_down<float, uint16_t>(c, begin, end, branch);
+  } else {
+    c.down_type == kFloat32 ? through_down<uint16_t, float>(c, begin, end, branch) : through_down<uint16_t, uint16_t>(c, begin, end, branch);
+  }
 }
 
 }  // namespace

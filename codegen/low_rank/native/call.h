@@ -32,7 +32,7 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 
 inline float element(int64_t base, int64_t type, int64_t index) {
   if (type == kFloat32) return reinterpret_cast<const float*>(base)[index];
-  if (type == kBFloat16) return of_bits(uint32_t(reinterpret_cast<const uint16_t*>(base)[index]) << 16);
+  if (type == kBFloat16) return number(reinterpret_cast<const uint16_t*>(base)[index]);
   const uint32_t code = reinterpret_cast<const uint8_t*>(base)[index];
   if (type == kE8M0) return of_bits(code == 0 ? 1u << 22 : code << 23);
   // An e4m3 shifted to where float32 has its mantissa is 2^120 too small, subnormals too.
@@ -91,7 +91,7 @@ inline Plan plan_of(const Call& c) {
   p.code_sum = take(p.is_integer ? c.rows * p.segments * 4 : 0);
   p.branch = take(c.rows * c.rank * 4);
   p.threads = end;
-  const int64_t row_buffers = 2 * kBranchRows * p.padded * 4;
+  const int64_t row_buffers = 2 * p.padded * 4;
   const int64_t panel = p.by_dots ? 0 : p.block * kCols;
   const int64_t values = p.is_integer || p.by_dots ? 0 : p.block * kCols * 4;
   const int64_t scales = p.by_dots ? 0 : c.depth / std::min(p.segment, c.group) * kCols * 4;

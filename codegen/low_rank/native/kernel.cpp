@@ -145,28 +145,51 @@ void by_dots(const Call& c, const Plan& p, int64_t n, char* own) {
   for (int64_t row = 0; row < c.rows; ++row) finish<1>(c, p, row, n, tile + row * kCols, up);
 }
 
+// The tile that is the `index`th of all calls: its call, and its place in it.
+inline const Call& of_tile(const Call* calls, int64_t& index) {
+  for (;; ++calls) {
+    const Plan p = plan_of(*calls);
+    if (index < p.panels * p.chunks) return *calls;
+    index -= p.panels * p.chunks;
+  }
+}
+
 }  // namespace
 
 extern "C" {
 
-// Bytes of scratch that a call needs, at an address that is a multiple of 64.
-int64_t scratch_bytes(const Call* call) {
-  const Plan p = plan_of(*call);
-  return p.threads + p.bytes_per_thread * call->threads;
+// Bytes of scratch that calls need together, at an address that is a multiple of 64.
+int64_t scratch_bytes(const Call* calls, int64_t count) {
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Plan p = plan_of(calls[i]);
+    bytes = std::max(bytes, p.threads + p.bytes_per_thread * calls[i].threads);
+  }
+  return bytes;
 }
 
-void lowrank_linear(const Call* call) {
-  const Call& c = *call;
-  const Plan p = plan_of(c);
-#pragma omp parallel num_threads(c.threads)
+// Calls that differ in what has columns alone (weight, up, bias, y): rows are made ready once, for the first.
+void lowrank_linear(const Call* calls, int64_t count) {
+  const Plan first = plan_of(*calls);
+  int64_t tiles = 0, bytes_per_thread = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Plan p = plan_of(calls[i]);
+    tiles += p.panels * p.chunks;
+    bytes_per_thread = std::max(bytes_per_thread, p.bytes_per_thread);
+  }
+#pragma omp parallel num_threads(calls->threads)
   {
-    char* own = reinterpret_cast<char*>(c.scratch) + p.threads + thread_index() * p.bytes_per_thread;
+    char* own = reinterpret_cast<char*>(calls->scratch) + first.threads + thread_index() * bytes_per_thread;
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < c.rows; row += kBranchRows)
-      if (!p.is_direct || c.rank > 0) prepare(c, p, row, std::min(row + kBranchRows, c.rows), reinterpret_cast<float*>(own));
+    for (int64_t row = 0; row < calls->rows; row += kBranchRows)
+      if (!first.is_direct || calls->rank > 0)
+        prepare(*calls, first, row, std::min(row + kBranchRows, calls->rows), reinterpret_cast<float*>(own));
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t tile = 0; tile < p.panels * p.chunks; ++tile) {
-      const int64_t n = tile % p.panels * kCols, begin = tile / p.panels * p.chunk;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      int64_t index = tile;
+      const Call& c = of_tile(calls, index);
+      const Plan p = plan_of(c);
+      const int64_t n = index % p.panels * kCols, begin = index / p.panels * p.chunk;
       p.by_dots ? by_dots(c, p, n, own) : by_panels(c, p, begin, std::min(begin + p.chunk, c.rows), n, own);
     }
   }

@@ -107,6 +107,7 @@ INLINE void dots_of_bytes(const int8_t* a, int64_t padded, const uint8_t* w, int
         std::memcpy(&weights[j], w + j * depth + k, depth - k);
       }
       weights[j] ^= int32_t(0x80808080);
+      __builtin_prefetch(w + j * depth + k + 4 * kAhead);
     }
     for (int i = 0; i < rows; ++i) {
       const Ints codes = load<Ints>(a + i * padded + k);

@@ -39,6 +39,9 @@ inline uint32_t bits_of(float value) {
   return bits;
 }
 
+inline float number(float value) { return value; }
+inline float number(uint16_t bfloat16) { return of_bits(uint32_t(bfloat16) << 16); }
+
 // To the nearest, half to even; a NaN stays one.
 inline uint16_t to_bfloat16(float value) {
   const uint32_t bits = bits_of(value);

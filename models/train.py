@@ -1,0 +1,183 @@
+"""Trains networks of the zoo: `python -m graphwright.models.train dit` makes the weights that `load("dit", "digits")` reads.
+
+One seed gives one network on one machine with one number of threads; sums are taken in other orders with another.
+"""
+
+import argparse
+import copy
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..ir.errors import GraphwrightError
+from . import digits, dit
+from .sampling import TRAIN_STEPS, noised
+from .trained_weights import write_weights
+
+Tell = Callable[[int, float], None]  # told the steps done and the loss
+
+PEAK_RATE = 1e-3
+WARMUP_STEPS = 100
+AVERAGING = 0.995  # weights of the last 200 steps or so
+
+
+def train_dit(steps: int, seed: int = 0, tell: Tell | None = None) -> nn.Module:
+    """The network `dit` of size "digits", trained to predict the noise in one half of scikit-learn's digits.
+
+    Its loss is the mean square of (e - predicted), over steps t drawn evenly. The variance that a DiT predicts beside the noise is
+    not trained and stays zero: DDIM has no use for it.
+
+    Raises: TargetError where scikit-learn is not installed.
+    """
+    train, _ = digits.halves()
+    batch_size, dropped = 64, 0.1  # labels are dropped for classifier-free guidance
+
+    def loss(network: nn.Module) -> Tensor:
+        chosen = torch.randint(len(train.labels), (batch_size,))
+        images, labels = train.images[chosen], train.labels[chosen]
+        labels = labels.masked_fill(torch.rand(batch_size) < dropped, digits.NO_CLASS)
+        timestep, noise = torch.randint(TRAIN_STEPS, (batch_size,)), torch.randn_like(images)
+        predicted = network(noised(images, noise, timestep), timestep, labels)
+        return (predicted[:, : images.shape[1]] - noise).square().mean()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = dit.DiT(dit.SIZES["digits"])
+        _start_at_identity(network)
+        return fit(network, loss, steps, tell)
+
+
+def _start_at_identity(network: dit.DiT) -> None:
+    """adaLN-Zero (Peebles & Xie 2023, section 3.2): every block starts as the identity, and the output as zero."""
+    for module in (network.head, network.modulation, *(block.modulation for block in network.blocks)):
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def fit(network: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int, tell: Tell | None = None) -> nn.Module:
+    """Takes `steps` steps of AdamW down `loss(network)`; returns a network in eval mode with the moving average of the weights.
+
+    The learning rate rises linearly over the first steps, then falls to zero along half a cosine.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    averaged = copy.deepcopy(network).eval().requires_grad_(False)
+    for step in range(steps):
+        value = loss(network.train())
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        _average(averaged, network)
+        if tell is not None:
+            tell(step + 1, value.item())
+    return averaged
+
+
+def _rate(step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step, 0 .. steps - 1."""
+    return min((step + 1) / WARMUP_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, network: nn.Module) -> None:
+    for mean, parameter in zip(averaged.parameters(), network.parameters()):
+        mean.lerp_(parameter, 1 - AVERAGING)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train of a network: the size, how, and for how many steps unless told."""
+
+    size: str
+    train: Callable[[int, int, Tell | None], nn.Module]
+    steps: int
+
+
+RECIPES = {"dit": Recipe("digits", train_dit, steps=3000)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains one network and writes its weights; returns the exit code: 0, or 130 when interrupted."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    recipe = RECIPES[options.network]
+    path = options.out or Path(f"{options.network}_{recipe.size}.safetensors")
+    steps = options.steps or recipe.steps
+    start = time.perf_counter()
+    try:
+        _check_writable(path)
+        with _bar(steps) as tell:
+            network = recipe.train(steps, options.seed, tell)
+        write_weights(network, path)
+    except (GraphwrightError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB: {steps} steps in {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m graphwright.models.train", description="Trains a network of the zoo and writes its weights.")
+    parser.add_argument("network", choices=RECIPES, help="what to train")
+    parser.add_argument("--steps", type=_whole_number(1), help="optimizer steps (default: as the zoo's own weights were made)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: NETWORK_SIZE.safetensors, in this folder)")
+    parser.add_argument("--seed", type=_whole_number(0), default=0, help="of the first weights and of all that is drawn (default: 0)")
+    return parser
+
+
+def _whole_number(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"wants a whole number from {least}, not {text!r}")
+        return int(text)
+
+    return read
+
+
+def _check_writable(path: Path) -> None:
+    """Raises OSError now for what would otherwise fail after minutes."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; --out wants a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"the folder {path.parent} may not be written to")
+
+
+@contextmanager
+def _bar(steps: int) -> Iterator[Tell | None]:
+    """A callback that moves a bar, with the loss and the time left, on a terminal's stderr; None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("reading", total=steps)
+        yield lambda done, loss: bar.update(task, completed=done, description=f"loss {loss:.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
