@@ -70,6 +70,7 @@ def _layers() -> dict[str, Layer]:
     pairs[4096] += [("int4-g32", "none"), ("nvfp4", "none"), ("mxfp4", "mxfp4"), ("mxfp8", "mxfp8"), ("mxint8", "mxint8")]
     found = {f"{weight} x {act}, {rows} rows": Layer(rows, weight, act) for rows, each in pairs.items() for weight, act in each}
     found["int4-g64 x int4-g64, rotated, 4096 rows"] = Layer(4096, "int4-g64", "int4-g64", rotate=32)
+    found["int8-channel x int8-token, rotated, 16 rows"] = Layer(16, "int8-channel", "int8-token", rotate=64)
     found["int8-channel x int8-token, no branch, 4096 rows"] = Layer(4096, "int8-channel", "int8-token", rank=0)
     found["int8-channel x int8-token, gelu, 4096 rows"] = Layer(4096, "int8-channel", "int8-token", gelu=True)
     found["int4-g64 x none, alone, 1 rows"] = Layer(1, "int4-g64", rank=0, smooth=False)

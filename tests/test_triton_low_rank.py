@@ -185,10 +185,10 @@ def test_parts_that_are_not_there(act, part):
 
 
 @pytest.mark.parametrize("act", ["none", "int8-token", "int4-g64", "mxfp8"])
-@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("size", [2, 16, 32, 64, 128])
 def test_rotated_blocks(act, size):
-    """In float32, whose small products are summed in another order than the reference's: no element lies at a tie here."""
-    assert_exact(Layer(20, 192, "int4-g64", act, torch.float32, size=size), torch.randn(9, 192))
+    """In float32, whose sums are in another order than the reference's: no element lies at a tie here."""
+    assert_exact(Layer(20, 256, "int4-g64", act, torch.float32, size=size), torch.randn(9, 256))
 
 
 @pytest.mark.parametrize("act", ["uint4-g64", "none", "int8-token"])
@@ -245,6 +245,19 @@ def test_symbolic_rows():
     assert [kernel.name for kernel in found] == HALVES
     for shape in ((2, 30, 128), (3, 7, 128), (5, 2, 128)):
         x = torch.randn(shape, dtype=torch.bfloat16)
+        exact, bound = layer.exact(x)
+        assert ((FlatGraph(graph)([x, *layer.tensors.values()])[0].double() - exact).abs() <= 4 * 2**-7 * bound).all()
+
+
+@pytest.mark.parametrize("names", [("M", "K"), ("m", "tiles")])
+def test_symbols_that_are_called_as_kernels_call_theirs(names):
+    layer = Layer(20, 128, "int8-channel", "int8-token")
+    dims = {d: torch.export.Dim(name, min=2, max=512) for d, name in enumerate(names)}
+    args = [torch.randn(30, 5, 128, dtype=torch.bfloat16).transpose(0, 1), *layer.tensors.values()]
+    graph, found = lowered(capture(layer, args, (dims, *(None for _ in layer.tensors))))
+    assert [kernel.name for kernel in found] == HALVES
+    for shape in ((30, 5, 128), (7, 4, 128)):
+        x = torch.randn(shape, dtype=torch.bfloat16).transpose(0, 1)
         exact, bound = layer.exact(x)
         assert ((FlatGraph(graph)([x, *layer.tensors.values()])[0].double() - exact).abs() <= 4 * 2**-7 * bound).all()
 
@@ -397,7 +410,7 @@ LEFT_ALONE = {
     "a float weight": (lambda: None, torch.bfloat16),
     "one scale for the tensor": (lambda: Layer(20, 128, "int8-channel", "u8-tensor"), torch.bfloat16),
     "codes of 6 bits": (lambda: Layer(20, 128, "mxint6", "none"), torch.bfloat16),
-    "a rotation of few": (lambda: Layer(20, 128, "int8-channel", "int8-token", size=8), torch.bfloat16),
+    "a rotation of many": (lambda: Layer(20, 256, "int8-channel", "int8-token", size=256), torch.bfloat16),
     "wider factors": (lambda: Layer(20, 128, "int8-channel", "int8-token", torch.float32), torch.bfloat16),
 }
 
@@ -405,7 +418,8 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_what_no_kernel_covers_runs_its_body(name):
     make, dtype = LEFT_ALONE[name]
-    layer, x = make(), torch.randn(9, 128).to(dtype)
+    layer = make()
+    x = torch.randn(9, 128 if layer is None else layer.tensors["down"].size(1)).to(dtype)
     if layer is None:
         w, empty = torch.randn(20, 128, dtype=dtype), torch.empty(0)
         function, args = (lambda x, w, s: torch.ops.gw.lowrank_linear(x, w, s, None, None, None, weight_format="none")), [x, w, empty]

@@ -20,7 +20,8 @@ _NARROW = 2**31
 # Names that generated files give a meaning of their own; a symbol or an input of that name gets another.
 RESERVED = frozenset(
     """n i row col mask n_rows n_cols in_rows in_cols start tl triton torch os aten run reference check laid_out example_inputs device
-    ROWS COLS BLOCK NUM_WARPS TOLERANCE error_of norm_stats norm_apply tanh sigmoid low_bit_product""".split()
+    ROWS COLS BLOCK NUM_WARPS TOLERANCE error_of norm_stats norm_apply tanh sigmoid low_bit_product M N K R
+    m k r tiles part""".split()
 )
 
 

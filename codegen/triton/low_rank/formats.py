@@ -7,7 +7,7 @@ from ....ir.low_bit.formats import FORMATS
 DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 WEIGHTS = frozenset(name for name, form in FORMATS.items() if form.weight and form.bits in (4, 8))
 ACTIVATIONS = frozenset(name for name, form in FORMATS.items() if form.activation and form.bits in (4, 8) and name != "u8-tensor")
-ROTATIONS = {0, 16, 32, 64, 128}  # of fewer, a tile is no operand of a tensor core; of more, the matrix fills the registers
+LONGEST_ROTATION = 128  # neighbours along K: of 256, registers are spilled
 FEW_ROWS = 16  # of one tile
 PART = 256  # neighbours along K: 3072 make 12 programs for few rows, whose sums a product adds up
 SHORTEST_BLOCK = 64  # of codes, whose sums are rescaled block by block

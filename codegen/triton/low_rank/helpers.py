@@ -60,14 +60,16 @@ def e2m1_nearest(y):
     unit = tl.where(tl.abs(y) < 2.0, 0.5, tl.where(tl.abs(y) < 4.0, 1.0, 2.0))
     return nearest(tl.div_rn(y, unit)) * unit
 ''',
-    "hadamard": '''@triton.jit
-def hadamard(size: tl.constexpr, factor: tl.constexpr):
-    """Sylvester's Hadamard matrix [size, size] times `factor`: -1 to the number of bits that row and column share."""
-    shared = tl.arange(0, size)[:, None] & tl.arange(0, size)[None, :]
-    shared ^= shared >> 4
-    shared ^= shared >> 2
-    shared ^= shared >> 1
-    return (1 - 2 * (shared & 1)).to(tl.float32) * factor
+    "turned": '''@triton.jit
+def turned(x, size: tl.constexpr, steps: tl.constexpr, factor: tl.constexpr):
+    """Blocks of `size` = 2^`steps` neighbours times Sylvester's Hadamard matrix and `factor`: each step adds and subtracts the pairs that
+    differ in the lowest bit of their places, which becomes the highest, so that after all steps each bit is where it was."""
+    y = tl.reshape(x, [x.shape[0] * x.shape[1] // size, size])
+    for _ in tl.static_range(steps):
+        even, odd = tl.split(tl.reshape(y, [x.shape[0] * x.shape[1] // size, size // 2, 2]))
+        pairs = tl.permute(tl.join(even + odd, even - odd), (0, 2, 1))
+        y = tl.reshape(pairs, [x.shape[0] * x.shape[1] // size, size])
+    return tl.reshape(y, [x.shape[0], x.shape[1]]) * factor
 ''',
     "unpacked": '''@triton.jit
 def unpacked(packed, rows: tl.constexpr, columns: tl.constexpr):

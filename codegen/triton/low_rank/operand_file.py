@@ -3,8 +3,6 @@
 A program owns rows and visits all of k, once, or twice where a scale belongs to a whole row: the sums of the branch need no atomics.
 """
 
-import math
-
 import torch
 
 from ....ir import Node
@@ -15,7 +13,7 @@ from ..statements import Statements
 from ..values import TL_TYPES
 from .helpers import with_needed
 from .plan import OperandPlan
-from .reference import quantized_text, turned_text
+from .reference import quantized_text, rotated_text
 from .tiles import OperandTile, default_operand_tile
 
 INTERPRETED = 'INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")'
@@ -61,7 +59,7 @@ class OperandFile(File):
         return {"M": self.plan.m, "K": self.plan.k} | ({"R": self.plan.rank} if self.plan.rank else {})
 
     def helpers(self) -> list[str]:
-        form, names = self.plan.form, ["hadamard"] if self.plan.rotate else []
+        form, names = self.plan.form, ["turned"] if self.plan.rotate else []
         if form is not None:
             names += ["magnitude_bits", _STORED.get(form.scale) or _MODEL_STORED[self.plan.dtype]]
             names += [{"int": "nearest", "uint": "nearest"}.get(form.element, f"{form.element}_nearest")]
@@ -112,9 +110,6 @@ class OperandFile(File):
         lines = []
         if self.plan.rank:
             lines += ["r = tl.arange(0, BLOCK_R)[None, :]", "in_r = r < R", "half = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)"]
-        if self.plan.rotate:
-            factor = 2.0 ** -math.floor(math.log2(self.plan.rotate) / 2)
-            lines += [f"turn = hadamard({self.plan.rotate}, {factor!r})"]
         if self.plan.needs_scale:
             lines += ["amax = tl.zeros([BLOCK_M, 1], tl.int32)"]
         return lines
@@ -161,9 +156,8 @@ class OperandFile(File):
         elif plan.shift:
             lines += ["xs = tl.where(in_k, xs, 0.0)"]
         if plan.rotate:
-            rows = f"BLOCK_M * BLOCK_K // {plan.rotate}"
-            lines += [f"blocks = tl.reshape(xs, [{rows}, {plan.rotate}])"]
-            lines += ['xs = tl.reshape(tl.dot(blocks, turn, input_precision="ieee"), [BLOCK_M, BLOCK_K])']
+            steps = plan.rotate.bit_length() - 1
+            lines += [f"xs = turned(xs, {plan.rotate}, {steps}, {2.0 ** -(steps // 2)!r})"]
         return lines
 
     def _largest(self) -> list[str]:
@@ -243,7 +237,7 @@ class OperandFile(File):
         if form is not None or "values" in plan.results:
             lines += [f"    xs = {x}.float()" + (f" + {plan.shift!r}" if plan.shift else "")]
             lines += [f"    xs = xs * {self._input('smooth')}.float()"] if "smooth" in plan.roles else []
-            lines += [f"    xs = turned(xs, {plan.rotate})"] if plan.rotate else []
+            lines += [f"    xs = rotated(xs, {plan.rotate})"] if plan.rotate else []
             if form is None:
                 results = ["xs"]
             else:
@@ -262,8 +256,8 @@ class OperandFile(File):
         return "\n".join([*lines, f"    return ({', '.join(results)},)"])
 
     def reference_functions(self) -> list[str]:
-        turned = [turned_text(self.plan.rotate)] if self.plan.rotate else []
-        return [*turned, *([quantized_text(self.plan)] if self.plan.form is not None else [])]
+        rotated = [rotated_text(self.plan.rotate)] if self.plan.rotate else []
+        return [*rotated, *([quantized_text(self.plan)] if self.plan.form is not None else [])]
 
     def random(self, node: Node, shape: str) -> str:
         if node is self.plan.inputs[0]:

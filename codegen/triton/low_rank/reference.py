@@ -8,7 +8,7 @@ from ....ir.low_bit.elements import E2M1_VALUES
 from ....ir.low_bit.formats import Format
 from .plan import OperandPlan, ProductPlan
 
-_TURNED = '''def turned(x, size):
+_ROTATED = '''def rotated(x, size):
     """Blocks of `size` neighbours times a Hadamard matrix, and half of its scale as a power of two."""
     h = torch.ones(1, 1, device=x.device)
     while h.size(0) < size:
@@ -24,9 +24,9 @@ _ROUNDED = {
 _UNIT = "    unit = torch.where(y.abs() < 2, 0.5, torch.where(y.abs() < 4, 1.0, 2.0))\n"
 
 
-def turned_text(size: int) -> str:
+def rotated_text(size: int) -> str:
     """The function that turns blocks of K."""
-    return _TURNED.replace("FACTOR", repr(2.0 ** -math.floor(math.log2(size) / 2)))
+    return _ROTATED.replace("FACTOR", repr(2.0 ** -math.floor(math.log2(size) / 2)))
 
 
 def quantized_text(plan: OperandPlan) -> str:

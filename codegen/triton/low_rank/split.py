@@ -15,7 +15,7 @@ from ....ir.calls import GETITEM
 from ....ir.infer import infer
 from ....ir.low_bit.formats import FORMATS
 from ..pointwise import arguments_of
-from .formats import ACTIVATIONS, DTYPES, FEW_ROWS, PART, ROTATIONS, WEIGHTS, multiplies_codes
+from .formats import ACTIVATIONS, DTYPES, FEW_ROWS, LONGEST_ROTATION, PART, WEIGHTS, multiplies_codes
 from .ops import low_bit_operand, low_bit_product
 
 _OPERAND = ("act_format", "act_scale2", "act_shift", "rotate")
@@ -36,7 +36,7 @@ def is_covered(node: Node) -> bool:
     x = a["x"].meta["val"]
     if a["weight_format"] not in WEIGHTS or a["act_format"] not in {"none", *ACTIVATIONS} or x.dtype not in DTYPES:
         return False
-    if a["rotate"] not in ROTATIONS or not node.meta["val"].is_contiguous():
+    if a["rotate"] > LONGEST_ROTATION or not node.meta["val"].is_contiguous():
         return False
     branch = [a[name].meta["val"] for name in ("down", "up") if a[name] is not None]
     if any(each.dtype != x.dtype and x.dtype != torch.float32 or each.dtype not in DTYPES for each in branch):

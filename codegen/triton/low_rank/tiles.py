@@ -29,13 +29,13 @@ class OperandTile:
 
 
 def default_operand_tile(plan: OperandPlan, target: Target) -> OperandTile:
-    """The tile that is used when nothing was tuned: as many rows as leave a program for each multiprocessor. Products with a Hadamard
-    matrix, in float32, take the registers of more."""
+    """The tile that is used when nothing was tuned: as many rows as leave a program for each multiprocessor. A rotation takes the
+    registers of more."""
     rows = known_sizes(plan)(plan.m)
     if rows <= FEW_ROWS:
-        return OperandTile(16, _width(plan, 256), 8, 3)
+        return OperandTile(16, _width(plan, 128 if plan.rotate else 256), 8, 3)
     height = 32 if rows >= 32 * target.multiprocessors and not plan.rotate else 16
-    return OperandTile(height, _width(plan, 128))
+    return OperandTile(height, _width(plan, 128), 8 if plan.rotate else 4)
 
 
 def operand_tiles(plan: OperandPlan, target: Target) -> Iterator[OperandTile]:
