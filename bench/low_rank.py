@@ -9,8 +9,10 @@ oneDNN's u8 x s8 product on a packed weight; "int4pack": ATen's product of bfloa
 """
 
 import argparse
+import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -147,32 +149,37 @@ def _int4pack(weight: Tensor, x: Tensor) -> Call:
 
 
 def _memory_of_weights(bench: Bench, count: int, n: int, k: int) -> None:
-    """Resident bytes of `count` layers that have been called, against the same in bfloat16."""
-    x = torch.randn(4, k).bfloat16()
-    half = (n, RANK), (RANK, k), (n,)
-
-    def low() -> list[Tensor]:
-        codes, scale = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), torch.rand(n, k // 64).bfloat16()
-        up, down, bias = (torch.rand(*shape).bfloat16() for shape in half)
-        lowrank_linear(x, codes, scale, down, up, bias, weight_format="int4-g64")
-        return [codes, scale, up, down, bias]
-
-    def floats() -> list[Tensor]:
-        weight = torch.empty(n, k, dtype=torch.bfloat16).fill_(1)
-        F.linear(x, weight)
-        return [weight]
-
-    ours, theirs = (_resident(make, count) for make in (low, floats))
+    """Resident bytes of `count` layers that have been called, against the same in bfloat16, each in a process of its own."""
+    ours, theirs = (_apart(_resident, make, count, n, k) for make in (_low_layer, _float_layer))
     bench.row(f"{count} layers int4-g64 branch, {[n, k]}", "resident bytes", "B", ours, {"bf16 weights": theirs})
 
 
-def _resident(make: Callable[[], list[Tensor]], count: int) -> int:
-    make()  # what a first call leaves behind in pools is no weight
+def _apart(function: Callable[..., int], *arguments: object) -> int:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _resident(make: Callable[[int, int], list[Tensor]], count: int, n: int, k: int) -> int:
+    """What `count` layers add to the process once they have been called."""
+    make(64, 64)  # loads what a first call does
     before = _resident_bytes()
-    held = [make() for _ in range(count)]
+    held = [make(n, k) for _ in range(count)]
     grown = _resident_bytes() - before
     del held
     return grown
+
+
+def _low_layer(n: int, k: int) -> list[Tensor]:
+    codes, scale = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8), torch.ones(n, k // 64, dtype=torch.bfloat16)
+    up, down, bias = (torch.ones(*shape, dtype=torch.bfloat16) for shape in ((n, RANK), (RANK, k), (n,)))
+    lowrank_linear(torch.ones(1, k, dtype=torch.bfloat16), codes, scale, down, up, bias, weight_format="int4-g64")
+    return [codes, scale, up, down, bias]
+
+
+def _float_layer(n: int, k: int) -> list[Tensor]:
+    weight = torch.ones(n, k, dtype=torch.bfloat16)
+    F.linear(torch.ones(1, k, dtype=torch.bfloat16), weight)
+    return [weight]
 
 
 def _resident_bytes() -> int:
