@@ -476,15 +476,30 @@ def test_what_only_broadcasts_to_the_shapes_of_the_kernel_runs_the_body():
     assert torch.equal(y, op(x, codes, scale, None, None, None, weight_format="int4-g64"))
 
 
-@pytest.mark.parametrize("weight_format", ["int4-g64", "int8-channel"])
-@pytest.mark.parametrize("backend", ["aten", "tuned"])
-def test_without_a_compiler_the_body_runs(monkeypatch, backend, weight_format):
+@pytest.fixture
+def no_compiler(monkeypatch):
     monkeypatch.setattr(library, "compiler", lambda: None)
     monkeypatch.setattr(library, "_loaded", {})
+
+
+@pytest.mark.parametrize("weight_format", ["int4-g64", "int8-channel"])
+@pytest.mark.parametrize("backend", ["aten", "tuned"])
+def test_programs_run_without_a_compiler_and_a_warning_says_what_is_missing(no_compiler, caplog, backend, weight_format):
     layer = Layer(weight_format, options={"act_format": "int8-token"})
     net, x = Net(layer), layer.x(5)
-    model = compiled(net, x, backend)
-    assert_same(layer, net, model, x)
+    assert_same(layer, net, compiled(net, x, backend), x)
+    assert "install g++" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", ["", "bias", "branch", "smooth", "shift", "rotate", "bias branch smooth shift rotate"])
+def test_without_a_compiler_int8_is_multiplied_as_codes(no_compiler, monkeypatch, parts, dtype):
+    monkeypatch.setattr(linear, "_body", None)
+    options = {"act_format": "int8-token", "act_shift": 0.7 * ("shift" in parts), "rotate": 16 * ("rotate" in parts)}
+    rank = 16 * ("branch" in parts)
+    layer = Layer("int8-channel", dtype, k=192, rank=rank, bias="bias" in parts, smooth="smooth" in parts, options=options)
+    for rows in ROWS:
+        assert_close(layer, layer.x(rows), layer(linear.lowrank_linear, layer.x(rows)))
 
 
 # --- the library -----------------------------------------------------------------------------------------------------------

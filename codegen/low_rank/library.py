@@ -60,6 +60,7 @@ def _taken(shelf: Shelf | None) -> Any:
 def _made(shelf: Shelf | None, targets: tuple[tuple[str, ...], ...]) -> Any:
     command = compiler()
     if command is None:
+        _log.warning("gw.lowrank_linear has no kernel here and decodes its weights at each call, which is slow: install g++ or clang++")
         return None
     for flags in targets:
         binary = _compiled(command, flags)

@@ -6,7 +6,7 @@ the process holds the bits that the format says.
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ...ir.low_bit.formats import FORMATS, Format
 from ...ir.low_bit.hadamard import rotate as rotated
 from ...ir.low_bit.quantize import fake_quantize
 from .library import library
+from .without_compiler import int8_product
 
 _CALL = struct.Struct("=30qd")  # `Call` in native/call.h
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float8_e4m3fn: 3}
@@ -28,30 +29,23 @@ _LINE = 64  # bytes of a line of the cache, where scratch begins
 
 
 def lowrank_linear(
-    x: Tensor,
-    weight_q: Tensor,
-    weight_scale: Tensor,
-    down: Tensor | None,
-    up: Tensor | None,
-    bias: Tensor | None,
-    *,
-    weight_format: str,
-    act_format: str = "none",
-    smooth: Tensor | None = None,
-    weight_scale2: Tensor | None = None,
-    act_scale2: float = 1.0,
-    act_shift: float = 0.0,
-    rotate: int = 0,
+    x: Tensor, weight_q: Tensor, weight_scale: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None, **options: Any
 ) -> Tensor:
-    """`gw.lowrank_linear`. Codes of activations are the reference's; what the kernel does not quantize or rotate, the reference does, and
-    the kernel multiplies."""
-    if library() is None or not is_fit(x, weight_q, weight_scale, down, up, bias, weight_format, smooth, weight_scale2):
-        return _body(
-            x, weight_q, weight_scale, down, up, bias, weight_format=weight_format, act_format=act_format, smooth=smooth,
-            weight_scale2=weight_scale2, act_scale2=act_scale2, act_shift=act_shift, rotate=rotate,
-        )  # fmt: skip
-    columns = Columns(weight_q, weight_scale, weight_scale2, up, bias)
-    return products(x, smooth, down, [columns], weight_format, act_format, act_scale2, act_shift, rotate)[0]
+    """`gw.lowrank_linear`, its attributes and the rarer operands in `options`. Codes of activations are the reference's; what the kernel
+    does not quantize or rotate, the reference does, and the kernel multiplies."""
+    told = _DEFAULTS | options
+    smooth, scale2 = told["smooth"], told["weight_scale2"]
+    if not is_fit(x, weight_q, weight_scale, down, up, bias, told["weight_format"], smooth, scale2):
+        return _body(x, weight_q, weight_scale, down, up, bias, **options)
+    if library() is None:
+        found = int8_product(x, weight_q, weight_scale, down, up, bias, **told)
+        return _body(x, weight_q, weight_scale, down, up, bias, **options) if found is None else found
+    layer = Columns(weight_q, weight_scale, scale2, up, bias)
+    return products(x, smooth, down, [layer], *(told[name] for name in OPTIONS))[0]
+
+
+_DEFAULTS = {"act_format": "none", "smooth": None, "weight_scale2": None, "act_scale2": 1.0, "act_shift": 0.0, "rotate": 0}
+OPTIONS = ("weight_format", "act_format", "act_scale2", "act_shift", "rotate")  # as `products` takes them
 
 
 def is_fit(

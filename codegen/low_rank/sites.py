@@ -12,11 +12,10 @@ from ...ir.calls import GETITEM
 from ...ir.infer import storage_key, tensors_of
 from ...ir.pattern import named_arguments
 from .library import library
-from .linear import Columns, is_fit, products
+from .linear import OPTIONS, Columns, is_fit, products
 
 _TOLD_BY = ("x", "weight_q", "weight_scale", "down", "up", "bias", "weight_format", "smooth", "weight_scale2")
-_SHARED = ("x", "smooth", "down", "weight_format", "act_format", "act_scale2", "act_shift", "rotate")
-_OPTIONS = _SHARED[3:]
+_OF_ROWS = ("x", "smooth", "down")
 _COLUMNS = ("weight_q", "weight_scale", "weight_scale2", "up", "bias")  # in the order of `Columns`
 
 
@@ -52,7 +51,7 @@ def find_sites(nodes: Sequence[Node]) -> list[list[Node]]:
 def _is_like(node: Node, site: Sequence[Node]) -> bool:
     """Whether a call reads what those of `site` do, and none of their results."""
     own, others = named_arguments(node), named_arguments(site[0])
-    is_same = all(own[name] is others[name] or (name in _OPTIONS and own[name] == others[name]) for name in _SHARED)
+    is_same = all(own[name] is others[name] for name in _OF_ROWS) and all(own[name] == others[name] for name in OPTIONS)
     has_branch = (own["up"] is None) == (others["up"] is None)
     return is_same and has_branch and all(not isinstance(own[name], fx.Node) or own[name].op != "call_function" for name in _COLUMNS)
 
@@ -68,7 +67,7 @@ class SiteCall:
     def __init__(self, site: Sequence[Node]):
         self.first = site[0]
         arguments = named_arguments(self.first)
-        self._options: tuple[Any, ...] = tuple(arguments[name] for name in _OPTIONS)
+        self._options: tuple[Any, ...] = tuple(arguments[name] for name in OPTIONS)
 
     def __call__(self, x: Tensor, smooth: Tensor | None, down: Tensor | None, *columns: Any) -> list[Tensor]:
         layers = [Columns(*columns[n : n + len(_COLUMNS)]) for n in range(0, len(columns), len(_COLUMNS))]
@@ -84,7 +83,7 @@ def add_site(site: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) 
         copies[site[0]] = lowered.node_copy(site[0], copies.__getitem__)
         return
     named = [named_arguments(node) for node in site]
-    operands = [*(named[0][name] for name in _SHARED[:3]), *(arguments[name] for arguments in named for name in _COLUMNS)]
+    operands = [*(named[0][name] for name in _OF_ROWS), *(arguments[name] for arguments in named for name in _COLUMNS)]
     call = lowered.create_node("call_function", SiteCall(site), fx.map_arg(tuple(operands), copies.__getitem__), name="site")  # type: ignore[arg-type]
     call.meta = {"val": tuple(node.meta["val"] for node in site)}
     for index, node in enumerate(site):

@@ -173,10 +173,11 @@ inline void prepare(const Call& c, const Plan& p, int64_t begin, int64_t end, fl
   }
   if (c.rank == 0) return;
   float* branch = reinterpret_cast<float*>(scratch + p.branch);
+  const bool is_wide = c.down_type == kFloat32;
   if (c.x_type == kFloat32) {
-    c.down_type == kFloat32 ? through_down<float, float>(c, begin, end, branch) : through_down<float, uint16_t>(c, begin, end, branch);
+    is_wide ? through_down<float, float>(c, begin, end, branch) : through_down<float, uint16_t>(c, begin, end, branch);
   } else {
-    c.down_type == kFloat32 ? through_down<uint16_t, float>(c, begin, end, branch) : through_down<uint16_t, uint16_t>(c, begin, end, branch);
+    is_wide ? through_down<uint16_t, float>(c, begin, end, branch) : through_down<uint16_t, uint16_t>(c, begin, end, branch);
   }
 }
 

@@ -80,9 +80,9 @@ void by_panels(const Call& c, const Plan& p, int64_t begin, int64_t end, int64_t
         const char* from = a + row * stride + k * 4 / word;
         float* out = p.is_integer ? block_tile : tile + (row - begin) * kCols;
         if (p.is_integer) {
-          const int64_t at = row * p.segments;
-          integer_block<rows>(p, from, reinterpret_cast<float*>(scratch + p.act_scale) + at, reinterpret_cast<int32_t*>(scratch + p.code_sum) + at,
-                              panel, scale, c.group, c.code_type == kInt8 ? 128 : 8, out);
+          const float* act_scale = reinterpret_cast<float*>(scratch + p.act_scale) + row * p.segments;
+          const int32_t* code_sum = reinterpret_cast<int32_t*>(scratch + p.code_sum) + row * p.segments;
+          integer_block<rows>(p, from, act_scale, code_sum, panel, scale, c.group, c.code_type == kInt8 ? 128 : 8, out);
         } else if (p.is_bfloat16) {
           float_block<Pairs, rows>(from, stride, panel, steps, k == 0, out);
         } else {
@@ -112,7 +112,8 @@ void by_dots(const Call& c, const Plan& p, int64_t n, char* own) {
       dots_of_bytes<decltype(rows)::value, decltype(width)::value>(a + row * p.padded, p.padded, w, c.depth, code_sum + row, sums);
       for (int i = 0; i < rows; ++i)
         for (int j = 0; j < width; ++j)
-          tile[(row + i) * kCols + column + j] = float(sums[i * width + j]) * act_scale[row + i] * element(c.scale, c.scale_type, n + column + j);
+          tile[(row + i) * kCols + column + j] =
+              float(sums[i * width + j]) * act_scale[row + i] * element(c.scale, c.scale_type, n + column + j);
     };
     const std::integral_constant<int, 1> one;
     const std::integral_constant<int, 4> four;
@@ -184,7 +185,8 @@ void lowrank_linear(const Call* calls, int64_t count) {
     for (int64_t row = 0; row < calls->rows; row += kBranchRows)
       if (!first.is_direct || calls->rank > 0)
         prepare(*calls, first, row, std::min(row + kBranchRows, calls->rows), reinterpret_cast<float*>(own));
-#pragma omp for schedule(dynamic, 1)
+    // Neighbouring tiles stay with one thread: two that write side by side take lines of y from each other, 20% of the time for float32.
+#pragma omp for schedule(static)
     for (int64_t tile = 0; tile < tiles; ++tile) {
       int64_t index = tile;
       const Call& c = of_tile(calls, index);

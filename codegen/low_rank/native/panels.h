@@ -95,7 +95,8 @@ INLINE Floats decoded(const Call& c, Ints code) {
 }
 
 // The numbers behind `codes` [depth / 4, kCols, 4], which lie from `begin` on: float32 [depth, kCols], or bfloat16 [depth / 2, kCols, 2].
-inline void value_panel(const Call& c, const uint8_t* codes, const float* scale, int64_t begin, int64_t depth, bool as_bfloat16, void* out) {
+inline void value_panel(const Call& c, const uint8_t* codes, const float* scale, int64_t begin, int64_t depth, bool as_bfloat16,
+                        void* out) {
   for (int64_t k = 0; k < depth; k += 4) {
     const float* s = scale + (begin + k) / c.group * kCols;
     for (int column = 0; column < kCols; column += kLanes) {
