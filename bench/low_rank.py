@@ -5,7 +5,9 @@ where the name says "branch"; peers have none, only the bias, so that ratios to 
 bfloat16, eager and compiled (weights frozen, so that oneDNN packs them), and in float32; "onednn int8": rows quantized by eager calls, then
 oneDNN's u8 x s8 product on a packed weight; "int4pack": ATen's product of bfloat16 rows by int4 weights; "no branch": ours without.
 
-    python bench/low_rank.py [--quick] [--section kernels] [--json FILE]
+Sections "networks" and "sampler": `low_rank_networks.py` says what they are.
+
+    python bench/low_rank.py [--quick] [--section kernels] [--section networks] [--section sampler] [--json FILE]
 """
 
 import argparse
@@ -16,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import low_rank_networks
 import torch
 import torch.nn.functional as F
 from harness import Bench
@@ -34,7 +37,8 @@ Call = Callable[[], object]
 
 
 def main() -> None:
-    bench = Bench("low_rank", peers=dict.fromkeys(PEERS, "torch"), add_arguments=_arguments)
+    peers = dict.fromkeys(PEERS, "torch") | low_rank_networks.PEERS
+    bench = Bench("low_rank", peers=peers, add_arguments=_arguments)
     for section in bench.options.section or SECTIONS:
         SECTIONS[section](bench)
     bench.finish()
@@ -187,7 +191,11 @@ def _resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-SECTIONS: dict[str, Callable[[Bench], None]] = {"kernels": kernels}
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "kernels": kernels,
+    "networks": low_rank_networks.networks,
+    "sampler": low_rank_networks.sampler,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,5 @@
-"""Whole networks under `absorb-outliers`, as a part of `bench/low_rank.py`: error, bytes and time against what a user would pick instead.
+"""Whole networks under `absorb-outliers`, as a part of `bench/low_rank.py`: error, bytes and time against what a user would pick instead;
+and the trained dit as a sampler of digits before and after.
 
 Random networks have no outliers, so some are planted that leave the function as it was: for 1 channel in 128 the norm's weight is
 multiplied by 30, and the columns of the layers that read it divided.
@@ -195,6 +196,41 @@ def compiled(module: nn.Module, example: tuple[Tensor, ...], options: dict[str, 
 
 def relative(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected.double()).norm() / expected.double().norm())
+
+
+def sampler(bench: Bench) -> None:
+    """How good samples of the trained dit are, by the float network (as the peer "eager bf16", in bfloat16) and by quantized ones."""
+    from graphwright.models.digits import quality
+    from graphwright.models.sampling import ddim
+
+    count, steps = (40, 5) if bench.quick else (400, 20)
+    module = models.load("dit", "digits")[0]
+    labels = torch.arange(count) % 10
+    noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    example = (noise, torch.zeros(count, dtype=torch.int64), labels)
+    trajectory: list[tuple[Tensor, ...]] = []
+
+    def watched(*inputs: Tensor) -> Tensor:
+        trajectory.append(tuple(each.clone() for each in inputs))
+        return module(*inputs)
+
+    with torch.no_grad():
+        ddim(watched, noise, labels, steps=steps)
+        before = quality(ddim(module, noise, labels, steps=steps), labels)
+        half = copy.deepcopy(module).bfloat16()
+        in_half = quality(ddim(lambda x, t, c: half(x.bfloat16(), t, c).float(), noise, labels, steps=steps), labels)
+    for label, formats in {
+        "int4 x int4": {"weight": "int4-g64", "act": "int4-g64"},
+        "int4 weights": {"weight": "int4-g64"},
+        "int8 x int8": {"weight": "int8-channel", "act": "int8-token"},
+    }.items():
+        options = {"min_numel": 16384, "rank": 16, **formats, "calibration": trajectory[:: max(1, steps // 5)]}
+        ours = quality(ddim(compiled(module, example, options), noise, labels, steps=steps), labels)
+        plain = quality(ddim(compiled(module, example, {**options, **ROUND_ONLY}), noise, labels, steps=steps), labels)
+        for metric in ("frechet_distance", "accuracy"):
+            peers = {"eager bf16": getattr(in_half, metric), "round to nearest": getattr(plain, metric)}
+            bench.row(f"digits by dit, {label}", metric, "1", getattr(ours, metric), peers)
+    bench.note(f"digits by dit, float32: {before} ({count} samples, {steps} steps of DDIM)")
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------------
