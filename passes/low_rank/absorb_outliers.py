@@ -219,7 +219,10 @@ class AbsorbOutliers(Pass):
             return "its weight holds NaN or infinity"
         recipe = resolved(recipe, problem)
         fold = find_fold(site, program) if recipe.fold else "folding is off"
-        store = None if self.resume is None or statistics is None else PlanStore(Path(self.resume), problem, statistics, recipe)
+        bound = lower_bound(site.source)
+        store = None
+        if self.resume is not None and statistics is not None:
+            store = PlanStore(Path(self.resume), problem, statistics, recipe, fold, bound)
         choice = store.load() if store is not None else None
         if choice is None:
             choice = choose(
@@ -227,7 +230,7 @@ class AbsorbOutliers(Pass):
                 recipe,
                 amax=None if statistics is None else statistics.amax,
                 fold=fold if isinstance(fold, Fold) else None,
-                bound=lower_bound(site.source),
+                bound=bound,
             )
             if store is not None:
                 store.save(choice)

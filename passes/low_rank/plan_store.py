@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from ...ir.program import content_digest
 from .choose import Choice
 from .fit import Problem
+from .folds import Fold
 from .recipe import Recipe, Setting
 from .resume import read_state, write_state
 from .statistics import Statistics
@@ -19,11 +20,12 @@ _VERSION = 1  # of how choices are made and written
 
 
 class PlanStore:
-    """The choice of one site: found for equal weights, statistics and options."""
+    """The choice of one site: found for equal weights, statistics and options, where factors fold alike and the same bound is known."""
 
-    def __init__(self, folder: Path, problem: Problem, statistics: Statistics, recipe: Recipe):
+    def __init__(self, folder: Path, problem: Problem, statistics: Statistics, recipe: Recipe, fold: Fold | str, bound: float | None):
         weights = [content_digest(weight) for weight in problem.weights]
-        key = json.dumps([_VERSION, weights, str(problem.dtype), problem.branches, statistics.digest, asdict(recipe)])
+        place = [fold.ties.tolist() if isinstance(fold, Fold) else None, bound]
+        key = json.dumps([_VERSION, weights, str(problem.dtype), problem.branches, statistics.digest, asdict(recipe), place])
         self._file = folder / f"choice-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def load(self) -> Choice | None:
