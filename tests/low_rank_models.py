@@ -58,6 +58,56 @@ class Modulated(nn.Module):
         return x + gate[:, None] * self.fc(self.norm(x) * (1 + scale[:, None]) + shift[:, None])
 
 
+class ScaledAsAWhole(nn.Module):
+    """A shift for each channel beside one scale for all of them: their rows cannot carry the same factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.scale, self.fc = nn.LayerNorm(K, elementwise_affine=False), nn.Linear(K, 1), nn.Linear(K, K)
+        self.shift = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = F.silu(x.mean(1, keepdim=True))
+        return self.fc(self.norm(x) * (1 + self.scale(c).expand(-1, -1, K)) + self.shift(c))
+
+
+class ScaledByPlace(nn.Module):
+    """The scale is one number for each place, broadcast over channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.scale, self.fc = nn.LayerNorm(K, elementwise_affine=False), nn.Linear(K, 1), nn.Linear(K, K)
+        self.shift = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x) * (1 + self.scale(x)) + self.shift(x))
+
+
+class FusedSwiGLU(nn.Module):
+    """Gate and up as the two halves of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.down = nn.Linear(K, 128), nn.Linear(64, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class SpelledAttention(nn.Module):
+    """Attention as two products and a softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(K, K) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
 class Attention(nn.Module):
     """Four query heads on two heads of keys; the output projection reads attention's values."""
 
@@ -131,8 +181,10 @@ FOLDED = {
     Modulated: "linear",
     Attention: "linear",
     SwiGLU: "linear",
+    FusedSwiGLU: "linear",
+    SpelledAttention: "linear",
 }
-MULTIPLIED = (AfterGELU, ReadTwice, Conv1D)
+MULTIPLIED = (AfterGELU, ReadTwice, Conv1D, ScaledAsAWhole, ScaledByPlace)
 ALL = (*FOLDED, *MULTIPLIED, Joined)
 
 

@@ -78,11 +78,20 @@ def _edits(site: Site, program: Program) -> list[Edit]:
     modulated = _modulated(value)
     if modulated is not None:
         one_plus, scale, shift = modulated
-        return [
-            _rows(path_to(scale, [one_plus], partial(_is_product, program=program)), "one plus", program),
-            _rows(path_to(shift, [value], partial(_is_product, program=program)), "rows", program),
+        is_product = partial(_is_product, program=program)
+        edits = [
+            _rows(path_to(scale, [one_plus], is_product), "one plus", site, program),
+            _rows(path_to(shift, [value], is_product), "rows", site, program),
         ]
-    return [_rows(path_to(value, readers, partial(_is_product, program=program)), "rows", program)]
+        if not torch.equal(_numbered(edits[0].rows), _numbered(edits[1].rows)):
+            raise Untraceable("its shift and scale are not one row each for each channel")
+        return edits
+    return [_rows(path_to(value, readers, partial(_is_product, program=program)), "rows", site, program)]
+
+
+def _numbered(rows: torch.Tensor) -> torch.Tensor:
+    """Which channels have equal rows, whatever the rows: the place where each row comes first."""
+    return (rows.unsqueeze(1) == rows).to(torch.int8).argmax(1)
 
 
 def _check_readers(site: Site) -> None:
@@ -142,14 +151,17 @@ def _is_product(node: Node, program: Program) -> bool:
     return isinstance(layer_of(node, program), Layer)
 
 
-def _rows(path: Path, kind: str, program: Program) -> Edit:
+def _rows(path: Path, kind: str, site: Site, program: Program) -> Edit:
     layer = layer_of(path.base, program)
     assert isinstance(layer, Layer)
     if layer.bias is not None and layer.bias.op != "get_attr":
         raise Untraceable("the bias of the layer before it is no constant")
     if kind == "one plus" and layer.bias is None and layer.node.target is not aten.linear.default:
         raise Untraceable("the layer before it takes no bias")
-    return Edit(path.base, kind, path.channels())
+    rows = path.channels()
+    if len(rows) != site.in_features:
+        raise Untraceable("what it is scaled by is not one number for each channel")
+    return Edit(path.base, kind, rows)
 
 
 def _weights_of(node: Node) -> list[Node]:
