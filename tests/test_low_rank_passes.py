@@ -169,6 +169,8 @@ def test_each_of_the_three_passes_can_stand_alone():
 def test_the_order_of_the_three_is_checked():
     with pytest.raises(gw.PassError, match="split-low-rank"):
         gw.compile(torch.nn.Linear(4, 4), "quantize,split-low-rank")
+    with pytest.raises(gw.PassError, match="slice-groups"):
+        gw.compile(torch.nn.Linear(4, 4), "slice-groups,absorb-outliers")
 
 
 def test_a_layer_over_its_budget_stays_as_it_was():

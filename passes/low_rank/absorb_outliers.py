@@ -67,6 +67,7 @@ class AbsorbOutliers(Pass):
 
     name = "absorb-outliers"
     contract = Contract.BOUNDED
+    before = frozenset({"slice-groups"})  # layers inside a region are not seen
 
     rank: int = option(32, "an integer of at least 0", at_least(0))
     refine: int = option(10, "an integer of at least 0", at_least(0))

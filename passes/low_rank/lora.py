@@ -38,6 +38,7 @@ class AppendLoRA(Pass):
 
     name = "append-lora"
     contract = Contract.SUBSTITUTION
+    before = frozenset({"slice-groups"})  # layers inside a region are not seen
     after = frozenset({"smooth", "split-low-rank", "quantize", "absorb-outliers"})
 
     adapters: Any = option(None, "a mapping of layer names to (A, B)", lambda v: v is None or isinstance(v, Mapping), spelled=False)

@@ -44,6 +44,7 @@ class Quantize(Pass):
 
     name = "quantize"
     contract = Contract.BOUNDED
+    before = frozenset({"slice-groups"})  # layers inside a region are not seen
     after = frozenset({"smooth", "split-low-rank"})
 
     weight: str = option("int4-g64", f"one of {', '.join(WEIGHTS)}", one_of(WEIGHTS))

@@ -37,6 +37,7 @@ class Smooth(Pass):
 
     name = "smooth"
     contract = Contract.EXACT
+    before = frozenset({"slice-groups"})  # layers inside a region are not seen
 
     alpha: float = option(0.5, "a number from 0 to 1", between(0.0, 1.0))
     fold: bool = option(True, "true or false", one_of((True, False)))

@@ -29,6 +29,7 @@ class SplitLowRank(Pass):
 
     name = "split-low-rank"
     contract = Contract.EXACT
+    before = frozenset({"slice-groups"})  # layers inside a region are not seen
     after = frozenset({"smooth"})
 
     rank: int = option(32, "an integer of at least 0", at_least(0))
