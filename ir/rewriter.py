@@ -198,6 +198,18 @@ class Rewriter:
             raise VerifyError(f"pass {self.pass_name} keeps a record {weight.name}, which is no record or stands for another weight")
         self.program.weights[weight.name] = weight
 
+    def forget(self, name: str) -> None:
+        """Takes the record of that name out of the table, where there is one.
+
+        Raises:
+            VerifyError: it is no record.
+        """
+        self._in_step()
+        known = self.program.weights.get(name)
+        if known is not None and known.kind != "record":
+            raise VerifyError(f"pass {self.pass_name} forgets {name}, which is no record")
+        self.program.weights.pop(name, None)
+
     def replace(self, old: Node, new: Node, *, retype: bool = False) -> None:
         """Redirects every use of `old` to `new` and erases `old` with what only it needed.
 

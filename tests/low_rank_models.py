@@ -83,6 +83,55 @@ class ScaledByPlace(nn.Module):
         return self.fc(self.norm(x) * (1 + self.scale(x)) + self.shift(x))
 
 
+class GroupScale(nn.Module):
+    """Four scales, each for eight channels, beside a shift for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.scale, self.fc = nn.LayerNorm(K, elementwise_affine=False), nn.Linear(K, 4), nn.Linear(K, K)
+        self.shift = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = F.silu(x.mean(1, keepdim=True))
+        scale = self.scale(c).unsqueeze(-1).expand(-1, -1, 4, 8).flatten(2)
+        return self.fc(self.norm(x) * (1 + scale) + self.shift(c))
+
+
+class GatedScale(nn.Module):
+    """The scale is a product: 1 + g s has no form in which s alone carries factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.scale, self.fc = nn.LayerNorm(K, elementwise_affine=False), nn.Linear(K, K), nn.Linear(K, K)
+        self.shift = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = F.silu(x.mean(1, keepdim=True))
+        return self.fc(self.norm(x) * (1 + torch.tanh(c) * self.scale(c)) + self.shift(c))
+
+
+class SplitTokens(nn.Module):
+    """Two parts of a product, by tokens: both show all of its channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.fc = nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.first(x).split([2, 4], 1)
+        return torch.cat([self.fc(one), other], 1)
+
+
+class SplitBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.fc = nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.first(x).chunk(2)
+        return other + self.fc(one)
+
+
 class FusedSwiGLU(nn.Module):
     """Gate and up as the two halves of one layer."""
 
@@ -184,7 +233,7 @@ FOLDED = {
     FusedSwiGLU: "linear",
     SpelledAttention: "linear",
 }
-MULTIPLIED = (AfterGELU, ReadTwice, Conv1D, ScaledAsAWhole, ScaledByPlace)
+MULTIPLIED = (AfterGELU, ReadTwice, Conv1D, ScaledAsAWhole, ScaledByPlace, GroupScale, GatedScale, SplitTokens, SplitBatch)
 ALL = (*FOLDED, *MULTIPLIED, Joined)
 
 

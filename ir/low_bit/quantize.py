@@ -6,6 +6,7 @@ Scales and codes are formed in float32, also for float64 values, so that a float
 Nothing is clipped but by the ends of a scale's dtype.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,8 @@ def _stored_scale(amax: Tensor, form: Format, dtype: torch.dtype, scale2: Tensor
     wanted = amax / form.qmax
     if form.scale == "e8m0":
         mantissa, exponent = torch.frexp(wanted)
-        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-127, 127)
+        largest = math.floor(math.log2(torch.finfo(torch.float32).max / form.qmax))  # beyond it the largest code would be infinite
+        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-127, largest)
         return torch.where(amax == 0, 127, exponent + 127).to(torch.uint8)
     if form.scale == "nv":
         assert scale2 is not None

@@ -6,6 +6,7 @@ A site is all layers that read one value in one block. Smoothing and branch are 
 measured on rows that nothing was chosen by: a site over its budget stays as it was.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -26,12 +27,13 @@ from .apply import Plan, carry_out, problem_of
 from .calibrate import collect_waves
 from .choose import choose, lower_bound
 from .concat import rejoin, split_concatenations
+from .examples import Examples
 from .folds import Fold, find_fold
 from .formats import ACTIVATIONS, AUTO, WEIGHTS, group_of, resolved
 from .layers import Layer, find_layers, matches
 from .plan_store import PlanStore
 from .progress import progress_bar
-from .quality import judge_outputs
+from .quality import judge_outputs, smoothing_error
 from .recipe import Recipe
 from .report import summary
 from .sites import Site, find_sites
@@ -121,7 +123,8 @@ class AbsorbOutliers(Pass):
         plans = self._plans(rewriter, sites, left)
         rejoin(rewriter, halves, {layer.name for plan in plans for layer in plan.site.layers})
         reports = []
-        for plan, result in zip(plans, carry_out(rewriter, plans, partial(self._waves, rewriter)), strict=True):
+        hold = partial(self._hold_smoothing, rewriter.program.copy(), rewriter)
+        for plan, result in zip(plans, carry_out(rewriter, plans, partial(self._waves, rewriter), hold), strict=True):
             if isinstance(result, str):
                 left += [LeftAlone.at(layer.node, f"{layer.name}: {result}") for layer in plan.site.layers]
             else:
@@ -132,6 +135,23 @@ class AbsorbOutliers(Pass):
     def check(self, reference: Reference, after: Program) -> Verdict:
         """Types and strides as they were, and the outputs within `output_budget` where one is declared."""
         return judge_outputs(reference, after, self.output_budget)
+
+    def _hold_smoothing(self, before: Program, rewriter: Rewriter) -> None:
+        """Errors of sites take smoothing to be exact, as it is; a fold that were not would be off by its factors, which this sees.
+
+        Raises:
+            PassError: the smoothed program gives other outputs on the first of the calibration inputs.
+        """
+        if self.calibration is None or isinstance(self.calibration, Iterator) or not rewriter.changed:
+            return
+        function = rewriter.function.name
+        inputs = Examples(self.calibration, before, before.functions[function]).first()
+        error = smoothing_error(before, rewriter.program, inputs, function)
+        if error > 0:
+            raise PassError(
+                f"pass {self.name}: smoothing moved the outputs by {error:.3g} of their size, which is a mistake of this pass: "
+                "report it, and go on with fold=False"
+            )
 
     # --- what to work on ---
 
@@ -159,6 +179,8 @@ class AbsorbOutliers(Pass):
             return "its name is among those to skip"
         if layer.numel < self.min_numel:
             return f"its weight has {layer.numel} elements, fewer than min_numel {self.min_numel}"
+        if not is_light and self.act != "none" and math.prod(layer.node.meta["val"].shape[:-1]) == 1:
+            return "it has one row in every call, and quantized activations save nothing there"
         weight, k = "int4-g64" if is_light else self.weight, layer.in_features
         sizes = {f"the blocks of {weight}": group_of(weight, k)}
         if not is_light:
@@ -213,14 +235,15 @@ class AbsorbOutliers(Pass):
         return sorted(plans, key=lambda plan: order[plan.site.name])
 
     def _plan(self, program: Program, site: Site, recipe: Recipe, statistics: Statistics | None) -> "Plan | str":
-        if statistics is not None and statistics.refusal:
-            return statistics.refusal
+        if statistics is not None and statistics.reason_against_judging:
+            return statistics.reason_against_judging
         problem = problem_of(site, recipe, statistics, [layer.matrix(program) for layer in site.layers])
         if not all(bool(torch.isfinite(weight).all()) for weight in problem.weights):
             return "its weight holds NaN or infinity"
         recipe = resolved(recipe, problem)
         fold = find_fold(site, program) if recipe.fold else "folding is off"
-        bound = lower_bound(site.source)
+        is_editable = all(layer.bias is None or layer.bias.op == "get_attr" for layer in site.layers)
+        bound = lower_bound(site.source) if is_editable else None  # a shift is taken back in the bias
         store = None
         if self.resume is not None and statistics is not None:
             store = PlanStore(Path(self.resume), problem, statistics, recipe, fold, bound)

@@ -49,21 +49,23 @@ def problem_of(site: Site, recipe: Recipe, statistics: Statistics | None, weight
     return Problem(floats, tuple(site.branches(recipe.share_down)), wide[0], wide[1], site.layers[0].dtype)
 
 
-def carry_out(rewriter: Rewriter, plans: Sequence[Plan], gather: Gather) -> list[SiteReport | str]:
+def carry_out(rewriter: Rewriter, plans: Sequence[Plan], gather: Gather, smoothed: Callable[[], None]) -> list[SiteReport | str]:
     """Rewrites every planned site, or says why it is left after all; smoothing, branch and codes are rewrites of their own.
 
-    `gather(program, taps)` gives statistics of the smoothed program, wave by wave, for plans that have none left.
+    `gather(program, taps)` gives statistics of the smoothed program, wave by wave, for plans that have none left; `smoothed()` is called
+    when the program is smoothed, and nothing else yet.
     """
     moved = Moved()
     for plan in plans:
         if plan.setting.smooth is not None:
             fold = plan.fold if plan.setting.folded and isinstance(plan.fold, Fold) else None
             apply_smoothing(rewriter, moved, plan.site, plan.setting.smooth, fold)
+    smoothed()
     waiting = {plan.site.name: plan for plan in plans if plan.was_calibrated}
     results = {plan.site.name: _quantized(rewriter, moved, plan, _seen(plan)) for plan in plans if not plan.was_calibrated}
     if waiting:
-        smoothed, taps = _copied(rewriter, {name: moved.now(plan.site.source) for name, plan in waiting.items()})
-        for wave in gather(smoothed, taps):
+        copy, taps = _copied(rewriter, {name: moved.now(plan.site.source) for name, plan in waiting.items()})
+        for wave in gather(copy, taps):
             for name, statistics in wave.items():
                 results[name] = _quantized(rewriter, moved, waiting[name], statistics)
     return [results[plan.site.name] for plan in plans]
@@ -93,8 +95,10 @@ def _quantized(rewriter: Rewriter, moved: Moved, plan: Plan, statistics: Statist
     problem, setting = _problem_now(rewriter.program, moved, plan, statistics)
     plain = fit(problem, Setting(act=plan.recipe.act), plan.recipe, refine=0)
     fitted = fit(problem, setting, plan.recipe, refine=plan.recipe.refine)
-    if fitted.error > (1 + plan.recipe.min_gain) * plain.error:
-        fitted = plain
+    # The smoothing stays where it is; only what comes after it can still be taken back.
+    simple = fit(problem, Setting(act=plan.recipe.act, smooth=setting.smooth), plan.recipe, refine=0)
+    if fitted.error > (1 + plan.recipe.min_gain) * simple.error:
+        fitted = simple
     if not fitted.error <= plan.recipe.limit:
         return f"its error of {fitted.error:.3g} is over the budget of {plan.recipe.limit:.3g}, once other sites were smoothed"
     layers = plan.site.layers
@@ -112,7 +116,7 @@ def _quantized(rewriter: Rewriter, moved: Moved, plan: Plan, statistics: Statist
             product = _product(rewriter.program, moved, plan, i)
             new = quantize_product(rewriter, product, quantized, plan.recipe.weight, _activations(fitted), fitted.setting.rotate)
             moved.put(layers[i].node, new)
-    shown = fitted if fitted is plain else replace(fitted, setting=plan.setting)
+    shown = fitted if fitted is simple else replace(fitted, setting=plan.setting)
     return SiteReport.of(plan.site, plan.recipe, plan.choice, shown, plan.fold, plain.error)
 
 

@@ -69,7 +69,7 @@ class Path:
         """For each channel of the last value, the channel of `base` (its last dim) that it is: i64[K].
 
         Raises:
-            Untraceable: a row of the value mixes channels, or rows differ in theirs.
+            Untraceable: a row of the value mixes channels, rows differ in theirs, or another part of a split shows them too.
         """
         shape = _sizes(self.base)
         if torch.Size(shape).numel() > _MAX_ELEMENTS:
@@ -82,11 +82,20 @@ class Path:
         rows = last.reshape(-1, last.size(-1))
         if rows.size(0) == 0 or not torch.equal(rows, rows[:1].expand_as(rows)):
             raise Untraceable("its channels are not the same in all rows")
+        for step in self.steps:
+            if step.target in _SPLITS and any(torch.isin(part, rows[0]).any() for part in self._other_parts(step, values)):
+                raise Untraceable("another part of what is before it shows its channels too")
         return rows[0].clone()
 
+    def _other_parts(self, split: Node, values: dict[Node, Any]) -> list[torch.Tensor]:
+        """The channel numbers of the parts of `split` that are read and do not lead to the value."""
+        parts = {user.args[1] for user in split.users if user not in values}
+        return [values[split][part] for part in parts]
 
-def path_to(value: Node, readers: Sequence[Node], stops: Any) -> Path:
-    """The way back from `value` to the first node of which `stops(node)` is true; only `readers` may read `value`.
+
+def path_to(value: Node, readers: Sequence[Node], stops: Any, *, views_only: bool = False) -> Path:
+    """The way back from `value` to the first node of which `stops(node)` is true; only `readers` may read `value`. With `views_only`
+    nothing on it may multiply or sum.
 
     Raises:
         Untraceable: an operation on the way mixes channels, or something else reads what would be scaled.
@@ -100,6 +109,8 @@ def path_to(value: Node, readers: Sequence[Node], stops: Any) -> Path:
             raise Untraceable("something else reads what is before it")
         if stops(node):
             return Path(node, tuple(reversed(steps)))
+        if views_only and node.target not in _VIEWS | _SPLITS | {GETITEM}:
+            raise Untraceable(f"there is a {_named(node)} between it and a layer" if node.op == "call_function" else "its scale is given")
         steps.append(node)
         allowed = {node}
         node = _operand(node, stops)

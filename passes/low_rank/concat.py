@@ -13,7 +13,7 @@ import torch
 
 from ...ir import Node, Rewriter, Weight
 from ...ir.float64 import exact_value
-from .layers import Layer, aten, computed, find_layers
+from .layers import Layer, aten, computed, find_layers, part_name
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,6 @@ def rejoin(rewriter: Rewriter, halves: Sequence[Halves], planned: Collection[str
             joined = rewriter.insert(aten.cat.default, (list(each.parts), each.dim), before=each.total, origin=each.joined)
             arguments = (joined, rewriter.weight(each.weight), each.bias)
             rewriter.replace(each.total, rewriter.insert(aten.linear.default, arguments, before=each.total, origin=each.layer))
-
-
-def part_name(name: str, index: int) -> str:
-    return f"{name}.part_{index}"
 
 
 def _parts(layer: Layer) -> list[Node]:

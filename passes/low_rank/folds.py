@@ -9,6 +9,7 @@
 A fold is possible where the site's layers are all that read the value. Query heads that share a head of keys share its factors.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,14 @@ from typing import Any
 
 import torch
 
-from ...ir import Node, Program, Rewriter
+from ...ir import Node, Program, Rewriter, Weight
 from ...ir.float64 import exact_value
 from ...ir.pattern import named_arguments
 from .channels import Path, Untraceable, path_to
 from .layers import Layer, aten, computed, count_uses, layer_of
 from .sites import Site, source_of
 
+_NUMBER = re.compile(r"(?<=\.smoothed\.weight)_\d+$|(?<=\.smoothed\.bias)_\d+$")
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
@@ -80,7 +82,7 @@ def _edits(site: Site, program: Program) -> list[Edit]:
         one_plus, scale, shift = modulated
         is_product = partial(_is_product, program=program)
         edits = [
-            _rows(path_to(scale, [one_plus], is_product), "one plus", site, program),
+            _rows(path_to(scale, [one_plus], is_product, views_only=True), "one plus", site, program),
             _rows(path_to(shift, [value], is_product), "rows", site, program),
         ]
         if not torch.equal(_numbered(edits[0].rows), _numbered(edits[1].rows)):
@@ -192,9 +194,32 @@ def apply_edit(rewriter: Rewriter, node: Node, edit: Edit, factors: torch.Tensor
     assert isinstance(layer, Layer)
     rows = torch.ones(layer.out_features, dtype=torch.float64, device=factors.device)
     rows[edit.rows.to(factors.device)] = factors
+    _record_rows(rewriter, layer, rows)
     weight = computed_rows(rewriter, layer, rows)
     bias = _new_bias(rewriter, layer, edit, factors, rows)
     return rewriter.set_arguments(node, relinked(layer, weight, bias))
+
+
+def folded_factors_name(layer: str) -> str:
+    """The record of the factors that a layer's input carries: it reads x a."""
+    return f"{layer}.folded_smooth"
+
+
+def folded_rows_name(layer: str) -> str:
+    """The record of the factors that a layer's own rows carry, for what reads its result."""
+    return f"{layer}.folded_rows"
+
+
+def record_factors(rewriter: Rewriter, name: str, factors: torch.Tensor) -> None:
+    """Records `factors`, times those that are recorded already: who adds to a layer later, as a LoRA does, must know them."""
+    known = rewriter.program.weights.get(name)
+    product = factors.to(torch.float64) * (1 if known is None else exact_value(known))
+    dtype = torch.float64 if factors.dtype == torch.float64 else torch.float32
+    rewriter.record(Weight.of(name, product.to(dtype), "record"))
+
+
+def _record_rows(rewriter: Rewriter, layer: Layer, rows: torch.Tensor) -> None:
+    record_factors(rewriter, folded_rows_name(layer.name), rows)
 
 
 def _scaled(rewriter: Rewriter, node: Node | None, factors: torch.Tensor) -> Node:
@@ -246,6 +271,6 @@ def relinked(layer: Layer, weight: Node, bias: Node | None) -> Sequence[Any]:
 
 
 def smoothed_name(name: str) -> str:
-    """`a.weight` -> `a.smoothed.weight`, once."""
-    stem, _, last = name.rpartition(".")
-    return name if stem.endswith(".smoothed") else ".".join(part for part in (stem, "smoothed", last) if part)
+    """`a.weight` and `a.smoothed.weight_1` -> `a.smoothed.weight`."""
+    stem, _, last = _NUMBER.sub("", name).rpartition(".")
+    return f"{stem}.{last}" if stem.endswith(".smoothed") else ".".join(part for part in (stem, "smoothed", last) if part)

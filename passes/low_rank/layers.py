@@ -21,7 +21,8 @@ from ..base import LeftAlone
 aten, gw = torch.ops.aten, torch.ops.gw
 
 _PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
-_WEIGHT_ENDING = re.compile(r"(\.smoothed)?\.(weight|residual)(_\d+)?$")
+_WEIGHT_ENDING = re.compile(r"(\.smoothed)?\.(weight|residual|codes)(_\d+)?$")
+_PART = re.compile(r"\.part_\d+$")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -71,6 +72,9 @@ def find_layers(rewriter: Rewriter) -> tuple[list[Layer], list[LeftAlone]]:
     """The layers of the function in order, and the products with a constant that are none, with the reason."""
     layers, left = [], []
     for node in rewriter.nodes():
+        if node.target is gw.lowrank_linear.default and named_arguments(node)["weight_format"] != "none":
+            left.append(LeftAlone.at(node, f"{layer_name(str(named_arguments(node)['weight_q'].target))}: it is on codes already"))
+            continue
         found = layer_of(node, rewriter.program)
         if isinstance(found, Layer):
             layers.append(found)
@@ -122,8 +126,14 @@ def layer_name(weight: str) -> str:
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a layer's name fits one of the patterns (`*embed*`, `lm_head`)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a layer's name fits one of the patterns (`*embed*`, `lm_head`); a part of a layer has that of the whole."""
+    whole = _PART.sub("", name)
+    return any(fnmatchcase(whole, pattern) for pattern in patterns)
+
+
+def part_name(name: str, index: int) -> str:
+    """The name of one part of a layer that reads a concatenation."""
+    return f"{name}.part_{index}"
 
 
 def computed(rewriter: Rewriter, name: str, value: torch.Tensor, exact: Any = None) -> Node:

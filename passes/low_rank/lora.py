@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from ...ir import Node, Rewriter
+from ...ir import Node, Program, Rewriter
 from ...ir.errors import PassError
 from ...ir.float64 import exact_value
 from ...ir.pattern import named_arguments
 from ..base import Outcome, Pass
 from ..contract import Contract
 from ..options import option
-from .layers import computed, find_layers
+from .folds import folded_factors_name, folded_rows_name
+from .layers import Layer, computed, find_layers, layer_name, layer_of
 from .recipe import stored_dtype
-from .rewrite import LOWRANK
-from .smoothing import folded_factors_name
+from .rewrite import LOWRANK, forget_factors, product_of
 
 _PADDING = 16
 
@@ -46,18 +46,20 @@ class AppendLoRA(Pass):
 
     def run(self, rewriter: Rewriter) -> Outcome:
         adapters: Mapping[str, Any] = self.adapters or {}
+        if any(weight.tensor is None for weight in rewriter.program.weights.values()):
+            raise PassError(f"pass {self.name}: the program was read from text and its weights have no values: give parse() a weight table")
         layers = _layers(rewriter)
         unknown = sorted(set(adapters) - set(layers))
         if unknown:
-            raise PassError(f"pass {self.name}: no layer is called {unknown[0]}; there are {', '.join(sorted(layers))}")
+            raise PassError(f"pass {self.name}: no layer is called {unknown[0]}; there are {', '.join(sorted(layers)) or 'none'}")
         for name, pair in adapters.items():
-            a, b = self._checked(name, pair, layers[name])
+            a, b = self._checked(name, pair, layers[name], rewriter.program)
             with rewriter.step("append-lora"):
                 self._append(rewriter, layers, name, a, b)
         return Outcome(lines=(f"{len(adapters)} adapters",))
 
-    def _checked(self, name: str, pair: Any, node: Node) -> tuple[torch.Tensor, torch.Tensor]:
-        n, k = node.meta["val"].shape[-1], named_arguments(node)["x" if node.target is LOWRANK else "input"].meta["val"].shape[-1]
+    def _checked(self, name: str, pair: Any, node: Node, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
+        n, k = node.meta["val"].shape[-1], _input(node, program).meta["val"].shape[-1]
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, torch.Tensor) for each in pair)):
             raise PassError(f"pass {self.name}: the adapter of {name} is no pair of tensors (A, B)")
         a, b = (each.detach().to(torch.float64) for each in pair)
@@ -72,15 +74,16 @@ class AppendLoRA(Pass):
         node = layers[name]
         if node.target is not LOWRANK:
             node = layers[name] = _with_branch(rewriter, node)
-        record = rewriter.program.weights.get(folded_factors_name(name))
-        if record is not None:
-            a = a / exact_value(record)
+        records = rewriter.program.weights
+        if folded_factors_name(name) in records:  # the layer reads x a
+            a = a / exact_value(records[folded_factors_name(name)])
+        if folded_rows_name(name) in records:  # its result is read as y a
+            b = b * exact_value(records[folded_rows_name(name)]).unsqueeze(1)
         arguments = named_arguments(node)
         down = _value(rewriter, arguments["down"], (0, a.size(1)))
         padding = -(down.size(0) + a.size(0)) % _PADDING
         store = stored_dtype(arguments["x"].meta["val"].dtype)
-        wider = torch.cat([down, a, a.new_zeros(padding, a.size(1))])
-        shared = computed(rewriter, _lora_name(name, arguments["down"], "down"), wider.to(store))
+        shared = self._stored(rewriter, name, arguments["down"], "down", torch.cat([down, a, a.new_zeros(padding, a.size(1))]), store)
         for other, member in list(layers.items()):
             if member is not node and (arguments["down"] is None or member.target is not LOWRANK):
                 continue
@@ -90,26 +93,46 @@ class AppendLoRA(Pass):
             up = _value(rewriter, own["up"], (member.meta["val"].shape[-1], 0))
             added = self.scale * b if member is node else up.new_zeros(up.size(0), b.size(1))
             columns = torch.cat([up, added, up.new_zeros(up.size(0), padding)], 1)
-            own["down"], own["up"] = shared, computed(rewriter, _lora_name(other, own["up"], "up"), columns.to(store))
+            own["down"], own["up"] = shared, self._stored(rewriter, other, own["up"], "up", columns, store)
             layers[other] = _called(rewriter, member, own)
+
+    def _stored(self, rewriter: Rewriter, layer: str, node: Node | None, which: str, value: torch.Tensor, store: torch.dtype) -> Node:
+        stored = value.to(store)
+        if not bool(torch.isfinite(stored).all()):
+            raise PassError(f"pass {self.name}: with the adapter the branch of {layer} holds numbers too large for {store}")
+        return computed(rewriter, _lora_name(layer, node, which), stored)
 
 
 def _layers(rewriter: Rewriter) -> dict[str, Node]:
     """Layers by name: those on codes or residuals, and those left as they were."""
-    found = {layer.name: layer.node for layer in find_layers(rewriter)[0] if not layer.transposed}
+    found = {layer.name: layer.node for layer in find_layers(rewriter)[0]}
     for node in rewriter.nodes():
         if node.target is LOWRANK:
-            weight = str(named_arguments(node)["weight_q"].target)
-            found[weight.rpartition(".")[0]] = node
+            found[layer_name(str(named_arguments(node)["weight_q"].target))] = node
     return found
 
 
+def _input(node: Node, program: Program) -> Node:
+    if node.target is LOWRANK:
+        return named_arguments(node)["x"]
+    layer = layer_of(node, program)
+    assert isinstance(layer, Layer)
+    return layer.x
+
+
 def _with_branch(rewriter: Rewriter, node: Node) -> Node:
-    """linear(x, W, b) as the dialect's operation on the float weight, without a branch yet."""
-    arguments = named_arguments(node)
-    operands = (arguments["input"], arguments["weight"], None, None, None, arguments["bias"])
-    new = rewriter.insert(LOWRANK, operands, {"weight_format": "none"}, before=node, origin=node)
+    """A layer as the dialect's operation on its float weight, without a branch yet."""
+    product = product_of(node, rewriter.program)
+    assert product is not None
+    weight, table = product.matrix, rewriter.program.weights
+    if product.transposed:
+        source = table[str(product.matrix.target)]
+        assert source.tensor is not None
+        weight = computed(rewriter, f"{product.name}.residual", source.tensor.T, lambda: exact_value(source).T)
+    options = {"weight_format": "none"} | ({} if product.smooth is None else {"smooth": product.smooth})
+    new = rewriter.insert(LOWRANK, (product.x, weight, None, None, None, product.bias), options, before=node, origin=node)
     rewriter.replace(node, new)
+    forget_factors(rewriter, product)
     return new
 
 

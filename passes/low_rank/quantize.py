@@ -108,8 +108,8 @@ class Quantize(Pass):
 
     def _quantized(self, rewriter: Rewriter, node: Node, statistics: Statistics | None) -> str:
         """Rewrites the layer, or says why not."""
-        if statistics is not None and statistics.refusal:
-            return statistics.refusal
+        if statistics is not None and statistics.reason_against_judging:
+            return statistics.reason_against_judging
         product = product_of(node, rewriter.program)  # anew: what it reads may have been rewritten
         assert product is not None
         matrix = product.exact_matrix(rewriter.program).to(torch.float32)

@@ -15,6 +15,7 @@ from ...ir import Node, Program, Rewriter
 from ...ir.float64 import exact_value
 from ...ir.low_bit import Quantized, dequantize
 from ...ir.pattern import named_arguments
+from .folds import folded_factors_name
 from .layers import Layer, aten, computed, gw, layer_name, layer_of
 
 LOWRANK = gw.lowrank_linear.default
@@ -63,19 +64,29 @@ def product_of(node: Node, program: Program) -> Product | None:
     layer = layer_of(node, program)
     if not isinstance(layer, Layer):
         return None
-    x, smooth = _without_factor(layer.x)
+    x, smooth = _without_factor(layer, program)
     return Product(node, x, layer.weight, layer.transposed, layer.bias, smooth, None, None, layer.name)
 
 
-def _without_factor(x: Node) -> tuple[Node, Node | None]:
-    """x and the vector that `mul(x, vector)` multiplies it by."""
-    if x.target is not aten.mul.Tensor or x.kwargs or len(x.all_input_nodes) != 2:
+def _without_factor(layer: Layer, program: Program) -> tuple[Node, Node | None]:
+    """The layer's input before smoothing multiplied it, and the factors: a product that is the smoothing on record, and no other."""
+    x, record = layer.x, program.weights.get(folded_factors_name(layer.name))
+    if record is None or x.target is not aten.mul.Tensor or x.kwargs or len(x.all_input_nodes) != 2:
         return x, None
     inner, vector = x.args
     if not isinstance(vector, Node) or vector.op != "get_attr" or not isinstance(inner, Node):
         return x, None
-    same = inner.meta["val"].dtype == x.meta["val"].dtype and inner.meta["val"].shape == x.meta["val"].shape
-    return (inner, vector) if same and tuple(vector.meta["val"].shape) == (x.meta["val"].shape[-1],) else (x, None)
+    if inner.meta["val"].dtype != x.meta["val"].dtype or inner.meta["val"].shape != x.meta["val"].shape:
+        return x, None
+    factors = program.weights[str(vector.target)]
+    is_it = factors.shape == record.shape and torch.equal(exact_value(factors), exact_value(record))
+    return (inner, vector) if is_it else (x, None)
+
+
+def forget_factors(rewriter: Rewriter, product: Product) -> None:
+    """Once the factors are an operand of the layer its input carries none."""
+    if product.smooth is not None:
+        rewriter.forget(folded_factors_name(product.name))
 
 
 def split(rewriter: Rewriter, product: Product, up: torch.Tensor, down: Node) -> Node:
@@ -96,6 +107,7 @@ def split(rewriter: Rewriter, product: Product, up: torch.Tensor, down: Node) ->
     options = {"weight_format": "none"} | ({} if product.smooth is None else {"smooth": product.smooth})
     new = rewriter.insert(LOWRANK, arguments, options, before=product.node, origin=product.node)
     rewriter.replace(product.node, new)
+    forget_factors(rewriter, product)
     return new
 
 
@@ -119,6 +131,7 @@ def quantize_product(
     arguments = (product.x, codes, scale, product.down, product.up, bias)
     new = rewriter.insert(LOWRANK, arguments, options, before=product.node, origin=product.node)
     rewriter.replace(product.node, new)
+    forget_factors(rewriter, product)
     return new
 
 

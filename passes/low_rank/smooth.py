@@ -29,8 +29,8 @@ class Smooth(Pass):
     """Outliers of activations move into weights, by factors that are folded into what is before where nothing else reads it.
 
     alpha: how much of the outliers moves, 0 none and 1 all. fold: into what is before, where possible. pow2: factors of two's
-    powers, so that every rounding stays what it was. skip: patterns of layers that stay. calibration: example inputs, each a tuple of
-    arguments or (args, kwargs).
+    powers, so that every rounding stays what it was (but where a modulation takes them). skip: patterns of layers that stay.
+    calibration: example inputs, each a tuple of arguments or (args, kwargs).
 
     Raises (on construction): PassError: there is no calibration, without which no outlier is known.
     """

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from ...ir import Node, Program, Rewriter, Weight
+from ...ir import Node, Program, Rewriter
 from ...ir.float64 import exact_value
-from .folds import Fold, apply_edit, relinked, smoothed_name
+from .folds import Fold, apply_edit, folded_factors_name, record_factors, relinked, smoothed_name
 from .layers import Layer, aten, computed, layer_of
 from .sites import Site
 
@@ -33,11 +33,6 @@ class Moved:
         found = layer_of(self.now(node), program)
         assert isinstance(found, Layer), found
         return found
-
-
-def folded_factors_name(layer: str) -> str:
-    """The record of the factors that a layer's input carries."""
-    return f"{layer}.folded_smooth"
 
 
 def factors(
@@ -70,9 +65,8 @@ def apply_smoothing(rewriter: Rewriter, moved: Moved, site: Site, a: torch.Tenso
         else:
             for edit in fold.edits:
                 moved.put(edit.node, apply_edit(rewriter, moved.now(edit.node), edit, wide))
-            for member in site.layers:  # who adds to a layer later, as a LoRA does, must know what its input carries
-                rewriter.record(Weight.of(folded_factors_name(member.name), a, "record"))
         for member in site.layers:
+            record_factors(rewriter, folded_factors_name(member.name), a)
             layer = moved.layer(member.node, rewriter.program)
             moved.put(member.node, rewriter.set_arguments(layer.node, relinked(layer, _divided(rewriter, layer, wide), layer.bias)))
 

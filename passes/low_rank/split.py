@@ -47,10 +47,9 @@ class SplitLowRank(Pass):
         for site in find_sites(taken):
             for members in site.branches(self.share_down):
                 reason = self._reason_against(site, members, rewriter.program)
+                reason = reason or self._split(rewriter, site, members)
                 if reason:
                     left += [LeftAlone.at(site.layers[i].node, f"{site.layers[i].name}: {reason}") for i in members]
-                else:
-                    self._split(rewriter, site, members)
         return Outcome(tuple(left))
 
     def _reason_against(self, site: Site, members: tuple[int, ...], program: Program) -> str:
@@ -64,21 +63,29 @@ class SplitLowRank(Pass):
             return "its weight holds NaN or infinity"
         return ""
 
-    def _split(self, rewriter: Rewriter, site: Site, members: tuple[int, ...]) -> None:
+    def _factors(self, joined: torch.Tensor, smooth: torch.Tensor | None, store: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """up and down as stored, None where `store` does not hold them."""
+        up, down = best_factors(joined, self.rank, self.svd, self.seed)
+        raw = down if smooth is None else down * smooth.to(down.dtype)
+        stored = up.to(store), raw.to(store)
+        return stored if all(bool(torch.isfinite(each).all()) for each in stored) else None
+
+    def _split(self, rewriter: Rewriter, site: Site, members: tuple[int, ...]) -> str:
+        """Rewrites the layers, or says why not."""
         layers = [site.layers[i] for i in members]
         products = [product_of(layer.node, rewriter.program) for layer in layers]
         joined = torch.cat([layer.matrix(rewriter.program) for layer in layers])
-        up, down = best_factors(joined, self.rank, self.svd, self.seed)
         store = stored_dtype(layers[0].dtype)
-        smooth = products[0].smooth if products[0] is not None else None
-        if smooth is not None:
-            tensor = rewriter.program.weights[str(smooth.target)].tensor
-            assert tensor is not None
-            down = down * tensor.to(down.dtype)
+        vector = products[0].smooth if products[0] is not None else None
+        factors = self._factors(joined, None if vector is None else rewriter.program.weights[str(vector.target)].tensor, store)
+        if factors is None:
+            return f"its branch holds numbers too large for {str(store).removeprefix('torch.')}"
+        up, down = factors
         start = 0
         with rewriter.step("split-low-rank"):
-            shared = computed(rewriter, f"{layers[0].name}.down", down.to(store))
+            shared = computed(rewriter, f"{layers[0].name}.down", down)
             for layer, product in zip(layers, products, strict=True):
                 assert product is not None
-                split(rewriter, product, up[start : start + layer.out_features].to(store), shared)
+                split(rewriter, product, up[start : start + layer.out_features], shared)
                 start += layer.out_features
+        return ""

@@ -29,6 +29,15 @@ class Statistics:
     selection: Tensor
     refusal: str = ""
 
+    @property
+    def reason_against_judging(self) -> str:
+        """Why no error can be measured on it, empty where one can."""
+        if self.refusal:
+            return self.refusal
+        if self.rows_seen and len(self.selection):
+            return ""
+        return f"calibration gave {self.rows_seen} row{'' if self.rows_seen == 1 else 's'} there, too few to choose by and to judge on"
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything in it, hex."""

@@ -45,7 +45,7 @@ inline float largest(const float* v, int64_t count, bool is_unsigned) {
   return of_bits(uint32_t(most));
 }
 
-// amax / qmax as it is stored; 1 for a block of zeros, never 0. An infinity anywhere makes NaNs of all, as it does in the reference.
+// amax / qmax as it is stored; 1 for a block of zeros, never 0. Of rows with infinities nothing is promised but that they stay apart.
 inline float stored_scale(const Call& c, float amax) {
   if (amax == 0) return 1.0f;
   float s = amax / float(c.qmax);
