@@ -186,7 +186,10 @@ def measure(bench: Bench, case: Case) -> None:
         if absorbed:
             text += f"; at the {len(absorbed)} sites with outliers {absorbed[0]:.3f} to {absorbed[-1]:.3f} of plain rounding's error"
         bench.note(text)
-        weights(bench, f"{case.name}, {label}", module, ours, sites, example)
+        own, bf16 = sum(site["bytes_after"] for site in sites), sum(site["bytes_before"] for site in sites) // 2
+        if bf16:
+            bench.row(f"{case.name}, {label}", "weight_bytes", "B", own, {"eager bf16": bf16})
+        bench.save()
     if not bench.quick:
         speed(bench, case, module, samples)
 
@@ -237,21 +240,15 @@ def sampler(bench: Bench) -> None:
 # --- bytes -----------------------------------------------------------------------------------------------------------------
 
 
-def weights(bench: Bench, case: str, module: nn.Module, ours: Any, sites: list[dict[str, Any]], example: tuple[Tensor, ...]) -> None:
-    """Bytes of the quantized layers against bfloat16; the artifact; and what a process that loads it takes more than one with bfloat16."""
-    own, bf16 = sum(site["bytes_after"] for site in sites), sum(site["bytes_before"] for site in sites) // 2
-    if bf16:
-        bench.row(case, "weight_bytes", "B", own, {"eager bf16": bf16})
-    if bench.quick:
-        return
+def files(bench: Bench, case: str, half: nn.Module, ours: Any, example: tuple[Tensor, ...]) -> None:
+    """The artifact, and the weights that a process holds that loads it, against those of the same network in bfloat16: what is not
+    quantized, such as embeddings, is in both."""
     with tempfile.TemporaryDirectory() as folder:
-        half = copy.deepcopy(module).bfloat16()
-        inputs = tuple(each.bfloat16() if each.is_floating_point() else each for each in example)
         ours.save(Path(folder) / "ours.gw")
-        gw.compile(half, example_inputs=inputs, backend="aten", cache=False).save(Path(folder) / "bf16.gw")
-        files = {name: (Path(folder) / f"{name}.gw").stat().st_size for name in ("ours", "bf16")}
-        bench.row(case, "artifact_bytes", "B", files["ours"], {"eager bf16": files["bf16"]})
-        resident = {name: resident_bytes(Path(folder) / f"{name}.gw") for name in files}
+        gw.compile(half, example_inputs=example, backend="aten", cache=False).save(Path(folder) / "bf16.gw")
+        sizes = {name: (Path(folder) / f"{name}.gw").stat().st_size for name in ("ours", "bf16")}
+        bench.row(case, "artifact_bytes", "B", sizes["ours"], {"eager bf16": sizes["bf16"]})
+        resident = {name: resident_bytes(Path(folder) / f"{name}.gw") for name in sizes}
         bench.row(case, "resident_weight_bytes", "B", resident["ours"], {"eager bf16": resident["bf16"]})
 
 
@@ -260,7 +257,6 @@ import sys, torch, graphwright as gw
 def tensors(values):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in values}.values())
 model = gw.load(sys.argv[1], backend="tuned", cache=False)
-import pickle
 model(*torch.load(sys.argv[2]))
 count, packed = model.report().packs
 print(tensors([w.tensor for w in model.program.weights.values()]) + packed)
@@ -394,3 +390,4 @@ def speed(bench: Bench, case: Case, module: nn.Module, samples: list[tuple[Tenso
             ours = compiled(half, example, {**case.options, **formats, "calibration": calibration}, backend="tuned")
             peers = {"eager bf16": lambda: half(*example), "torch.compile bf16": lambda: compiled_peer(*example)}
             bench.time(f"{case.name}, {label}, bfloat16", ours=lambda ours=ours: ours(*example), peers=peers)  # type: ignore[misc]
+            files(bench, f"{case.name}, {label}, bfloat16", half, ours, example)
