@@ -93,7 +93,6 @@ def _quantized(rewriter: Rewriter, moved: Moved, plan: Plan, statistics: Statist
     Other sites' folds may have scaled rows of its weights, and so what its error is a share of; it is held to its budget again.
     """
     problem, setting = _problem_now(rewriter.program, moved, plan, statistics)
-    plain = fit(problem, Setting(act=plan.recipe.act), plan.recipe, refine=0)
     fitted = fit(problem, setting, plan.recipe, refine=plan.recipe.refine)
     # The smoothing stays where it is; only what comes after it can still be taken back.
     simple = fit(problem, Setting(act=plan.recipe.act, smooth=setting.smooth), plan.recipe, refine=0)
@@ -117,7 +116,7 @@ def _quantized(rewriter: Rewriter, moved: Moved, plan: Plan, statistics: Statist
             new = quantize_product(rewriter, product, quantized, plan.recipe.weight, _activations(fitted), fitted.setting.rotate)
             moved.put(layers[i].node, new)
     shown = fitted if fitted is simple else replace(fitted, setting=plan.setting)
-    return SiteReport.of(plan.site, plan.recipe, plan.choice, shown, plan.fold, plain.error)
+    return SiteReport.of(plan.site, plan.recipe, plan.choice, shown, plan.fold)
 
 
 def _problem_now(program: Program, moved: Moved, plan: Plan, statistics: Statistics | None) -> tuple[Problem, Setting]:

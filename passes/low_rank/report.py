@@ -13,7 +13,8 @@ from .sites import Site
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site: its layers, its setting in words, its error beside that of plain rounding and its budget, and bytes of weights."""
+    """One site: its layers, its setting in words, its error beside that of plain rounding (of the weights before any smoothing) and its
+    budget, and bytes of weights."""
 
     layers: tuple[str, ...]
     weight: str
@@ -30,7 +31,7 @@ class SiteReport:
     note: str
 
     @staticmethod
-    def of(site: Site, recipe: Recipe, choice: Choice, fitted: Fit, fold: Fold | str, plain: float) -> "SiteReport":
+    def of(site: Site, recipe: Recipe, choice: Choice, fitted: Fit, fold: Fold | str) -> "SiteReport":
         rank = fitted.setting.rank
         after = sum(_nbytes(each) for each in (*fitted.quantized, *fitted.branches))
         n, k = sum(layer.out_features for layer in site.layers), site.in_features
@@ -46,7 +47,7 @@ class SiteReport:
             act=fitted.setting.act,
             setting=str(fitted.setting),
             error=fitted.error,
-            plain_error=plain,
+            plain_error=choice.plain_error,
             budget=recipe.limit,
             bits=8 * after / (n * k),
             bytes_before=n * k * site.layers[0].weight.meta["val"].dtype.itemsize,
