@@ -34,7 +34,7 @@ PEERS = {
     "openvino int4 weights": "nncf",
 }
 FACTOR, SHARE = 30.0, 128
-ROUND_ONLY: dict[str, Any] = {"rank": 0, "smooth": "none", "shift": False, "budget": 1e9, "rotate": 0}
+ROUND_ONLY: dict[str, Any] = {"rank": 0, "smooth": "none", "shift": False, "budget": 1e9, "rotate": 0, "gptq": False}
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ def measure(bench: Bench, case: Case) -> None:
         expected = module(*fresh)
     bench.note(f"{case.name}: outliers planted behind {count} norms")
     for label, formats in {
-        "int4 x int4": {"weight": "int4-g64", "act": "int4-g64"},
-        "int4 weights": {"weight": "int4-g64"},
+        "int4 x int4": {"weight": "int4-g64", "act": "int4-g64", "gptq": True},
+        "int4 weights": {"weight": "int4-g64", "gptq": True},
         "int8 x int8": {"weight": "int8-channel", "act": "int8-token", "max_bits": None},
     }.items():
         options = {**case.options, **formats, "calibration": samples}
@@ -172,7 +172,7 @@ def measure(bench: Bench, case: Case) -> None:
         seconds = time.perf_counter() - begin
         sites = ours.report().passes[-1].data["sites"]
         peers = {"round to nearest": compiled(module, example, {**options, **ROUND_ONLY})}
-        peers["smoothing only"] = compiled(module, example, {**options, "rank": 0, "budget": 1e9})
+        peers["smoothing only"] = compiled(module, example, {**options, "rank": 0, "budget": 1e9, "gptq": False})
         errors = {name: relative(peer(*fresh), expected) for name, peer in peers.items()}
         if label == "int8 x int8":
             errors |= int8_errors(bench, module, example, fresh, expected)
