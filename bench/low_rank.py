@@ -46,6 +46,7 @@ def main() -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--section", action="append", choices=SECTIONS, help="only this one (may be repeated)")
+    parser.add_argument("--network", action="append", metavar="TEXT", help="only networks with TEXT in their names (may be repeated)")
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------

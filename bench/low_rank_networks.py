@@ -51,8 +51,9 @@ class Case:
 
 def networks(bench: Bench) -> None:
     """Rows for every network, or for the quick ones."""
+    wanted = bench.options.network or ("",)
     for case in cases():
-        if case.quick or not bench.quick:
+        if (case.quick or not bench.quick) and any(text in case.name for text in wanted):
             measure(bench, case)
 
 
@@ -137,7 +138,7 @@ def plant(module: nn.Module, planted: dict[str, Sequence[str]]) -> int:
     generator = torch.Generator().manual_seed(7)
     for name, norm in modules.items():
         parent, _, last = name.rpartition(".")
-        if last not in planted:
+        if last not in planted or any(f"{parent}.{reader}" not in modules for reader in planted[last]):
             continue
         weight: Tensor = norm.weight  # type: ignore[assignment]
         channels = torch.randperm(weight.numel(), generator=generator)[: weight.numel() // SHARE]
@@ -192,6 +193,7 @@ def measure(bench: Bench, case: Case) -> None:
         bench.save()
     if not bench.quick:
         speed(bench, case, module, samples)
+    bench.save()
 
 
 def compiled(module: nn.Module, example: tuple[Tensor, ...], options: dict[str, Any], backend: str = "aten") -> Any:
