@@ -54,6 +54,11 @@ def is_size(value: Any) -> bool:
     return _is_number(value, int) and value >= 0 or isinstance(value, str) and SIZE.fullmatch(value) is not None
 
 
+def is_texts(value: Any) -> bool:
+    """Whether `value` is a sequence of texts, not a single one."""
+    return not isinstance(value, str) and all(isinstance(item, str) for item in value)
+
+
 def share(text: str) -> float:
     """`25%` -> 0.25. Raises PassError for anything else."""
     match = SHARE.fullmatch(text)

@@ -17,17 +17,17 @@ import torch
 
 from ...ir import Node, Program, Rewriter
 from ...ir.errors import PassError
-from ...ir.low_bit import format_of
 from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
-from ..options import at_least, between, is_size, one_of, option, size_in_bytes
+from ..options import at_least, between, is_size, is_texts, one_of, option, size_in_bytes
 from ..verdict import Verdict
 from .apply import Plan, carry_out, problem_of
 from .calibrate import collect_waves
 from .choose import choose, lower_bound
 from .concat import rejoin, split_concatenations
 from .examples import Examples
+from .fit import is_static
 from .folds import Fold, find_fold
 from .formats import ACTIVATIONS, AUTO, WEIGHTS, group_of, resolved
 from .layers import Layer, find_layers, matches
@@ -93,10 +93,8 @@ class AbsorbOutliers(Pass):
     max_rows: int = option(4096, "an integer of at least 8", at_least(8))
     max_calib_bytes: Any = option("2GiB", "a size such as 2GiB", is_size)
     seed: int = option(0, "an integer", lambda v: isinstance(v, int))
-    skip: tuple[str, ...] = option(SKIP, "a list of patterns", lambda v: all(isinstance(p, str) for p in v) and not isinstance(v, str))
-    weight_only: tuple[str, ...] = option(
-        WEIGHT_ONLY, "a list of patterns", lambda v: all(isinstance(p, str) for p in v) and not isinstance(v, str)
-    )
+    skip: tuple[str, ...] = option(SKIP, "a list of patterns", is_texts)
+    weight_only: tuple[str, ...] = option(WEIGHT_ONLY, "a list of patterns", is_texts)
     calibration: Any = option(None, "an iterable of example inputs", lambda v: v is None or isinstance(v, Iterable), spelled=False)
     resume: Any = option(None, "a folder", lambda v: v is None or isinstance(v, str | Path), spelled=False)
 
@@ -108,7 +106,7 @@ class AbsorbOutliers(Pass):
         needs = {
             "a fixed smooth": self.smooth not in ("search", "none"),
             "gptq": self.gptq,
-            f"act {self.act}": self.act == AUTO or (self.act != "none" and format_of(self.act).scale == "nv"),
+            f"act {self.act}": self.act == AUTO or is_static(self.act),
         }
         for wanted, is_set in needs.items():
             if is_set and self.calibration is None:

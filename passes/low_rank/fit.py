@@ -188,13 +188,12 @@ class _Fitting:
 
     def _activation_scale(self) -> float:
         """The static scale of NV activations: what the rows to work with need."""
-        if self.setting.act == "none" or format_of(self.setting.act).scale != "nv":
+        if not is_static(self.setting.act):
             return 1.0
         assert self.problem.rows is not None
-        form = format_of(self.setting.act)
         rows = self.problem.rows if self.a is None else self.problem.rows * self.a
         rows = rotate(rows, self.setting.rotate, weight=False) if self.setting.rotate else rows
-        return float(tensor_scale(rows.abs().amax(1), form))
+        return static_scale(rows, self.setting.act)
 
     def _error(self, branches: Sequence[Branch | None], values: torch.Tensor) -> float:
         if self.seen is None:
@@ -203,7 +202,7 @@ class _Fitting:
             for members, branch in zip(self.problem.branches, branches, strict=True):
                 if branch is not None:
                     self._subtract(difference, members, self._product(branch), dim=0)
-            return _ratio(difference, whole)
+            return relative_norm(difference, whole)
         assert self.problem.selection is not None
         difference = self.problem.expected - self.seen @ values.T
         if self.setting.act_shift:
@@ -212,7 +211,7 @@ class _Fitting:
             if branch is not None:
                 up, down = (factor.to(torch.float32) for factor in branch)
                 self._subtract(difference, members, (self.problem.selection @ down.T) @ up.T, dim=1)
-        return _ratio(difference, self.problem.expected)
+        return relative_norm(difference, self.problem.expected)
 
     def _subtract(self, whole: torch.Tensor, members: Sequence[int], part: torch.Tensor, dim: int) -> None:
         start = 0
@@ -223,7 +222,18 @@ class _Fitting:
             start += length
 
 
-def _ratio(difference: torch.Tensor, whole: torch.Tensor) -> float:
+def is_static(act: str) -> bool:
+    """Whether activations of that format have a scale that is known before the call: those of the NV formats do."""
+    return act != "none" and format_of(act).scale == "nv"
+
+
+def static_scale(rows: torch.Tensor, act: str) -> float:
+    """The tensor's scale that an NV format needs for `rows`."""
+    return float(tensor_scale(rows.abs().amax(1), format_of(act)))
+
+
+def relative_norm(difference: torch.Tensor, whole: torch.Tensor) -> float:
+    """|difference| / |whole|, summed in float64; 0/0 is 0."""
     norm = torch.linalg.vector_norm(whole, dtype=torch.float64)
     error = torch.linalg.vector_norm(difference, dtype=torch.float64)
     return float(error / norm) if norm > 0 else (0.0 if error == 0 else float("inf"))

@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 
 from ...ir.low_bit import FORMATS, dequantize, fake_quantize, format_of, quantize
-from ...ir.low_bit.quantize import tensor_scale
-from .fit import Problem
+from .fit import Problem, is_static, static_scale
 from .qsnr import measured_qsnr
 from .recipe import Recipe, stored_dtype
 
@@ -43,6 +42,5 @@ def _weight_qsnr(problem: Problem, name: str) -> float:
 
 
 def _activation_qsnr(rows: torch.Tensor, dtype: torch.dtype, name: str) -> float:
-    form = format_of(name)
-    scale2 = float(tensor_scale(rows.abs().amax(1), form)) if form.scale == "nv" else 1.0
+    scale2 = static_scale(rows, name) if is_static(name) else 1.0
     return measured_qsnr(rows, fake_quantize(rows, name, stored_dtype(dtype), scale2))

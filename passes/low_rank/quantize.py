@@ -7,7 +7,6 @@
 Rounds to nearest. Without calibration the error of a layer is |W - Q(W)| / |W|, with it that of its outputs.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,13 @@ from ...ir import Node, Program, Rewriter
 from ...ir.errors import PassError
 from ...ir.float64 import exact_value
 from ...ir.low_bit import Quantized, dequantize, fake_quantize, format_of, quantize
-from ...ir.low_bit.quantize import tensor_scale
 from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
-from ..options import at_least, one_of, option
+from ..options import at_least, is_texts, one_of, option
 from ..verdict import Verdict
 from .calibrate import collect
+from .fit import is_static, relative_norm, static_scale
 from .formats import ACTIVATIONS, WEIGHTS
 from .layers import find_layers, matches
 from .progress import progress_bar
@@ -52,14 +51,14 @@ class Quantize(Pass):
     budget: Any = option("auto", "auto, or a number of at least 0", lambda v: v == "auto" or at_least(0.0)(v))
     output_budget: Any = option(None, "none, or a number of at least 0", lambda v: v is None or at_least(0.0)(v))
     min_numel: int = option(65536, "an integer of at least 0", at_least(0))
-    skip: tuple[str, ...] = option((), "a list of patterns", lambda v: all(isinstance(p, str) for p in v) and not isinstance(v, str))
+    skip: tuple[str, ...] = option((), "a list of patterns", is_texts)
     calibration: Any = option(None, "an iterable of example inputs", lambda v: v is None or isinstance(v, Iterable), spelled=False)
 
     def __post_init__(self) -> None:
         if self.act is None:  # what a pipeline's text calls none
             object.__setattr__(self, "act", "none")
         super().__post_init__()
-        if self.act != "none" and format_of(self.act).scale == "nv" and self.calibration is None:
+        if is_static(self.act) and self.calibration is None:
             raise PassError(f"pass {self.name}: act {self.act} needs example inputs: give calibration=, an iterable of argument tuples")
 
     def check(self, reference: Reference, after: Program) -> Verdict:
@@ -135,23 +134,17 @@ class _Measured:
         smooth, down, up = (self._value(node) for node in (product.smooth, product.down, product.up))
         whole = matrix if up is None or down is None else matrix + up @ (down if smooth is None else down / smooth)
         if seen is None:
-            self.error = _relative(matrix - values, whole)
+            self.error = relative_norm(matrix - values, whole)
             return
         x = seen.selection.to(torch.float32)
         scaled = x if smooth is None else x * smooth
         scale2 = 1.0
-        if options.act != "none" and format_of(options.act).scale == "nv":
+        if is_static(options.act):
             rows = seen.rows.to(torch.float32)
-            scale2 = float(tensor_scale((rows if smooth is None else rows * smooth).abs().amax(1), format_of(options.act)))
+            scale2 = static_scale(rows if smooth is None else rows * smooth, options.act)
             self.activations["act_scale2"] = scale2
         coded = fake_quantize(scaled, options.act, torch.float32, scale2)
-        self.error = _relative(scaled @ matrix.T - coded @ values.T, scaled @ whole.T)
+        self.error = relative_norm(scaled @ matrix.T - coded @ values.T, scaled @ whole.T)
 
     def _value(self, node: Node | None) -> torch.Tensor | None:
         return None if node is None else exact_value(self.program.weights[str(node.target)]).to(torch.float32)
-
-
-def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(whole, dtype=torch.float64))
-    error = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
-    return error / norm if norm > 0 else (0.0 if error == 0 else math.inf)

@@ -15,7 +15,7 @@ from ...ir import Rewriter
 from ...ir.errors import PassError
 from ..base import LeftAlone, Outcome, Pass
 from ..contract import Contract
-from ..options import at_least, between, one_of, option
+from ..options import at_least, between, is_texts, one_of, option
 from .calibrate import collect
 from .folds import Fold, find_fold
 from .layers import find_layers, matches
@@ -43,7 +43,7 @@ class Smooth(Pass):
     fold: bool = option(True, "true or false", one_of((True, False)))
     pow2: bool = option(False, "true or false", one_of((True, False)))
     min_numel: int = option(65536, "an integer of at least 0", at_least(0))
-    skip: tuple[str, ...] = option((), "a list of patterns", lambda v: all(isinstance(p, str) for p in v) and not isinstance(v, str))
+    skip: tuple[str, ...] = option((), "a list of patterns", is_texts)
     calibration: Any = option(None, "an iterable of example inputs", lambda v: v is None or isinstance(v, Iterable), spelled=False)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from ..addresses import Addresses
 from ..file import File, Parameter, input_name, wrapped
 from ..index import Index, Size, linear
 from ..matmul_tiles import MatmulTile
-from ..reference import reference_lines
 from ..statements import Statements, single_blanks
 from ..values import FLOAT8, TL_TYPES
 from .helpers import with_needed
@@ -290,12 +289,6 @@ class ProductFile(File):
 
     def reference_functions(self) -> list[str]:
         return [product_text(self.plan)]
-
-    def reference(self) -> str:
-        named = {node: name for name, node in self.tensors()}
-        lines = reference_lines(self.plan.nodes, self.plan.outputs, named, self.addresses)
-        head = [f"def reference({', '.join(self.inputs)}):", '    """The same in plain PyTorch."""']
-        return "\n".join([*head, *self.bindings(lines), *lines])
 
     def random(self, node: Node, shape: str) -> str:
         role = {number: role for role, number in self.plan.roles.items()}.get(self.plan.inputs.index(node))
