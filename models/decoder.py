@@ -39,18 +39,17 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin of each position's rotary angles: [L, head_dim], the two halves alike."""
+    """cos and sin of each position's rotary angles, the two halves alike: [L, head_dim], or [B, 1, L, head_dim] where rows differ."""
 
     cos: Tensor
     sin: Tensor
 
     @staticmethod
-    def of_positions(length: int, head_dim: int, base: float, like: Tensor) -> "Rotation":
+    def of_positions(positions: Tensor, head_dim: int, base: float, like: Tensor) -> "Rotation":
         """Angle p * base^(-2i / head_dim) at position p (Su et al. 2021), formed in float32 or wider, in `like`'s dtype and device."""
         angle_dtype = torch.promote_types(like.dtype, torch.float32)
         exponents = torch.arange(0, head_dim, 2, device=like.device, dtype=angle_dtype) / head_dim
-        positions = torch.arange(length, device=like.device, dtype=angle_dtype)
-        angles = positions[:, None] * base**-exponents
+        angles = positions.to(angle_dtype).unsqueeze(-1) * base**-exponents
         angles = torch.cat([angles, angles], dim=-1)
         return Rotation(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
 
@@ -114,8 +113,9 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Predicts each next token from those before it.
 
-    forward(input_ids):
+    forward(input_ids, position_ids=None):
         input_ids: [B, L], integer in 0 .. vocabulary - 1.
+        position_ids: [B, L], integer: each token's place in its sequence; 0 .. L - 1 when None.
     Returns: [B, L, vocabulary], logits.
     """
 
@@ -129,9 +129,11 @@ class Decoder(nn.Module):
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)
-        rotation = Rotation.of_positions(input_ids.shape[1], self.head_dim, self.rope_base, like=x)
+        # One rotation for all heads: [B, 1, L, ..]; without position_ids one for all rows too.
+        positions = torch.arange(input_ids.shape[1], device=x.device) if position_ids is None else position_ids.unsqueeze(1)
+        rotation = Rotation.of_positions(positions, self.head_dim, self.rope_base, like=x)
         for layer in self.layers:
             x = layer(x, rotation)
         return self.lm_head(self.norm(x))

@@ -1,0 +1,57 @@
+"""Keys and values of earlier positions as explicit state: what a step adds to a cache, and attention that reads it.
+
+A cache has one slot a position and row: cache_k [R, Hk, C, E], cache_v [R, Hk, C, Ev]. A step works on B of the R rows, `rows[b]` being the
+place of row b in the cache, and on T positions of each, the first of which is `position[b]`. Slots behind a row's last position hold
+anything, NaN included: nothing here reads them.
+
+Source: specs/layer_skip.md, section 3 (Cache).
+"""
+
+import torch
+from torch import Tensor
+
+from ..op import op
+
+
+@op("kv_append")
+def kv_append(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, position: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The caches with k and v at their positions: new_cache[rows[b], h, position[b] + i] = k[b, h, i], every other slot as it was.
+
+    cache_k [R, Hk, C, E], cache_v [R, Hk, C, Ev], k [B, Hk, T, E], v [B, Hk, T, Ev], position i64[B], rows i64[B], all different ->
+    both caches, of the same types.
+
+    Raises:
+        IndexError: a position or row lies outside of the cache.
+    """
+    slots = position.unsqueeze(1) + torch.arange(k.size(2), device=k.device)
+    heads = torch.arange(k.size(1), device=k.device)
+    at = [rows.reshape(-1, 1, 1), heads.reshape(1, -1, 1), slots.unsqueeze(1)]  # [B, Hk, T]
+    return cache_k.index_put(at, k), cache_v.index_put(at, v)
+
+
+@op("cached_attention")
+def cached_attention(
+    q: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, rows: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0
+) -> Tensor:
+    """o[b, h, i] = sum over visible j of softmax_j(cap(q[b, h, i] . k[j] * scale)) v[j], k and v those of row rows[b] and head h // (H/Hk).
+
+    Slot j is visible to query i where j <= position[b] + i, and with a `window` also j > position[b] + i - window. cap(s) is
+    softcap * tanh(s / softcap), or s for 0. q [B, H, T, E], cache_k [R, Hk, C, E], cache_v [R, Hk, C, Ev], position and rows i64[B] ->
+    [B, H, T, Ev], laid out as [B, T, H, Ev]. Sums are float32, or float64 for float64 q.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries, heads = q.size(2), q.size(1)
+    keys = torch.arange(cache_k.size(2), device=q.device)
+    last = (position.unsqueeze(1) + torch.arange(queries, device=q.device)).unsqueeze(-1)  # [B, T, 1]
+    visible = keys <= last
+    if window:
+        visible = visible & (keys > last - window)
+    unwritten = (keys > (position + (queries - 1)).unsqueeze(1)).reshape(position.size(0), 1, -1, 1)  # [B, 1, C, 1]
+    k, v = [cache.index_select(0, rows).to(wide).masked_fill(unwritten, 0.0) for cache in (cache_k, cache_v)]
+    shared = heads // cache_k.size(1)
+    k, v = [each.repeat_interleave(shared, 1) for each in (k, v)]
+    scores = (q.to(wide) @ k.transpose(-2, -1)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~visible.unsqueeze(1), float("-inf")).softmax(-1)
+    return (weights @ v).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
