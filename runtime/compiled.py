@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from ..codegen.cpu_packed import Pack
 from ..ir import Program
 from ..ir.calling import Call, Parameter
 from ..ir.errors import ArtifactError, InputError, TargetError
@@ -25,6 +26,7 @@ from .decoding.generated import Generated, Token
 from .decoding.steps import ProgramDecoder
 from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
+from .packing import Packs
 from .report import Report, Threads, predicted, predicted_on
 
 if TYPE_CHECKING:
@@ -148,8 +150,8 @@ class CompiledModel(nn.Module):
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         memory = replace(memory, compiled=self._compiled_peak, threads=self._on_threads)
         promised = (compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports)
-        executor = self._present.executor
-        return Report(*promised, memory, self._measured, compiled.training, executor.kernel_calls(), executor.packs())
+        runner = self._present
+        return Report(*promised, memory, self._measured, compiled.training, runner.executor.kernel_calls(), runner.packed())
 
     def kernels(self) -> "tuple[Kernel, ...]":
         """The Triton kernels that run, each once: `name`, `source` (a file that checks itself), `ir` (the lines that it computes),
@@ -266,7 +268,8 @@ class _Runner:
         main = program.main
         signature = main.signature()
         self.compilation = compilation
-        self.executor = Executor(program, backend=compilation.backend, cache=compilation.cache)
+        self._packs, self._executors = Packs(), list[Executor]()
+        self.executor = self._executor_of("main")
         self.call = Call(program, main, compilation.parameters)
         self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
         self._updates = _updates(signature)
@@ -296,8 +299,18 @@ class _Runner:
     @cached_property
     def decoder(self) -> ProgramDecoder:
         """The functions that generate tokens. Raises InputError for a program that has none."""
+        return ProgramDecoder(self.compilation.program, self._executor_of)
+
+    def _executor_of(self, function: str) -> Executor:
         compiled = self.compilation
-        return ProgramDecoder(compiled.program, lambda name: Executor(compiled.program, name, compiled.backend, compiled.cache))
+        executor = Executor(compiled.program, function, compiled.backend, compiled.cache, self._packs)
+        self._executors.append(executor)
+        return executor
+
+    def packed(self) -> tuple[int, int]:
+        """How many weights are held in a second layout by the functions that have run, and the bytes of these copies."""
+        packs = set[Pack]().union(*(executor.packs() for executor in self._executors))
+        return len(packs), sum(pack.nbytes for pack in packs)
 
     def _write_back(self, leaves: list[Any], new_states: Mapping[str, torch.Tensor], given: Sequence[Any]) -> list[Any]:
         """Copies new states into the tensors that hold them. What shares memory with one of these is copied out first: an output,
