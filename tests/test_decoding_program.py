@@ -8,6 +8,8 @@ from graphwright.codegen.cpu_packed import is_available
 from graphwright.ir.errors import InputError
 from graphwright.ir.program import Function, Program
 from graphwright.runtime.decoding import caches as caches_module
+from graphwright.runtime.decoding.steps import ProgramDecoder
+from graphwright.runtime.executor import Executor
 from graphwright.runtime.probe import Probe
 from graphwright.tests.decoding_models import captured_decoder, random_prompts, skipping_decoder
 
@@ -113,9 +115,28 @@ def test_one_pack_serves_calls_of_different_numbers_of_rows(monkeypatch):
 def test_a_function_with_other_operands_is_no_step():
     program = captured_decoder(small_decoder())
     text = str(program).replace("%rows ", "%places ").replace("%rows,", "%places,").replace("%rows)", "%places)")
-    model = gw.compile(gw.parse(text, weights=program.weights), backend="aten")
+    model = gw.compile(gw.parse(text, weights=program.weights), backend="aten", cleanups=False)
     with pytest.raises(InputError, match="a step takes tokens, position, rows"):
         model.generate([[1, 2]], 3)
+
+
+def test_a_function_that_keeps_more_than_caches_is_no_step():
+    """Another row of a batch, or another generation, would see what it keeps."""
+    program = captured_decoder(small_decoder())
+    output = program.functions["decode"].graph.output_node()
+    output.meta["new_states"] = (*output.meta["new_states"][:-1], "steps")
+    with pytest.raises(InputError, match="function decode updates steps: a step keeps nothing but caches"):
+        ProgramDecoder(program, lambda name: Executor(program, name))["decode"]
+
+
+def test_functions_hold_no_copies_of_weights():
+    model = compiled(small_decoder("speculative"))
+    model.generate([[1, 2]], 5)
+    model.generate([[1, 2]], 5, speculative=False)
+    weights = {weight.tensor.untyped_storage().data_ptr() for weight in model.program.weights.values()}
+    executors = model._present._executors
+    held = [value for each in executors for value in each._flat._template if isinstance(value, torch.Tensor)]
+    assert len(executors) == 5 and {value.untyped_storage().data_ptr() for value in held} == weights
 
 
 def test_weights_that_passes_folded_must_stay_as_they_were():

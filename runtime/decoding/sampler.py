@@ -16,7 +16,9 @@ from torch import Tensor
 from ...ir.errors import InputError
 from ...passes.low_rank.sample import splitmix64
 
-_FIRST_SORTED = 64  # most nuclei are smaller; each further try sorts eight times as many
+# How many of the largest weights are looked at for a nucleus before all are sorted: 60 us, 240 us and 2.2 ms for 32000 tokens (measured,
+# an EPYC core), and nuclei are small where a model knows what comes next.
+_SORTED = (64, 1024)
 
 
 class Purpose(IntEnum):
@@ -49,15 +51,13 @@ class Sampler:
 
     def weights(self, logits: Tensor) -> Tensor:
         """float64[.., V], in proportion to the probabilities: exp((z - max z) / temperature) of what top-k and top-p keep."""
-        wide = logits.to(torch.float64)
-        scaled = (wide - wide.amax(-1, keepdim=True)) / self.temperature
-        if self.top_k is not None and self.top_k < scaled.size(-1):
-            least = scaled.topk(self.top_k).values[..., -1:]
-            scaled = scaled.masked_fill(scaled < least, -torch.inf)
-        weights = scaled.exp()
-        if self.top_p is None or self.top_p == 1:
-            return weights
-        return weights.masked_fill(weights < _least_of_nucleus(weights, self.top_p), 0.0)
+        weights = logits.to(torch.float64) - logits.amax(-1, keepdim=True)
+        weights.div_(self.temperature).exp_()
+        if self.top_k is not None and self.top_k < logits.size(-1):
+            weights.mul_(logits >= logits.topk(self.top_k).values[..., -1:])
+        if self.top_p is not None and self.top_p < 1:
+            weights.mul_(weights >= _least_of_nucleus(weights, self.top_p))
+        return weights
 
     def uniforms(self, rows: Sequence[int], steps: Sequence[int], purpose: int | Sequence[int] = Purpose.TOKEN) -> list[float]:
         """Numbers in [0, 1), one for each row, step and purpose: multiples of 2^-52, so that u * x < x for every x > 0."""
@@ -84,10 +84,9 @@ def draw(weights: Tensor, uniforms: Sequence[float]) -> list[int]:
 def _least_of_nucleus(weights: Tensor, share: float) -> Tensor:
     """The smallest weight [.., 1] among the fewest largest ones whose sum is at least `share` of all."""
     needed = share * weights.sum(-1, keepdim=True)
-    count = min(_FIRST_SORTED, weights.size(-1))
-    while True:
+    for count in (*[n for n in _SORTED if n < weights.size(-1)], weights.size(-1)):
         largest = weights.topk(count).values
         before = (largest.cumsum(-1) < needed).sum(-1, keepdim=True)  # how many are not enough
-        if count == weights.size(-1) or bool((before < count).all()):
-            return largest.gather(-1, before.clamp(max=count - 1))
-        count = min(8 * count, weights.size(-1))
+        if bool((before < count).all()):
+            break
+    return largest.gather(-1, before.clamp(max=count - 1))  # rounding may leave the sum of all below the share

@@ -87,6 +87,9 @@ class ProgramStep:
         caches = [each for each in names if each in places]
         if names not in (["tokens", "position", "rows", *caches], ["tokens", "position", "rows", "lengths", *caches]):
             raise InputError(f"function {name} takes {', '.join(names)}: a step takes tokens, position, rows, [lengths,] caches")
+        kept = [state for state in signature.new_states if state.removeprefix("input:") not in caches]
+        if kept:
+            raise InputError(f"function {name} updates {kept[0]}: a step keeps nothing but caches")
         self.layers = tuple(sorted({int(each.rsplit("_", 1)[1]) for each in caches}))
         self._executor = executor
         self._takes_lengths = "lengths" in names
