@@ -87,6 +87,14 @@ def test_rows_of_several_levels_run_apart_or_merged_as_the_schedule_says():
     assert ("decode_0", [0]) in apart.calls and ("decode_0", [1]) in apart.calls
 
 
+def test_a_merged_row_stays_on_the_smaller_set_when_the_row_that_brought_it_there_has_gone():
+    decoder, prompts = skipping_decoder([(0, 1, 2, 3), (0, 3)], [0, 0, 0, 1], merge="down"), random_prompts([1, 3])
+    generated = generate(decoder, prompts, 5, chunk=1)  # the second row comes two steps later
+    assert generated.levels == [[0, 0, 0, 1], [0, 1, 1, 1]] and generated.figures.merged_steps == 2
+    sets = [decoder.schedules["layer-skip"]["levels"][level] for level in generated.levels[1]]
+    assert generated.tokens[1] == decoder.naive(prompts[1], 5, level_sets=sets)
+
+
 def test_layers_hold_the_prompt_and_the_steps_that_ran_them(monkeypatch):
     """len_l = P [l in a decode level] + #{i <= M - 2: l in level i}"""
     made = []
