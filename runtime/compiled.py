@@ -106,7 +106,7 @@ class CompiledModel(nn.Module):
         batch: int | None = None,
         speculative: bool | None = None,
     ) -> Generated | Iterator[Token]:
-        """Up to `max_new_tokens` tokens after each prompt, from a decoder that was compiled with the pass `kv-cache`.
+        """Up to `max_new_tokens` tokens after each prompt, from a decoder that `compile_decoder` made, or the pass `kv-cache`.
 
         `prompts` is a list of token sequences of any lengths, or a tensor [B, T]. Temperature 0 takes the most likely token, of equals the
         first; others draw one after temperature, `top_k` and `top_p`, the same for a prompt's number and `seed` whatever else runs beside
@@ -118,7 +118,8 @@ class CompiledModel(nn.Module):
 
         Raises:
             InputError: the model cannot decode; an argument is of a wrong type or out of range, a prompt is empty or has tokens that the
-                model does not know, a row's tokens do not fit into `capacity`; or a weight that passes folded was changed.
+                model does not know, a row's tokens do not fit into `capacity` or the model's positions; or a weight that passes folded was
+                changed.
         """
         runner = self._present
         runner.check_weights()

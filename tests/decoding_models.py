@@ -93,6 +93,7 @@ class SmallDecoder:
     seed: int = 0
     schedules: dict = field(default_factory=dict)
     vocabulary: int = VOCABULARY
+    max_positions: int | None = None
     device: torch.device = torch.device("cpu")
     calls: list = field(default_factory=list)  # (function, cache rows) of each call
 

@@ -305,6 +305,16 @@ def test_a_row_may_fill_its_capacity_to_the_last_slot():
     assert generate(decoder, PROMPTS, 3, capacity=5, chunk=2).tokens == [decoder.naive(prompt, 3) for prompt in PROMPTS]
 
 
+def test_a_model_of_few_positions_fills_them_all_and_no_more():
+    decoder = plain_decoder()
+    decoder.max_positions = 5
+    assert generate(decoder, PROMPTS, 3).tokens == [decoder.naive(prompt, 3) for prompt in PROMPTS]
+    with pytest.raises(InputError, match="prompt 0 has 3 tokens and the model 5 positions: max_new_tokens is at most 3 for it"):
+        generate(decoder, PROMPTS, 4)
+    with pytest.raises(InputError, match="prompt 1 has 6 tokens and the model 5 positions: it is too long"):
+        generate(decoder, [[1], [1] * 6], 1)
+
+
 def test_prompts_may_be_a_tensor_tensors_arrays_or_tuples():
     decoder = plain_decoder()
     expected = generate(decoder, [[1, 2], [3, 4]], 3).tokens
@@ -315,5 +325,5 @@ def test_prompts_may_be_a_tensor_tensors_arrays_or_tuples():
 def test_a_model_without_decode_says_how_to_make_one():
     module, args, _ = gw.models.load("decoder", "tiny")
     compiled = gw.compile(module, example_inputs=args, backend="aten")
-    with pytest.raises(InputError, match="no functions that decode: compile it with passes='kv-cache'"):
+    with pytest.raises(InputError, match="no functions that decode: make it with compile_decoder"):
         compiled.generate([[1]], 2)

@@ -138,6 +138,17 @@ def test_the_capacity_that_a_user_states_is_of_tokens_and_drafts_have_their_own(
     assert generate(decoder, prompts, 4, capacity=6).tokens == [decoder.naive(prompt, 4) for prompt in prompts]
 
 
+def test_drafts_need_positions_behind_a_row_s_last_token():
+    decoder, prompts = drafting_decoder((0,), 3), [[1, 2], [3]]
+    decoder.max_positions = 9
+    assert generate(decoder, prompts, 5).tokens == [decoder.naive(prompt, 5) for prompt in prompts]
+    with pytest.raises(
+        InputError, match=r"9 positions, 3 of which drafts need \(speculative=False needs none\): max_new_tokens is at most 5"
+    ):
+        generate(decoder, prompts, 6)
+    assert generate(decoder, prompts, 6, speculative=False).tokens == [decoder.naive(prompt, 6) for prompt in prompts]
+
+
 def test_results_say_how_many_drafts_were_taken_and_what_they_cost():
     generated = generate(drafting_decoder((0, 1, 3), 2), random_prompts([3]), 30)
     figures = generated.figures
@@ -157,5 +168,5 @@ def test_drafts_that_cost_more_than_they_save_are_called_that():
 def test_a_program_that_lacks_a_function_of_its_schedule_is_refused():
     decoder = drafting_decoder((0,), 2)
     del decoder.functions["verify"]
-    with pytest.raises(InputError, match="no function verify: compile it with passes='kv-cache'"):
+    with pytest.raises(InputError, match="no function verify: make it with compile_decoder"):
         generate(decoder, [[1]], 3)

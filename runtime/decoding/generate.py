@@ -7,7 +7,7 @@ from ...ir.errors import InputError
 from .caches import Caches
 from .dispatch import Dispatch
 from .generated import Figures, Generated, Token
-from .options import check_flags, checked_limits, checked_prompts, checked_sampler
+from .options import check_flags, check_positions, checked_limits, checked_prompts, checked_sampler
 from .plain import PlainDecoding
 from .rows import Row
 from .schedule import Schedule, choose_schedule
@@ -39,11 +39,12 @@ def generate(
     limits = checked_limits(checked, max_new_tokens, chunk, capacity, batch, eos, decoder.vocabulary)
     schedule = choose_schedule(decoder.schedules, speculative)
     _check_functions(decoder, schedule)
+    # A burst may write as many slots behind a row's last one as it drafts.
+    check_positions(checked, max_new_tokens, schedule.gamma, decoder.max_positions)
     rows = [Row(number, prompt, max_new_tokens) for number, prompt in enumerate(checked)]
     figures = Figures()
     if not rows or max_new_tokens == 0:
         return iter(()) if stream else Generated([[] for _ in rows], ["length"] * len(rows), [[] for _ in rows], figures)
-    # A burst may write as many slots behind a row's last one as it drafts.
     dispatch = Dispatch(Caches(decoder.cache_types, limits.batch, limits.capacity + schedule.gamma), decoder.device)
     make = SpeculativeDecoding if schedule.is_speculative else PlainDecoding
     decoding: Decoding = make(decoder, schedule, dispatch, sampler, figures)
@@ -59,4 +60,4 @@ def _check_functions(decoder: Decoder, schedule: Schedule) -> None:
     needed = ("prefill", schedule.draft, "verify") if schedule.is_speculative else ("prefill", *schedule.functions)
     missing = [name for name in needed if name not in decoder]
     if missing:
-        raise InputError(f"this model has no function {missing[0]}: compile it with passes='kv-cache'")
+        raise InputError(f"this model has no function {missing[0]}: make it with compile_decoder, or compile it with passes='kv-cache'")

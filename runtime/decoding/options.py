@@ -77,6 +77,18 @@ def checked_limits(
     return Limits(max_new_tokens, chunk, capacity or max(needed, default=1), rows, _end_tokens(eos, vocabulary))
 
 
+def check_positions(prompts: Sequence[np.ndarray], max_new_tokens: int, gamma: int, most: int | None) -> None:
+    """Raises InputError where a row needs more than the `most` positions that the model has: a burst looks `gamma` ahead of it."""
+    if most is None:
+        return
+    for row, prompt in enumerate(prompts):
+        fits = most - gamma - len(prompt) + 1
+        if max_new_tokens > fits:
+            what = f"max_new_tokens is at most {fits} for it" if fits > 0 else "it is too long"
+            drafts = f", {gamma} of which drafts need (speculative=False needs none)" if gamma else ""
+            raise InputError(f"prompt {row} has {len(prompt)} tokens and the model {most} positions{drafts}: {what}")
+
+
 def checked_sampler(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Sampler:
     """Raises InputError where one is of a wrong type or out of range."""
     if not _is_number(temperature) or not 0 <= temperature < math.inf:

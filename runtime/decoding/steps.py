@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...ir import Program
+from ...ir import Program, SymbolTable
 from ...ir.errors import InputError
+from ...ir.symbols import UNBOUNDED
 from ..executor import Executor
 from .caches import CacheType
 
@@ -34,6 +35,7 @@ class Decoder(Protocol):
     """What the decoding loops know of a model."""
 
     vocabulary: int
+    max_positions: int | None  # None: any number
     device: torch.device
     cache_types: tuple[CacheType, ...]
     schedules: Mapping[str, Any]
@@ -52,7 +54,7 @@ class ProgramDecoder:
 
     def __init__(self, program: Program, executor_of: Callable[[str], Executor]):
         if "prefill" not in program.functions:
-            raise InputError("this model has no functions that decode: compile it with passes='kv-cache'")
+            raise InputError("this model has no functions that decode: make it with compile_decoder, or compile it with passes='kv-cache'")
         self._program, self._executor_of = program, executor_of
         self._steps: dict[str, ProgramStep] = {}
         self._lock = threading.Lock()
@@ -65,7 +67,9 @@ class ProgramDecoder:
         self._places = {name: place for place, name in enumerate(sorted(types, key=lambda name: (types[name].layer, name)))}
         self.cache_types = tuple(types[name] for name in self._places)
         self.device = self.cache_types[0].device
-        self.vocabulary = int(program.functions["prefill"].signature().outputs[0].shape[-1])
+        prefill = program.functions["prefill"].signature()
+        self.vocabulary = int(prefill.outputs[0].shape[-1])
+        self.max_positions = _highest(program.symbols, prefill.inputs[0].value.shape[1])
         self.schedules = program.schedules
 
     def __contains__(self, name: str) -> bool:
@@ -102,6 +106,14 @@ class ProgramStep:
         for place, cache in zip(self._written, new_caches.values(), strict=True):
             caches[place] = cache
         return logits
+
+
+def _highest(symbols: SymbolTable, length: Any) -> int | None:
+    """The most tokens that the model was captured for: it may hold a table of so many positions."""
+    if not isinstance(length, torch.SymInt):
+        return int(length)
+    name = symbols.text(length)
+    return symbols.symbol(name).high if name in symbols and symbols.symbol(name).high < UNBOUNDED else None
 
 
 def _cache_type(name: str, value: Tensor) -> CacheType:
