@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .passes import FoldBatchNorm as FoldBatchNorm
     from .passes import FoldConstants as FoldConstants
     from .passes import KVCache as KVCache
+    from .passes import LayerSkip as LayerSkip
     from .passes import Pass as Pass
     from .passes import PassManager as PassManager
     from .passes import Quantize as Quantize
@@ -62,8 +63,8 @@ _HOMES = {
         "StateError", "TargetError", "VerifyError",
     ),
     ".passes": (
-        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "Pass", "PassManager",
-        "Quantize",
+        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "LayerSkip", "Pass",
+        "PassManager", "Quantize",
         "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
         "all_passes",
     ),
