@@ -1,16 +1,12 @@
 """A small decoder in float64 whose steps are plain PyTorch, and what it generates when every step computes the whole sequence anew."""
 
-import functools
-import re
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
-from torch.export import Dim
 from torch.nn import functional as F
 
-import graphwright as gw
 import graphwright.ir.ops  # noqa: F401
 from graphwright.runtime.decoding.caches import CacheType
 from graphwright.runtime.decoding.sampler import Sampler
@@ -146,72 +142,6 @@ class SmallStep:
             assert tokens.size(1) == 1
             return logits[:, -1]
         return logits[torch.arange(len(tokens)), lengths - 1]
-
-
-class Prefill(nn.Module):
-    """A step with caches that it writes to, which a capture makes its new states."""
-
-    def __init__(self, network, layers):
-        super().__init__()
-        self.network, self.layers = network, layers
-
-    def forward(self, tokens, position, rows, lengths, *caches):
-        x = self.hidden(tokens, position, rows, caches)
-        return self.network.logits(x[torch.arange(x.size(0)), lengths - 1])
-
-    def hidden(self, tokens, position, rows, caches):
-        x, new = self.network.step(tokens, position, rows, caches, self.layers)
-        for cache, value in zip(caches, new, strict=True):
-            cache.copy_(value)
-        return x
-
-
-class Decode(Prefill):
-    def forward(self, tokens, position, rows, *caches):
-        return self.network.logits(self.hidden(tokens, position, rows, caches)[:, -1])
-
-
-class Verify(Prefill):
-    def forward(self, tokens, position, rows, *caches):
-        return self.network.logits(self.hidden(tokens, position, rows, caches))
-
-
-def captured_decoder(decoder):
-    """The functions of a `SmallDecoder` as a program of one weight table; "main" is its prefill too."""
-    program = _program_of(tuple(decoder.functions.items()), decoder.depth, decoder.seed).copy()
-    program.schedules.update(decoder.schedules)
-    return program
-
-
-@functools.cache
-def _program_of(functions, depth, seed):
-    parts = [_captured(name, layers, depth, seed) for name, layers in (("main", dict(functions)["prefill"]), *functions)]
-    tables = {name: weight for _, program in parts for name, weight in program.weights.items()}
-    heads = [line for text, _ in parts for line in text.partition("function")[0].splitlines() if line]
-    bodies = ["function" + text.partition("function")[2] for text, _ in parts]
-    return gw.parse("\n".join([*dict.fromkeys(heads), *bodies]), weights=tables)
-
-
-def _captured(name, layers, depth, seed):
-    """(its text under that name, the program)"""
-    kind = {"main": Prefill, "prefill": Prefill, "verify": Verify}.get(name, Decode)
-    program = _step_program(kind, layers, depth, seed)
-    names = [f"cache_{which}_{layer}" for layer in layers for which in "kv"]
-    text = str(program).replace("function main", f"function {name}")
-    return re.sub(r"\bcaches_(\d+)\b", lambda match: names[int(match[1])], text), program
-
-
-@functools.cache
-def _step_program(kind, layers, depth, seed):
-    batch, length = Dim("batch", min=1), Dim("length", min=1)
-    cache = {0: Dim("cache_rows", min=1), 2: Dim("capacity", min=1)}
-    tokens = torch.zeros(2, 1 if kind is Decode else 3, dtype=torch.int64)
-    rows = torch.arange(2)
-    vectors = 3 if kind is Prefill else 2
-    caches = [torch.zeros(3, KV_HEADS, 9, WIDTH, dtype=torch.float64) for _ in range(2 * len(layers))]
-    shapes = ({0: batch} if kind is Decode else {0: batch, 1: length}, *[{0: batch}] * vectors, (cache,) * len(caches))
-    inputs = (tokens, rows, rows, *[rows + 1] * (vectors - 2), *caches)
-    return gw.capture(kind(Network(depth, seed), layers), inputs, dynamic_shapes=shapes)
 
 
 def plain_decoder(depth=3, seed=0):

@@ -38,7 +38,7 @@ def choose_schedule(schedules: Mapping[str, Any], speculative: bool | None) -> S
     table = schedules.get("layer-skip")
     drafts = table is not None and table["mode"] == "speculative"
     if speculative and not drafts:
-        raise InputError("this model has no function that drafts: compile it with passes='kv-cache,layer-skip{mode=speculative}'")
+        raise InputError("this model has no function that drafts: make it with compile_decoder(model, 'layer-skip{mode=speculative}')")
     if drafts and speculative is not False:
         return Schedule(gamma=table["gamma"], draft=table["draft"])
     if table is None or drafts:
