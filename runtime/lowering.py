@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from ..codegen.low_rank import library as native
+from ..codegen.low_rank.library import library
 from ..codegen.low_rank.sites import is_of_native_form
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
@@ -65,7 +65,7 @@ def _make_kernels_ready(graph: fx.Graph, cache: Cache | None) -> None:
     """Compiles the kernels of ours that calls in `graph` need, or takes them from `cache`, so that no call has to wait for it."""
     bodies = [region.graph for node in graph.nodes if (region := region_of(node)) is not None]
     if any(is_of_native_form(node) for each in (graph, *bodies) for node in each.nodes):
-        native.library(None if cache is None else Shelf(cache, "native", native_environment(native.source())))
+        library(None if cache is None else Shelf(cache, "native", native_environment(library.source)))
 
 
 def is_on(graph: fx.Graph, device: str) -> bool:
