@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from . import ir as ir
     from . import models as models
     from .compiler import compile as compile
+    from .compiler import compile_decoder as compile_decoder
     from .compiler import load as load
     from .ir import Program as Program
     from .ir import parse as parse
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .passes import Contract as Contract
     from .passes import FoldBatchNorm as FoldBatchNorm
     from .passes import FoldConstants as FoldConstants
+    from .passes import KVCache as KVCache
     from .passes import Pass as Pass
     from .passes import PassManager as PassManager
     from .passes import Quantize as Quantize
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from .runtime.memory import measure_peak as measure_peak
 
 _HOMES = {
-    ".compiler": ("compile", "load"),
+    ".compiler": ("compile", "compile_decoder", "load"),
     ".ir": ("Program", "capture", "op", "parse"),
     ".ir.diff": ("diff",),
     ".ir.errors": (
@@ -57,7 +59,8 @@ _HOMES = {
         "TargetError", "VerifyError",
     ),
     ".passes": (
-        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "Pass", "PassManager", "Quantize",
+        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "Pass", "PassManager",
+        "Quantize",
         "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
         "all_passes",
     ),

@@ -13,8 +13,9 @@ from torch.export import ExportedProgram
 
 from .ir import Program, capture, from_exported
 from .ir.calling import Call, parameters_of
+from .ir.decoder_example import decoder_example, plain_experts
 from .ir.errors import ArtifactError, GraphwrightError, InputError
-from .passes import CLEANUPS, Contract, PassManager, parse_pipeline
+from .passes import CLEANUPS, Contract, KVCache, PassManager, parse_pipeline
 from .passes.pipeline import Pipeline
 from .runtime import artifact
 from .runtime.artifact import Saved
@@ -86,6 +87,30 @@ def compile(
     if example_inputs is None and example_kwargs is None:
         return CompiledModel(make=make, training=model.training)
     return CompiledModel(make(example_inputs or (), example_kwargs or {}))
+
+
+def compile_decoder(model: nn.Module, passes: Pipeline = (), **options: Any) -> CompiledModel:
+    """A language model, ready for `.generate`: captured with symbolic batch and length, then `kv-cache` and `passes`.
+
+    `model.forward` takes tokens [B, T] first and `position_ids` [B, T] by name, and gives logits [B, T, V], alone or in an output class
+    of transformers. `kv-cache` stands behind those of `passes` that come before it, unless it is among them. `options` are those of
+    `compile`, less the example.
+
+    Raises:
+        CaptureError: the module has an encoder, or takes no positions. PassError: it is no causal decoder. And as `compile` does.
+    """
+    unfit = {"example_inputs", "example_kwargs", "dynamic_shapes"} & options.keys()
+    if unfit:
+        raise InputError(f"compile_decoder makes its own example: leave {sorted(unfit)[0]} out, or use compile with the pass kv-cache")
+    if not isinstance(model, nn.Module) or isinstance(model, CompiledModel):
+        raise InputError(f"compile_decoder takes a module, not a {type(model).__name__}: compile(.., passes='kv-cache') takes programs")
+    example, pipeline = decoder_example(model), list(parse_pipeline(passes))
+    if all(each.name != KVCache.name for each in pipeline):
+        place = next((n for n, each in enumerate(pipeline) if each.name not in KVCache.after), len(pipeline))
+        pipeline.insert(place, KVCache())
+    with plain_experts(model):
+        shapes = example.dynamic_shapes
+        return compile(model, pipeline, example_inputs=(), example_kwargs=example.kwargs, dynamic_shapes=shapes, **options)
 
 
 def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, cache: CacheChoice = True) -> CompiledModel:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx
 
-from .infer import fake_like, infer
+from .infer import fake_like, infer, sealed
 from .program import Node, Weight, Where
 from .region import Region, sliced
 from .region_rules import check_region
@@ -47,6 +47,8 @@ def add_call(
     value = infer(symbols, target, args, kwargs)
     node = graph.call_function(target, tuple(args), kwargs)
     node.meta.update(val=value, origin=origin, where=where or Where())
+    if target is not sliced:
+        node.meta["seal"] = (*sealed(target, node.args, node.kwargs), value)
     return node
 
 

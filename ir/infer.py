@@ -44,6 +44,16 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     return tuple(value) if isinstance(value, list) else value
 
 
+HOLE: Any = object()  # stands for an operand in a seal
+
+
+def sealed(target: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """What a call's metadata was inferred from: operation, attributes, and the metadata objects of its operands, which copies of a program
+    share. While these are the same objects, the metadata holds."""
+    skeleton = fx.map_arg((args, kwargs), lambda operand: HOLE)
+    return (target, skeleton, tuple(operand.meta.get("val") for operand in operands_of((args, kwargs))))
+
+
 def _check_numbers(operands: Iterable[Any]) -> None:
     """Python's operators take strings and lists too, of which a product is as long as the factor says."""
     for operand in operands:

@@ -47,7 +47,7 @@ def print_program(program: Program) -> str:
 def program_lines(program: Program) -> list[Line]:
     """The text of `program`, line by line."""
     lines = [Line(f"graphwright {VERSION}", "head")]
-    lines += [Line(_symbol_line(symbol), "symbol", symbol.name) for symbol in program.symbols]
+    lines += [Line(_symbol_line(symbol), "symbol", symbol.name) for symbol in program.used_symbols()]
     lines += [Line(_weight_line(weight, program.symbols), "weight", weight.name) for weight in program.weights.values()]
     for function in program.functions.values():
         lines += [Line("", "blank", function=function.name), *_FunctionPrinter(function, program.symbols).lines()]

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .region import Region
-from .symbols import SymbolTable
+from .symbols import Symbol, SymbolTable
 from .tree import Tree, flat
 
 Node = fx.Node
@@ -183,6 +183,19 @@ class Program:
         """An independent program over the same weights. Metadata and regions are immutable and shared."""
         functions = [Function(f.name, copy_graph(f.graph), f.in_tree, f.out_tree) for f in self.functions.values()]
         return Program(functions, dict(self.weights), self.symbols, self.schedules, self.history)
+
+    def used_symbols(self) -> list[Symbol]:
+        """The symbols that sizes of its functions' inputs are made of, as they were declared; its table may know more, which programs
+        made from this one have."""
+        sizes = [
+            size
+            for function in self.functions.values()
+            for source in function.placeholders
+            for size in (source.meta["val"].shape if isinstance(source.meta["val"], torch.Tensor) else [source.meta["val"]])
+            if isinstance(size, torch.SymInt)
+        ]
+        expressions = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+        return [symbol for symbol in self.symbols if self.symbols.size(symbol.name).node.expr in expressions]
 
     def nodes(self) -> Iterator[Node]:
         """Every node of every function, regions included, in order."""

@@ -281,6 +281,18 @@ class Rewriter:
         self.replace(node, new)
         return new
 
+    def add_function(self, function: Function) -> None:
+        """A new function of the program, made with a `Derivation`; it takes the place of one of its name.
+
+        Raises:
+            VerifyError: it would take that of the function that is edited here.
+        """
+        self._in_step()
+        if function.name == self.function.name:
+            raise VerifyError(f"pass {self.pass_name} puts another function in the place of {function.name} while it edits that")
+        self.program.functions[function.name] = function
+        self._added += function.calls
+
     def outline(self, members: Sequence[Node], body: "RegionBuilder", outputs: Sequence[tuple[Node, Node, int]], count: Any) -> Node:
         """Replaces `members` by one `gw.sliced` call of `body` and returns it.
 

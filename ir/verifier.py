@@ -14,7 +14,7 @@ from torch import fx
 
 from .calls import draws, is_mutating, name_of, written_statistics
 from .errors import VerifyError
-from .infer import InferenceError, infer, operands_of, same_tensor_type, same_type, storage_key, tensors_of
+from .infer import InferenceError, infer, operands_of, same_tensor_type, same_type, sealed, storage_key, tensors_of
 from .links.sizes import same
 from .printer import node_lines
 from .program import Function, Node, Program, Signature, Weight, region_of
@@ -49,9 +49,6 @@ def _verify_function(program: Program, function: Function) -> None:
     except VerifyError as error:
         _attach_lines(error, function, program.symbols)
         raise
-
-
-_HOLE: Any = object()
 
 
 class _Broken(VerifyError):
@@ -96,10 +93,7 @@ def _verify_call(node: Node, symbols: SymbolTable, in_region: bool) -> None:
         raise _Broken(f"{name} may not stand inside a region", node)
     if "val" not in node.meta:
         raise _Broken(f"{name} has no metadata", node)
-    operands = operands_of((node.args, node.kwargs))
-    # Operands are told apart by their metadata objects, which copies of a program share, not by their nodes.
-    skeleton = fx.map_arg((node.args, node.kwargs), lambda operand: _HOLE)
-    seal = (node.target, skeleton, tuple(operand.meta.get("val") for operand in operands))
+    seal = sealed(node.target, node.args, node.kwargs)
     if _same_seal(node.meta.get("seal"), seal, node):
         return
     try:

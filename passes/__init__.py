@@ -7,6 +7,7 @@ from .contract import Contract
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .inputs import random_inputs
+from .kv_cache import KVCache
 from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
 from .manager import PassManager, PassReport, PipelineResult
 from .pipeline import parse_pipeline, spell
@@ -25,6 +26,7 @@ __all__ = [
     "Contract",
     "FoldBatchNorm",
     "FoldConstants",
+    "KVCache",
     "LeftAlone",
     "Outcome",
     "Pass",

@@ -43,18 +43,19 @@ def cached_attention(
         IndexError: a row lies outside of the cache; in a kernel, a position too.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    queries, heads = q.size(2), q.size(1)
+    batch, heads, queries, width = q.shape
     keys = torch.arange(cache_k.size(2), device=q.device)
     last = (position.unsqueeze(1) + torch.arange(queries, device=q.device)).unsqueeze(-1)  # [B, T, 1]
     visible = keys <= last
     if window:
         visible = visible & (keys > last - window)
-    unwritten = (keys > (position + (queries - 1)).unsqueeze(1)).reshape(position.size(0), 1, -1, 1)  # [B, 1, C, 1]
+    unwritten = (keys > (position + (queries - 1)).unsqueeze(1)).reshape(batch, 1, -1, 1)  # [B, 1, C, 1]
     k, v = [cache.index_select(0, rows).to(wide).masked_fill(unwritten, 0.0) for cache in (cache_k, cache_v)]
     shared = heads // cache_k.size(1)
-    k, v = [each.repeat_interleave(shared, 1) for each in (k, v)]
-    scores = (q.to(wide) @ k.transpose(-2, -1)) * scale
+    grouped = q.to(wide).reshape(batch, cache_k.size(1), shared * queries, width)  # all queries of one key head, [B, Hk, H/Hk * T, E]
+    scores = (torch.bmm(grouped.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)) * scale).reshape(batch, heads, queries, -1)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible.unsqueeze(1), float("-inf")).softmax(-1)
-    return (weights @ v).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    sums = torch.bmm(weights.reshape(-1, shared * queries, keys.size(0)), v.flatten(0, 1)).reshape(batch, heads, queries, -1)
+    return sums.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,116 @@
+"""What `kv-cache` has to know of a captured decoder: its tokens and positions, its attentions and what these see, its logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...ir import Function, Node, Program
+from ...ir.calls import name_of
+from ...ir.infer import same_size
+from ...ir.layers import data_nodes
+from ...ir.pattern import NoMatch
+from .attention import SelfAttention, find_attentions
+from .mask import Visible, visible
+
+_INTEGERS = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """tokens i[B, T] and positions i[B, T] (None where nothing depends on them) -> logits [B, T, V], both sizes symbolic."""
+
+    tokens: Node
+    positions: Node | None
+    logits: Node
+    attentions: tuple[SelfAttention, ...]
+    visible: tuple[Visible, ...]
+
+    @property
+    def batch(self) -> torch.SymInt:
+        return self.tokens.meta["val"].size(0)
+
+    @property
+    def length(self) -> torch.SymInt:
+        return self.tokens.meta["val"].size(1)
+
+
+def find_decoder(program: Program, function: Function) -> Decoder | NoMatch:
+    """The decoder that `function` is, or why it is none."""
+    inputs = [node for node in function.placeholders if isinstance(node.meta["val"], torch.Tensor)]
+    problem = _unfit_inputs(function, inputs)
+    if problem is not None:
+        return problem
+    tokens = _token_input(inputs)
+    if tokens is None:
+        return NoMatch("no input of integers [batch, length] is looked up in an embedding: this is no decoder of tokens", None)
+    positions = next((node for node in inputs if node is not tokens), None)
+    logits = _logits(function, tokens)
+    if isinstance(logits, NoMatch):
+        return logits
+    attentions, failures = find_attentions(data_nodes(function, tokens))
+    if failures:
+        return failures[0]
+    if not attentions:
+        return NoMatch("it has no attention, so there is nothing to keep between steps", None)
+    seen = []
+    for attention in attentions:
+        problem = _unfit_length(attention, tokens)
+        known = problem or visible(program, attention.mask, tokens, positions)
+        if isinstance(known, NoMatch):
+            return known
+        seen.append(known)
+    return Decoder(tokens, positions, logits, tuple(attentions), tuple(seen))
+
+
+def _unfit_inputs(function: Function, inputs: Sequence[Node]) -> NoMatch | None:
+    if any(node.meta.get("role") == "state" for node in function.placeholders):
+        return NoMatch("it has states of its own, which a step of one token would update in another way", None)
+    for node in inputs:
+        value = node.meta["val"]
+        if value.dtype not in _INTEGERS or value.dim() != 2:
+            reason = f"input {node.target} is no [batch, length] of tokens or positions"
+            advice = "capture the decoder alone, without masks, encoder states or embeddings (gw.compile_decoder does)"
+            return NoMatch(f"{reason}: {advice}", node)
+        if not all(isinstance(size, torch.SymInt) for size in value.shape):
+            return NoMatch(
+                f"input {node.target} has sizes that are fixed: capture with dynamic batch and length (gw.compile_decoder does)", node
+            )
+    if len(inputs) > 2:
+        return NoMatch(f"it takes {len(inputs)} tensors, not tokens and positions alone", inputs[2])
+    if len(inputs) == 2 and not all(same_size(a, b) for a, b in zip(*(node.meta["val"].shape for node in inputs), strict=True)):
+        return NoMatch(f"inputs {inputs[0].target} and {inputs[1].target} differ in size", inputs[1])
+    return None
+
+
+def _token_input(inputs: Sequence[Node]) -> Node | None:
+    """The input that an embedding looks up; of two, where positions are looked up as well, the one that is not named for these."""
+    found = [node for node in inputs if _is_looked_up(node)]
+    return next((node for node in found if "position" not in str(node.target)), next(iter(found), None))
+
+
+def _is_looked_up(node: Node) -> bool:
+    """Whether an embedding's rows are picked by the elements of `node`, as they are or at another shape or integer type."""
+    passed_on = ("aten.view.default", "aten.reshape.default", "aten._to_copy.default", "aten.alias.default", "aten.unsqueeze.default")
+    for user in node.users:
+        if user.target is torch.ops.aten.embedding.default:
+            return True
+        if user.op == "call_function" and name_of(user.target) in passed_on and _is_looked_up(user):  # type: ignore[arg-type]
+            return True
+    return False
+
+
+def _logits(function: Function, tokens: Node) -> Node | NoMatch:
+    outputs = [leaf for leaf in function.outputs if isinstance(leaf, Node) and isinstance(leaf.meta["val"], torch.Tensor)]
+    if len(outputs) != 1:
+        return NoMatch(f"it gives {len(outputs)} tensors, not logits alone: capture it without caches, hidden states and attentions", None)
+    value, length = outputs[0].meta["val"], tokens.meta["val"]
+    if value.dim() != 3 or not all(same_size(a, b) for a, b in zip(value.shape, length.shape, strict=False)):
+        return NoMatch("what it gives is no logits [batch, length, vocabulary]", outputs[0])
+    return outputs[0]
+
+
+def _unfit_length(attention: SelfAttention, tokens: Node) -> NoMatch | None:
+    if same_size(attention.q.meta["val"].size(2), tokens.meta["val"].size(1)):
+        return None
+    return NoMatch("attention does not have one query for each token", attention.root)

@@ -1,0 +1,85 @@
+"""Makes a decoder's keys and values explicit state, so that each token is computed once.
+
+    main(tokens [B, T], positions)                                 stays as it is
+    prefill(tokens [B, T], position, rows, lengths, caches)        -> logits [B, V], new caches
+    decode(tokens [B, 1], position, rows, caches)                  -> logits [B, V], new caches
+    verify(tokens [B, T], position, rows, caches)                  -> logits [B, T, V], new caches
+
+    attention(q, k, v, causal)  ->  cache = kv_append(cache, k, v, position, rows); cached_attention(q, cache, position, rows)
+
+All functions read one weight table. Source: specs/layer_skip.md, section 3.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...ir import Program, Rewriter, Symbol
+from ...ir.errors import PassError
+from ...ir.pattern import NoMatch
+from ...ir.symbols import UNBOUNDED, SymbolTable, hint
+from ..base import Outcome, Pass
+from ..check import Reference
+from ..contract import Contract
+from ..verdict import Verdict
+from . import steps
+from .agreement import check_agreement, judge_steps
+from .decoder import Decoder, find_decoder
+
+FUNCTIONS = ("prefill", "decode", "verify")
+
+
+@dataclass(frozen=True)
+class KVCache(Pass):
+    """A captured decoder gets functions `prefill`, `decode` and `verify` over caches of its keys and values; `main` stays.
+
+    Raises:
+        PassError: the program is no decoder whose attentions are causal, or tokens meet elsewhere than in its attentions; the
+            message says where and why.
+    """
+
+    name = "kv-cache"
+    contract = Contract.EXACT
+    ensures = frozenset({"explicit-caches"})
+    after = frozenset({"smooth", "split-low-rank", "quantize", "absorb-outliers", "append-lora", "fold-batch-norm", "fold-constants"})
+    before = frozenset({"slice-groups"})
+
+    def run(self, rewriter: Rewriter) -> Outcome:
+        if rewriter.function.name != "main":
+            return Outcome()
+        program = rewriter.program
+        decoder = find_decoder(program, rewriter.function)
+        if isinstance(decoder, NoMatch):
+            raise PassError(_refusal(decoder))
+        sizes = _cache_sizes(program.symbols, decoder)
+        with rewriter.step("explicit-caches"):
+            for make in (steps.prefill, steps.decode, steps.verify):
+                rewriter.add_function(make(program, decoder, sizes))
+        check_agreement(program, decoder)
+        return Outcome(lines=(_described(program, decoder),))
+
+    def check(self, reference: Reference, after: Program) -> Verdict:
+        """That of `main`, which stays, and of a prompt in parts: prefill, then token by token."""
+        verdict = reference.judge_exact(after)
+        return verdict if verdict.kind != "right" else judge_steps(after, reference.inputs)
+
+
+def _refusal(reason: NoMatch) -> str:
+    where = str(reason.node.meta.get("where") or "") if reason.node is not None else ""
+    return f"kv-cache needs a causal decoder of tokens: {reason.reason}" + (f" (at {where})" if where else "")
+
+
+def _cache_sizes(symbols: SymbolTable, decoder: Decoder) -> tuple[Any, Any]:
+    """How many rows the caches have, and slots for positions: symbols, since the runtime chooses."""
+    hints = {"cache_rows": hint(decoder.batch) + 1, "capacity": 2 * hint(decoder.length) + 1}
+    for name, size in hints.items():
+        if name not in symbols:
+            symbols.declare(Symbol(name, 1, UNBOUNDED, size))
+    return symbols.size("cache_rows"), symbols.size("capacity")
+
+
+def _described(program: Program, decoder: Decoder) -> str:
+    windows = sorted({seen.window for seen in decoder.visible} - {0})
+    caches = [node.meta["val"] for node in program.functions["decode"].placeholders if str(node.target).startswith("cache_")]
+    per_token = sum(cache.size(1) * cache.size(3) * cache.dtype.itemsize for cache in caches)
+    shown = f"; windows of {', '.join(map(str, windows))}" if windows else ""
+    return f"{len(decoder.attentions)} attentions with caches, {per_token} bytes a token and row{shown}"

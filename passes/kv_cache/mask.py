@@ -1,0 +1,105 @@
+"""What a mask lets a query see, found by computing it: its part of the graph reads sizes and positions alone.
+
+The part is run at several lengths with positions 0, 1, .. in each row. Causal is a mask in which query i sees key j exactly when j <= i;
+with a window, when also j > i - window. One of the lengths is beyond every number that stands in the part, so that a window
+would show.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...ir import Node, Program
+from ...ir.derive import Derivation, ancestors
+from ...ir.pattern import NoMatch
+from ...ir.run import run
+
+ROWS = 2
+LENGTHS = (1, 2, 3, 7, 20)
+LONGEST = 8200  # of which a mask of booleans takes 67 MB
+HIDDEN = -3e4  # what is added to scores to hide a key: the lowest number of some dtype, of which float16's is the highest, -65504
+_SIZE_OF = torch.ops.aten.sym_size.int
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Key j is visible to query i where j <= i and, with a window (not 0), j > i - window."""
+
+    window: int
+
+    def mask(self, length: int) -> torch.Tensor:
+        last = torch.arange(length).unsqueeze(1)
+        keys = torch.arange(length)
+        return (keys <= last) & (keys > last - self.window) if self.window else keys <= last
+
+
+def visible(program: Program, mask: Node | None, tokens: Node, positions: Node | None) -> Visible | NoMatch:
+    """What `mask` lets queries see (None: is_causal); a reason where it is not causal, or is not known before the tokens are."""
+    if mask is None:
+        return Visible(0)
+    needed = ancestors([mask])
+    nodes = [node for node in mask.graph.nodes if node in needed]
+    problem = _unknown(nodes, tokens, positions)
+    if problem is not None:
+        return problem
+    part = _part(program, nodes, mask, tokens, positions)
+    numbers = [number for node in nodes for number in _numbers((node.args, node.kwargs))]
+    longest = min(max([*LENGTHS, *(n for n in numbers if n < 2**31)]) + 3, LONGEST)
+    found = Visible(0)
+    for length in sorted({*LENGTHS, longest}, reverse=True):
+        seen = _seen(part, length)
+        if seen is None:
+            return NoMatch("its mask holds numbers beside those that hide: positions have a bias", mask)
+        if length == longest:
+            count = int(seen[-1].sum())
+            found = Visible(count if count < length else 0)
+        if not torch.equal(seen, found.mask(length)):
+            return NoMatch("its mask is not causal, with or without a window", mask)
+    return found
+
+
+def _unknown(nodes: Sequence[Node], tokens: Node, positions: Node | None) -> NoMatch | None:
+    for node in nodes:
+        if node.op == "placeholder" and node not in (tokens, positions) and isinstance(node.meta["val"], torch.Tensor):
+            return NoMatch(f"its mask depends on input {node.target}: capture the model without it", node)
+        if tokens in node.all_input_nodes and node.target is not _SIZE_OF:
+            return NoMatch("its mask depends on the tokens", node)
+    return None
+
+
+def _numbers(args: Any) -> list[int]:
+    if isinstance(args, dict):
+        return _numbers(list(args.values()))
+    if isinstance(args, list | tuple):
+        return [number for item in args for number in _numbers(item)]
+    return [int(abs(args))] if isinstance(args, int | float) and not isinstance(args, bool) and abs(args) < 2**62 else []
+
+
+def _seen(part: Program, length: int) -> torch.Tensor | None:
+    """bool[T, T], the same for both rows and all heads; None for a mask that is more than seen or not."""
+    tokens, positions = torch.zeros(ROWS, length, dtype=torch.int64), torch.arange(length).repeat(ROWS, 1)
+    device = part.main.placeholders[0].meta["val"].device
+    value = run(part, [tokens.to(device), positions.to(device)])[0][0]
+    value = value.reshape((1,) * (4 - value.dim()) + tuple(value.shape)).expand(ROWS, -1, length, length)
+    seen = value if value.dtype == torch.bool else value == 0
+    if value.dtype != torch.bool and not (seen | (value <= HIDDEN)).all():
+        return None
+    first = seen[0, 0]
+    return first.cpu() if bool((seen == first).all()) else None
+
+
+def _part(program: Program, nodes: Sequence[Node], mask: Node, tokens: Node, positions: Node | None) -> Program:
+    """The program (tokens, positions) -> mask."""
+    part = Derivation(program)
+    for name, source in (("tokens", tokens), ("positions", positions)):
+        value = tokens.meta["val"]
+        made = part.input(name, torch.int64, value.shape, value.device)
+        if source is not None:
+            part.values[source] = made
+    for node in nodes:
+        if node.op == "placeholder":
+            part.values.setdefault(node, node.meta["val"])
+        part.copy(node)
+    return Program([part.finish("main", [part.values[mask]], {})], program.weights, program.symbols)

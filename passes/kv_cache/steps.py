@@ -1,0 +1,160 @@
+"""The functions of one step that are made of a decoder: `prefill`, `decode` and `verify`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ir import Function, Node, Program
+from ...ir.calls import GETITEM
+from ...ir.derive import Derivation, ancestors
+from ...ir.layers import data_nodes, find_layers
+from .attention import SelfAttention
+from .decoder import Decoder
+
+aten, gw = torch.ops.aten, torch.ops.gw
+
+
+class Step(Derivation):
+    """A function of one step: inputs tokens [B, T], position [B], rows [B], caches of each attention."""
+
+    def __init__(self, program: Program, decoder: Decoder, name: str, length: Any, sizes: tuple[Any, Any]):
+        super().__init__(program)
+        self.decoder, self.name, self.length = decoder, name, length
+        self.device = decoder.tokens.meta["val"].device
+        self.cache_rows, self.capacity = sizes
+        self.tokens = self._integers("tokens", decoder.batch, length)
+        self.position, self.rows = self._integers("position", decoder.batch), self._integers("rows", decoder.batch)
+        self.new_states: dict[str, Node] = {}
+        self._take_inputs()
+
+    def _integers(self, name: str, *shape: Any) -> Node:
+        return self.input(name, torch.int64, shape, self.device)
+
+    def _take_inputs(self) -> None:
+        decoder = self.decoder
+        for node in self.program.main.placeholders:
+            if not isinstance(node.meta["val"], Tensor):
+                self.values[node] = node.meta["val"]
+        tokens: Any = self.tokens
+        wanted = decoder.tokens.meta["val"].dtype
+        self.values[decoder.tokens] = tokens if wanted == torch.int64 else self.call(aten._to_copy.default, tokens, dtype=wanted)
+        if decoder.positions is None:
+            return
+        places = self.call(aten.unsqueeze.default, self.position, 1)
+        if self.length != 1:
+            size = self.call(aten.sym_size.int, self.tokens, 1)
+            places = self.call(aten.add.Tensor, places, self.call(aten.arange.default, size, device=self.device))
+        wanted = decoder.positions.meta["val"].dtype
+        self.values[decoder.positions] = places if wanted == torch.int64 else self.call(aten._to_copy.default, places, dtype=wanted)
+
+    def body(self, roots: list[Node]) -> None:
+        """Copies all that `roots` need, attentions as reads of their caches."""
+        by_root = {attention.root: index for index, attention in enumerate(self.decoder.attentions)}
+        needed = self._needed(roots, by_root)
+        for node in self.program.main.graph.nodes:
+            if node in by_root and node in needed:
+                self.values[node] = self._attend(by_root[node], node)
+            elif node in needed:
+                self.copy(node)
+
+    def _needed(self, roots: list[Node], by_root: dict[Node, int]) -> set[Node]:
+        """As `ancestors`, but of an attention its queries, keys and values alone: no mask."""
+        found, pending = set(roots), list(roots)
+        while pending:
+            node = pending.pop()
+            sources = node.all_input_nodes
+            if node in by_root:
+                attention = self.decoder.attentions[by_root[node]]
+                sources = [attention.q, attention.k, attention.v]
+            fresh = [source for source in dict.fromkeys(sources) if source not in found]
+            found.update(fresh)
+            pending += fresh
+        return found
+
+    def _attend(self, index: int, like: Node) -> Node:
+        attention = self.decoder.attentions[index]
+        q, k, v = (self.values[each] for each in (attention.q, attention.k, attention.v))
+        caches = [self._cache(f"cache_{letter}_{index}", each) for letter, each in (("k", k), ("v", v))]
+        appended = self.call(gw.kv_append.default, *caches, k, v, self.position, self.rows, like=like)
+        keys, values = (self.call(GETITEM, appended, n, like=like) for n in range(2))
+        self.new_states |= {f"input:cache_k_{index}": keys, f"input:cache_v_{index}": values}
+        options = self._options(attention, index)
+        return self.call(gw.cached_attention.default, q, keys, values, self.position, self.rows, like=like, **options)
+
+    def _options(self, attention: SelfAttention, index: int) -> dict[str, Any]:
+        window = self.decoder.visible[index].window
+        return (
+            {"scale": attention.scale}
+            | ({"window": window} if window else {})
+            | ({"softcap": attention.softcap} if attention.softcap else {})
+        )
+
+    def _cache(self, name: str, like: Node) -> Node:
+        value = like.meta["val"]
+        return self.input(name, value.dtype, (self.cache_rows, value.size(1), self.capacity, value.size(3)), self.device)
+
+
+def decode(program: Program, decoder: Decoder, sizes: tuple[Any, Any]) -> Function:
+    """(tokens [B, 1], position [B], rows [B], caches) -> logits [B, V], new caches."""
+    step = Step(program, decoder, "decode", 1, sizes)
+    step.body([decoder.logits])
+    logits = step.call(aten.select.int, step.values[decoder.logits], 1, 0)
+    return step.finish("decode", [logits], step.new_states)
+
+
+def verify(program: Program, decoder: Decoder, sizes: tuple[Any, Any]) -> Function:
+    """(tokens [B, T], position [B], rows [B], caches) -> logits [B, T, V], new caches."""
+    step = Step(program, decoder, "verify", decoder.length, sizes)
+    step.body([decoder.logits])
+    return step.finish("verify", [step.values[decoder.logits]], step.new_states)
+
+
+def prefill(program: Program, decoder: Decoder, sizes: tuple[Any, Any]) -> Function:
+    """(tokens [B, T], position [B], rows [B], lengths [B], caches) -> logits [B, V] of token lengths - 1 of each row, new caches.
+
+    What comes behind the last attention is computed of that token alone, from the first value on through which everything passes.
+    """
+    step = Step(program, decoder, "prefill", decoder.length, sizes)
+    lengths = step._integers("lengths", decoder.batch)
+    cut = _last_cut(program, decoder)
+    step.body([cut])
+    last = step.call(aten.sub.Tensor, lengths, 1)
+    index = step.call(aten.unsqueeze.default, step.call(aten.unsqueeze.default, last, 1), 2)
+    value = step.values[cut]
+    batch = step.call(aten.sym_size.int, step.tokens, 0)
+    wide = step.call(aten.expand.default, index, [batch, 1, value.meta["val"].size(2)])
+    step.values[cut] = step.call(aten.gather.default, value, 1, wide, like=cut)
+    _copy_tail(step, cut)
+    logits = step.call(aten.select.int, step.values[decoder.logits], 1, 0)
+    return step.finish("prefill", [logits], step.new_states)
+
+
+def _last_cut(program: Program, decoder: Decoder) -> Node:
+    """The first value [B, T, D] behind the last attention through which everything passes; the logits themselves where there is none."""
+    order = {node: place for place, node in enumerate(program.main.graph.nodes)}
+    behind = max(order[attention.root] for attention in decoder.attentions)
+    for cut in find_layers(program.main, decoder.tokens).cuts:
+        shape = cut.meta["val"].shape
+        fits = len(shape) == 3 and isinstance(shape[2], int) and isinstance(shape[0], torch.SymInt) and isinstance(shape[1], torch.SymInt)
+        if order[cut] > behind and fits and shape[0] == decoder.batch and shape[1] == decoder.length:
+            return cut
+    return decoder.logits
+
+
+def _copy_tail(step: Step, cut: Node) -> None:
+    """Copies what stands behind `cut`, with one token in the place of T: sizes that are made of T are computed anew."""
+    decoder, main = step.decoder, step.program.main
+    needed = ancestors([decoder.logits])
+    tail = [node for node in data_nodes(main, decoder.tokens) if node in needed]
+    tail = tail[tail.index(cut) + 1 :]
+    wanted = ancestors(tail)
+    data = set(data_nodes(main, decoder.tokens))
+    step.values[decoder.tokens] = step.call(aten.narrow.default, step.tokens, 1, 0, 1)
+    for node in main.graph.nodes:
+        if node.op != "call_function" or node not in wanted:
+            continue
+        if node in tail or (node not in data and not isinstance(node.meta["val"], Tensor)):
+            step.values.pop(node, None)
+        if node not in data or node in tail:
+            step.copy(node)
