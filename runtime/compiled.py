@@ -314,8 +314,8 @@ class _Runner:
         return len(packs), sum(pack.nbytes for pack in packs)
 
     def _write_back(self, leaves: list[Any], new_states: Mapping[str, torch.Tensor], given: Sequence[Any]) -> list[Any]:
-        """Copies new states into the tensors that hold them. What shares memory with one of these is copied out first: an output,
-        which would change with it, and a new state, which may be what another state was."""
+        """Copies new states into the tensors that hold them, save those that lie there already. What shares memory with one of these is
+        copied out first: an output, which would change with it, and a new state, which may be what another state was."""
         targets = {name: self.states[name] if index is None else given[index] for name, index in self._updates.items()}
         held = {target.untyped_storage().data_ptr() for target in targets.values()}
 
@@ -323,7 +323,7 @@ class _Runner:
             return value.clone() if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in held else value
 
         leaves = [apart(leaf) for leaf in leaves]
-        values = {name: apart(value) for name, value in new_states.items()}
+        values = {name: apart(value) for name, value in new_states.items() if not _is_the_same(value, targets[name])}
         with torch.no_grad():
             for name, value in values.items():
                 targets[name].copy_(value)
@@ -405,6 +405,10 @@ def _own_copy(program: Program, name: str) -> torch.Tensor:
         raise InputError(f"state {name} has no values: this program was read from text, give parse() a weight table")
     with torch.inference_mode(False):  # a tensor made in inference mode is not written to outside
         return tensor.detach().clone()
+
+
+def _is_the_same(value: torch.Tensor, target: torch.Tensor) -> bool:
+    return value.data_ptr() == target.data_ptr() and (value.shape, value.stride()) == (target.shape, target.stride())
 
 
 def _updates(signature: Any) -> dict[str, int | None]:

@@ -35,8 +35,9 @@ class Executor:
     """`executor(inputs, states)` gives the flat outputs and the new states of `function`.
 
     `inputs` holds one value for each leaf, constants included; `states` a tensor for each state, the program's own where one
-    is missing. States are read, never written: writing back is the caller's business. Compiled code is kept in `cache`. Executors of
-    one model's functions share `packs`, so that a weight has one second layout for all.
+    is missing. States and inputs are read, never written: writing back is the caller's business. Only caches that the function gives up
+    (`ir/appends.py`) are written where they lie on a CPU, and are the new states themselves. Compiled code is kept in `cache`. Executors
+    of one model's functions share `packs`, so that a weight has one second layout for all.
 
     Raises:
         InputError: a weight has no values (the program was read from text alone).
