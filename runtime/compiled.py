@@ -15,6 +15,7 @@ from torch import nn
 from ..codegen.cpu_packed import Pack
 from ..ir import Program
 from ..ir.calling import Call, Parameter
+from ..ir.derive import specialised
 from ..ir.errors import ArtifactError, InputError, TargetError
 from ..ir.tree import unflatten
 from ..passes import Contract
@@ -270,7 +271,7 @@ class _Runner:
         signature = main.signature()
         self.compilation = compilation
         self._packs, self._executors = Packs(), list[Executor]()
-        self.executor = self._executor_of("main")
+        self.executor = self._executor_of("main", {})
         self.call = Call(program, main, compilation.parameters)
         self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
         self._updates = _updates(signature)
@@ -300,11 +301,15 @@ class _Runner:
     @cached_property
     def decoder(self) -> ProgramDecoder:
         """The functions that generate tokens. Raises InputError for a program that has none."""
-        return ProgramDecoder(self.compilation.program, self._executor_of)
+        # What runs operation by operation gains nothing by knowing its sizes.
+        return ProgramDecoder(self.compilation.program, self._executor_of, fixed=self.compilation.backend != "aten")
 
-    def _executor_of(self, function: str) -> Executor:
-        compiled = self.compilation
-        executor = Executor(compiled.program, function, compiled.backend, compiled.cache, self._packs)
+    def _executor_of(self, function: str, sizes: Mapping[str, int]) -> Executor:
+        """Of a function as it is, or at values of its symbols."""
+        compiled, program = self.compilation, self.compilation.program
+        if sizes:
+            program = Program([specialised(program, program.functions[function], sizes)], program.weights, program.symbols)
+        executor = Executor(program, function, compiled.backend, compiled.cache, self._packs)
         self._executors.append(executor)
         return executor
 

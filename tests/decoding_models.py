@@ -128,6 +128,9 @@ class SmallStep:
     name: str
     layers: tuple[int, ...]
 
+    def padded(self, batch):
+        return batch
+
     def __call__(self, caches, tokens, position, rows, lengths=None):
         assert tokens.dtype == position.dtype == rows.dtype == torch.int64
         self.decoder.calls.append((self.name, rows.tolist()))

@@ -27,10 +27,12 @@ class CacheType:
 
 class Caches:
     """`tensors` has one cache for each of `types`; a step may put another in its place. `lengths` i64[layers, rows] counts the positions
-    of each row that a layer has seen, from the first on."""
+    of each row that a layer has seen, from the first on. Behind the rows is a `spare` one, for what pads a step; a single row has no need
+    of it."""
 
     def __init__(self, types: Sequence[CacheType], rows: int, capacity: int):
-        self.tensors = [unwritten(rows, capacity, each) for each in types]
+        self.spare = rows
+        self.tensors = [unwritten(rows + (rows > 1), capacity, each) for each in types]
         self.lengths = np.zeros((1 + max(each.layer for each in types), rows), np.int64)
         self._columns: dict[tuple[int, ...], np.ndarray] = {}
 

@@ -40,13 +40,15 @@ class Dispatch:
 
     def decode(self, step: Step, rows: Sequence[int], positions: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Logits of `step` on all the `tokens`, B lists of one length, of cache rows `rows`, from `positions` on."""
-        sizes = len(tokens), len(tokens[0])
+        batch, sizes = len(tokens), (step.padded(len(tokens)), len(tokens[0]))
         if sizes not in self._kept:
             self._kept[sizes] = Operands(*sizes, self._device)
         operands = self._kept[sizes]
-        operands.tokens[:] = tokens
-        operands.position[:], operands.rows[:] = positions, rows
-        return self._run(step, operands)
+        operands.tokens[:batch] = tokens
+        operands.position[:batch], operands.rows[:batch] = positions, rows
+        if batch < sizes[0]:  # rows that stand in for none work on the spare one
+            operands.position[batch:], operands.rows[batch:] = 0, self.caches.spare
+        return self._run(step, operands, batch)
 
     def prefill(self, step: Step, rows: Sequence[int], positions: Sequence[int], tokens: Sequence[np.ndarray]) -> Tensor:
         """Logits [B, V] behind the last of each row's `tokens`, of any lengths: shorter ones are padded on the right."""
@@ -55,10 +57,11 @@ class Dispatch:
         operands.lengths[:] = [len(each) for each in tokens]
         for padded, each in zip(operands.tokens, tokens, strict=True):
             padded[: len(each)] = each
-        return self._run(step, operands)
+        return self._run(step, operands, len(tokens))
 
-    def _run(self, step: Step, operands: Operands) -> Tensor:
-        self.caches.check(step.layers, operands.rows, operands.position)
+    def _run(self, step: Step, operands: Operands, batch: int) -> Tensor:
+        rows, position = operands.rows[:batch], operands.position[:batch]
+        self.caches.check(step.layers, rows, position)
         logits = step(self.caches.tensors, *operands.tensors())
-        self.caches.wrote(step.layers, operands.rows, operands.position + operands.lengths)
-        return logits
+        self.caches.wrote(step.layers, rows, position + operands.lengths[:batch])
+        return logits[:batch]
