@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ir.ops.norm import merge_stats, result_format
+from .attention.cached import cached_attention, kv_append
 from .cpu_convolutions import conv1d, conv2d, conv3d
 from .low_rank.linear import lowrank_linear
 
@@ -75,6 +76,8 @@ KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
     gw.norm_stats.default: norm_stats,
     gw.norm_apply.default: norm_apply,
     gw.lowrank_linear.default: lowrank_linear,
+    gw.kv_append.default: kv_append,
+    gw.cached_attention.default: cached_attention,
     torch.ops.aten.conv1d.default: conv1d,
     torch.ops.aten.conv2d.default: conv2d,
     torch.ops.aten.conv3d.default: conv3d,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from .appends import plan_appends
 from .calls import name_of
 from .donation import plan_donations
 from .infer import storage_key, tensors_of
@@ -85,6 +86,7 @@ def profile_graph(
     if donors is None:
         donations = plan_donations(graph)
         donors = {node: {j: RegionCall.of(node).operands[i] for j, i in taken.items()} for node, taken in donations.items()}
+        donors |= {node: dict(enumerate(caches)) for node, caches in plan_appends(graph).items()}
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     position = {node: i for i, node in enumerate(nodes)}
     outside: set[int] = set()
@@ -104,6 +106,9 @@ def profile_graph(
         for index, value in enumerate(tensors_of(node.meta["val"])):
             key = storage_key(value)
             if key in outside:
+                continue
+            if index in taken and storage_key(taken[index].meta["val"]) in outside:
+                outside.add(key)
                 continue
             if key not in by_key and index in taken:
                 by_key[key] = by_key[storage_key(taken[index].meta["val"])]

@@ -2,6 +2,7 @@
 
     view | reshape | expand | permute | slice | ..(x) -> x      of x's own type (shape, strides, dtype)
     clone | _to_copy | contiguous | alias | dropout(eval)(x) -> x
+    copy(y, x) -> x                                             of y's type
     mul(x, 1) | div(x, 1) | sub(x, 0) | pow(x, 1) -> x          of x's own dtype; add(x, 0) of integers, add(x, -0.0) of floats
     view(view(x, _), s) -> view(x, s)
     permute(permute(x, p), q) -> permute(x, p[q])               also transpose and t; nothing where p[q] is the identity
@@ -43,7 +44,14 @@ _VIEWS = {
     _aten.alias.default,
     _aten.detach.default,
 }
-_COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.contiguous.default, _aten.to.dtype, _aten.lift_fresh_copy.default}
+_COPIES = {
+    _aten.clone.default,
+    _aten._to_copy.default,
+    _aten.contiguous.default,
+    _aten.to.dtype,
+    _aten.lift_fresh_copy.default,
+    _aten.copy.default,
+}
 _DROPOUTS = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
 _RESHAPES = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}
 _ADDITIONS = {_aten.add.Tensor, _aten.add.Scalar}
@@ -131,8 +139,9 @@ class _View:
 
 
 def _source(node: Node) -> Node | None:
-    """The first operand, if it is a value."""
-    first = node.args[0] if node.args else None
+    """The first operand, of a copy into another tensor the second, if it is a value."""
+    index = 1 if node.target is _aten.copy.default else 0
+    first = node.args[index] if len(node.args) > index else None
     return first if isinstance(first, Node) else None
 
 

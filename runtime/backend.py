@@ -5,7 +5,7 @@ import importlib.util
 
 import torch
 
-from ..codegen.low_rank.library import compiler
+from ..codegen.native.library import compiler
 from ..ir.errors import TargetError
 
 BACKENDS = ("auto", "aten", "inductor", "tuned", "triton")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..codegen.low_rank.library import compiler
+from ..codegen.native.library import compiler
 from ..ir import Region, SymbolTable
 
 _LIBRARIES = ("networkx", "numpy", "sympy", "triton")

@@ -8,11 +8,13 @@ out convolutions anew and may keep what the plan frees.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import fx
 
-from ..codegen.low_rank import library as native
-from ..codegen.low_rank.sites import is_of_native_form
+from ..codegen.attention.cached import append_in_place
+from ..codegen.native_calls import libraries_of
 from ..ir import Node, SymbolTable
+from ..ir.appends import plan_appends
 from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
 from ..ir.infer import tensors_of
@@ -23,6 +25,7 @@ from .backend import has_cpp_compiler, has_triton
 from .cache import Cache
 from .cache_key import native_environment
 from .code_cache import CodeCache, Shelf
+from .packing import Packs
 from .prediction import lowered_profile
 from .segments import AtenLowering, InductorLowering
 from .sliced import SlicedRun
@@ -45,9 +48,11 @@ class Lowering(Protocol):
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun: ...
 
 
-def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound: Bound, cache: Cache | None = None) -> Lowering:
+def lowering_for(
+    backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound: Bound, cache: Cache | None = None, packs: Packs | None = None
+) -> Lowering:
     """What makes `graph` ready for `backend`: "aten", "inductor", "tuned" or "triton" ("triton_interpreter" is for tests alone). What a
-    compiler made for it before may come from `cache`."""
+    compiler made for it before may come from `cache`; `packs` are those of the functions that were made ready before."""
     _make_kernels_ready(graph, cache)
     if backend in ("triton", "triton_interpreter") or (backend == "tuned" and is_on(graph, "cuda") and has_triton()):
         from .triton_lowering import TritonLowering
@@ -55,7 +60,7 @@ def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound:
         return TritonLowering(graph, symbols, interpreted=backend == "triton_interpreter", tune=backend == "tuned", cache=cache)
     code = None if cache is None else CodeCache(cache, symbols)
     if backend == "tuned" and is_on(graph, "cpu"):
-        return TunedLowering(graph, symbols, bound, code)
+        return TunedLowering(graph, symbols, bound, code, Packs() if packs is None else packs)
     if backend == "aten" or not has_cpp_compiler():
         return AtenLowering()
     return InductorLowering(symbols, code)
@@ -64,8 +69,8 @@ def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound:
 def _make_kernels_ready(graph: fx.Graph, cache: Cache | None) -> None:
     """Compiles the kernels of ours that calls in `graph` need, or takes them from `cache`, so that no call has to wait for it."""
     bodies = [region.graph for node in graph.nodes if (region := region_of(node)) is not None]
-    if any(is_of_native_form(node) for each in (graph, *bodies) for node in each.nodes):
-        native.library(None if cache is None else Shelf(cache, "native", native_environment(native.source())))
+    for library in libraries_of(node for each in (graph, *bodies) for node in each.nodes):
+        library(None if cache is None else Shelf(cache, "native", native_environment(library.source)))
 
 
 def is_on(graph: fx.Graph, device: str) -> bool:
@@ -116,7 +121,18 @@ def _lowered(program: fx.Graph, lowering: Lowering) -> fx.Graph:
             copies[piece] = lowered.node_copy(piece, copies.__getitem__)
     for call, first in lowering.pieces.items():
         lowering.pieces[call] = source.get(first, first)
+    _append_in_place(program, lowered)
     return lowered
+
+
+def _append_in_place(program: fx.Graph, lowered: fx.Graph) -> None:
+    """Lets calls write to the caches that `program` gives up to them. A GPU's recording reads copies of its inputs, and writes none."""
+    given_up = {tuple(str(cache.target) for cache in caches) for caches in plan_appends(program).values()}
+    for node in lowered.nodes:
+        if node.target is torch.ops.gw.kv_append.default and is_on(lowered, "cpu"):
+            caches: Any = node.args[:2]
+            if tuple(str(cache.target) for cache in caches if cache.op == "placeholder") in given_up:
+                node.target = append_in_place
 
 
 def _pieces(graph: fx.Graph) -> "list[Node | list[Node]]":

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
+from ..codegen.attention.cached import append_in_place
 from ..ir import Node
 from ..ir.infer import storage_key, tensors_of
 from ..ir.liveness import MemoryProfile, last_uses, profile_graph, storage_bytes
@@ -36,6 +37,7 @@ def _profile(graph: fx.Graph) -> MemoryProfile:
     donors = {
         node: {j: node.args[2 + i] for j, i in node.target.donors.items()} for node in graph.nodes if isinstance(node.target, SlicedRun)
     }
+    donors |= {node: {0: node.args[0], 1: node.args[1]} for node in graph.nodes if node.target is append_in_place}
 
     def workspace(node: Node) -> int:
         if isinstance(node.target, SlicedRun):

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from ..codegen.low_rank.sites import add_site, find_sites, has_kernel
+from ..codegen.low_rank.sites import add_site, find_sites
+from ..codegen.native_calls import has_kernel
 from ..ir import Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.infer import storage_key, tensors_of
@@ -74,11 +75,13 @@ class InductorLowering(AtenLowering):
     def segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds what `nodes` become to `lowered`: compiled code, and between it the calls that have a kernel of ours."""
         sites = {site[0]: site for site in find_sites(nodes)}
-        for run in lazy_runs(nodes, lambda node: node.all_input_nodes if has_kernel(node) else None):
+        for run in lazy_runs(nodes, lambda node: node.all_input_nodes if _is_ours(node) else None):
             if isinstance(run, list):
                 self.compiled_segment(run, lowered, copies)
             elif run in sites:
                 add_site(sites[run], lowered, copies)
+            elif run not in copies:
+                copies[run] = lowered.node_copy(run, copies.__getitem__)
 
     def compiled_segment(self, nodes: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
         """Adds a run of calls to `lowered` as one call of compiled code."""
@@ -129,6 +132,12 @@ class InductorLowering(AtenLowering):
     def _formed(self, graph: fx.Graph) -> fx.Graph:
         """What the compiler is given for `graph`."""
         return graph
+
+
+def _is_ours(node: Node) -> bool:
+    """Whether a call is one that has a kernel of ours, or takes one of its results."""
+    called: Any = node.args[0] if node.target is GETITEM else node
+    return has_kernel(called)
 
 
 def computes(outputs: Sequence[Node], inputs: Sequence[Node]) -> bool:

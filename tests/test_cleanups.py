@@ -397,6 +397,7 @@ def test_a_program_without_values_says_why_nothing_was_folded() -> None:
         "aten.alias.default(%y)",
         "aten.detach.default(%y)",
         "aten.clone.default(%y)",
+        "aten.copy.default(%x, %y)",
         'aten.clone.default(%y, memory_format=memory_format("contiguous_format"))',
         "aten._to_copy.default(%y, dtype=f32)",
         "aten.contiguous.default(%y)",

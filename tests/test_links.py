@@ -138,6 +138,17 @@ def lowrank_linear(rng, name):
         yield torch.ops.gw.lowrank_linear.default, (x, weight.codes, weight.scale, t(2, k), t(n, 2), t(n)), options
 
 
+@sample("gw::cached_attention")
+def caches(rng, name):
+    rows, capacity, group, kv_heads = rng.randint(2, 5), 12, rng.randint(1, 3), rng.randint(1, 3)
+    batch, queries = rng.randint(1, rows), rng.randint(1, 4)
+    cache_k, cache_v = t(rows, kv_heads, capacity, 3), t(rows, kv_heads, capacity, 2)
+    position = torch.tensor([rng.randint(0, capacity - queries) for _ in range(batch)])
+    chosen = torch.tensor(rng.sample(range(rows), batch))
+    q = t(batch, kv_heads * group, queries, 3)
+    yield torch.ops.gw.cached_attention.default, (q, cache_k, cache_v, position, chosen), {"scale": 0.5, "window": rng.choice([0, 3])}
+
+
 @sample("aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 def products(rng, name):
     m, k, n, b = (rng.randint(1, 6) for _ in range(4))

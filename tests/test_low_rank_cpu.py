@@ -13,7 +13,9 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.codegen import cpu_kernels
-from graphwright.codegen.low_rank import library, linear
+from graphwright.codegen.low_rank import linear
+from graphwright.codegen.low_rank.library import library
+from graphwright.codegen.native import library as native_library
 from graphwright.ir.low_bit import dequantize, fake_quantize, format_of, quantize, rotate
 from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.cache_key import native_environment
@@ -91,7 +93,7 @@ def assert_close(layer, x, y):
     assert ((y.double().reshape(exact.shape) - exact).abs() <= 4 * torch.finfo(x.dtype).eps * bound).all()
 
 
-TARGETS = {"native": library._TARGETS}
+TARGETS = {"native": native_library.TARGETS}
 if platform.machine() == "x86_64":
     TARGETS |= {"AVX2": (("-march=haswell", "-fopenmp"),), "plain": (("-march=x86-64", "-fopenmp"),)}
 
@@ -99,7 +101,7 @@ if platform.machine() == "x86_64":
 @pytest.fixture(params=TARGETS)
 def kernel(request, monkeypatch):
     """The kernel for this machine, and for older ones that this can play."""
-    native = library.library(targets=TARGETS[request.param])
+    native = library(targets=TARGETS[request.param])
     if native is None:
         pytest.skip("no C++ compiler: install g++")
     monkeypatch.setattr(linear, "library", lambda: native)
@@ -478,7 +480,7 @@ def test_what_only_broadcasts_to_the_shapes_of_the_kernel_runs_the_body():
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    monkeypatch.setattr(library, "compiler", lambda: None)
+    monkeypatch.setattr(native_library, "compiler", lambda: None)
     monkeypatch.setattr(library, "_loaded", {})
 
 
@@ -507,20 +509,20 @@ def test_without_a_compiler_int8_is_multiplied_as_codes(no_compiler, monkeypatch
 
 @needs_compiler
 def test_the_library_is_compiled_once_and_kept(monkeypatch, cache):
-    shelf = Shelf(cache, "native", native_environment(library.source()))
+    shelf = Shelf(cache, "native", native_environment(library.source))
     monkeypatch.setattr(library, "_loaded", {})
-    assert library.library(shelf) is not None
+    assert library(shelf) is not None
     monkeypatch.setattr(library, "_loaded", {})
     monkeypatch.setattr(library, "_compiled", None)
-    assert library.library(shelf) is not None
+    assert library(shelf) is not None
 
 
 @needs_compiler
 def test_what_lies_in_its_place_and_does_not_load_is_compiled_anew(monkeypatch, cache):
-    shelf = Shelf(cache, "native", native_environment(library.source()))
+    shelf = Shelf(cache, "native", native_environment(library.source))
     shelf.put(b"no library")
     monkeypatch.setattr(library, "_loaded", {})
-    assert library.library(shelf) is not None
+    assert library(shelf) is not None
     assert shelf.get() != b"no library"
 
 
@@ -536,4 +538,4 @@ def test_a_compiler_that_fails_leaves_the_body(monkeypatch, tmp_path, caplog):
 
 
 def test_a_change_of_the_source_is_another_library():
-    assert native_environment(library.source()) != native_environment(library.source() + "//")
+    assert native_environment(library.source) != native_environment(library.source + "//")

@@ -163,6 +163,19 @@ def test_slices_of_a_boolean_mask(shape: tuple[int, ...]) -> None:
     assert any(line.startswith("region 0") for line in compiled.report().passes[-1].lines)
 
 
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("queries", [1, 40, 600])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("width", [64, 40])
+def test_attention_over_full_caches(batch: int, queries: int, window: int, width: int) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, position: Tensor, rows: Tensor) -> Tensor:
+        return torch.ops.gw.cached_attention(q, k, v, position, rows, scale=0.1, window=window)
+
+    caches = torch.randn(4, 2, 2000, 64), torch.randn(4, 2, 2000, width)
+    position = torch.full((batch,), 2000 - queries)
+    assert_foreseen(Call(attend), (torch.randn(batch, 6, queries, 64), *caches, position, torch.arange(batch)))
+
+
 @pytest.mark.parametrize("layout", [torch.clone, strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize(
     ("attend", "shapes"),

@@ -38,6 +38,9 @@ def cached_attention(
     Slot j is visible to query i where j <= position[b] + i, and with a `window` also j > position[b] + i - window. cap(s) is
     softcap * tanh(s / softcap), or s for 0. q [B, H, T, E], cache_k [R, Hk, C, E], cache_v [R, Hk, C, Ev], position and rows i64[B] ->
     [B, H, T, Ev], laid out as [B, T, H, Ev]. Sums are float32, or float64 for float64 q.
+
+    Raises:
+        IndexError: a row lies outside of the cache; in a kernel, a position too.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, queries, width = q.shape

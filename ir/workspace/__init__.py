@@ -14,6 +14,7 @@ from .attention import attention, causal_attention
 from .convolution import convolution, transposed_convolution
 from .kernels import RULES as KERNEL_RULES
 from .kernels import upsample_nearest
+from .kv_cache import cached_attention
 from .low_rank import lowrank_linear
 from .operands import Part, Workspace
 
@@ -33,6 +34,7 @@ _RULES_OF_SLICES: dict[str, Callable[[dict[str, Any], Node, int, Part], Workspac
     "aten::upsample_nearest2d": upsample_nearest,
     "aten::_upsample_nearest_exact2d": upsample_nearest,
     "gw::causal_attention": causal_attention,
+    "gw::cached_attention": cached_attention,
 }
 
 _RULES: dict[str, Callable[..., Workspace]] = {**KERNEL_RULES, **_RULES_OF_SLICES, "gw::lowrank_linear": lowrank_linear}

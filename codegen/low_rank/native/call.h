@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <numeric>
 
-#include "vectors.h"
+#include <vectors.h>
 
 namespace {
 

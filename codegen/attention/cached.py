@@ -1,0 +1,119 @@
+"""`gw.kv_append` and `gw.cached_attention` by the kernels in C++; where these have no form for the operands, by ATen and by the
+operator's body.
+
+A cache is written where it lies, and of it only the slots are read that a query sees: both cost what the live prefix costs, whatever
+the capacity.
+"""
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ir.ops.kv_cache import cached_attention as reference
+from .library import library
+from .without_compiler import attention_by_rows
+
+_APPEND = struct.Struct("=18q")  # `Append` in native/call.h
+_CALL = struct.Struct("=27q2d")  # `Call` there
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LINE = 64  # bytes of a line of the cache, where scratch begins
+
+
+def kv_append(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, position: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`gw.kv_append`: both caches copied, and the copies written to."""
+    return append_in_place(cache_k.clone(), cache_v.clone(), k, v, position, rows)
+
+
+def append_in_place(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, position: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`gw.kv_append` where nobody reads the old caches any more: they are written to, and are the result.
+
+    Raises:
+        IndexError: a position or row lies outside of the cache; nothing has been written.
+    """
+    pairs = ((cache_k, k), (cache_v, v))
+    native = library() if all(map(_is_appendable, pairs)) else None
+    if native is None or k.numel() == 0:
+        _check(cache_k, k.size(2), position, rows)
+        slots = position.unsqueeze(1) + torch.arange(k.size(2), device=k.device)
+        for cache, new in pairs:
+            cache.index_put_((rows.reshape(-1, 1, 1), torch.arange(k.size(1), device=k.device).reshape(1, -1, 1), slots.unsqueeze(1)), new)
+        return cache_k, cache_v
+    position, rows, dense = position.contiguous(), rows.contiguous(), [_dense(k), _dense(v)]
+    told = [
+        _APPEND.pack(
+            cache.data_ptr(), new.data_ptr(), cache.element_size(), *cache.stride()[:3], *new.stride()[:3],
+            position.data_ptr(), rows.data_ptr(), *new.shape, cache.size(0), cache.size(2), torch.get_num_threads(),
+        )
+        for cache, new in zip((cache_k, cache_v), dense, strict=True)
+    ]  # fmt: skip
+    found = native.kv_append(b"".join(told), len(told))
+    if found < 0:
+        raise _outside(cache_k, k.size(2), position, rows, -1 - found)
+    return cache_k, cache_v
+
+
+def cached_attention(
+    q: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, rows: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0
+) -> Tensor:
+    """`gw.cached_attention`. The result of a query does not depend on the queries and rows beside it, nor on the number of threads.
+
+    Raises:
+        IndexError: a position or row lies outside of the cache.
+    """
+    batch, heads, queries, depth = q.shape
+    width = cache_v.size(3)
+    if not is_fit(q, cache_k, cache_v) or batch * heads * queries * width == 0:
+        _check(cache_k, queries, position, rows)
+        return reference(q, cache_k, cache_v, position, rows, scale=scale, window=window, softcap=softcap)
+    native = library()
+    if native is None:
+        _check(cache_k, queries, position, rows)
+        return attention_by_rows(q, cache_k, cache_v, position, rows, scale, window, softcap)
+    q, position, rows = _dense(q), position.contiguous(), rows.contiguous()
+    y = torch.empty(batch, queries, heads, width, dtype=q.dtype)
+    fields = (
+        q.data_ptr(), cache_k.data_ptr(), cache_v.data_ptr(), y.data_ptr(), _TYPES[q.dtype], *q.stride()[:3], *cache_k.stride()[:3],
+        *cache_v.stride()[:3], position.data_ptr(), rows.data_ptr(), batch, heads, cache_k.size(1), queries, depth, width,
+        cache_k.size(0), cache_k.size(2), window, torch.get_num_threads(),
+    )  # fmt: skip
+    needed = native.scratch_bytes(_CALL.pack(*fields, 0, scale, softcap))
+    if needed < 0:
+        raise _outside(cache_k, queries, position, rows, -1 - needed)
+    scratch = torch.empty(needed + _LINE, dtype=torch.uint8)
+    begin = -(-scratch.data_ptr() // _LINE) * _LINE
+    native.cached_attention(_CALL.pack(*fields, begin, scale, softcap))
+    return y.transpose(1, 2)
+
+
+def is_fit(q: Any, cache_k: Any, cache_v: Any) -> bool:
+    """Whether the operands have the types and layouts that the kernel of attention reads, float64 being left to the body."""
+    caches = (cache_k, cache_v)
+    is_typed = q.device.type == "cpu" and q.dtype in _TYPES and all(cache.dtype == q.dtype for cache in caches)
+    return is_typed and all(cache.stride(3) == 1 for cache in caches) and q.size(1) % cache_k.size(1) == 0
+
+
+def _is_appendable(pair: tuple[Tensor, Tensor]) -> bool:
+    cache, new = pair
+    return cache.device.type == "cpu" and cache.dtype == new.dtype and cache.stride(3) == 1 and cache.shape[1::2] == new.shape[1::2]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _check(cache: Tensor, slots: int, position: Tensor, rows: Tensor) -> None:
+    """Raises IndexError for what lies outside of the cache; on a GPU, where this would wait for it, its kernels do."""
+    if position.device.type != "cpu":
+        return
+    for b, (first, row) in enumerate(zip(position.tolist(), rows.tolist(), strict=True)):
+        if not (0 <= row < cache.size(0) and 0 <= first <= cache.size(2) - slots):
+            raise _outside(cache, slots, position, rows, b)
+
+
+def _outside(cache: Tensor, slots: int, position: Tensor, rows: Tensor, b: int) -> IndexError:
+    return IndexError(
+        f"row {int(rows[b])} with positions {int(position[b])} to {int(position[b]) + slots - 1} lies outside of a cache of "
+        f"{cache.size(0)} rows and {cache.size(2)} slots: make the cache larger, or stop before"
+    )

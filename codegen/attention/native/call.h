@@ -1,0 +1,106 @@
+// What one call computes, as Python hands it over, and how it is cut into pieces.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "numbers.h"
+
+namespace {
+
+enum Type : int64_t { kFloat32, kBFloat16, kFloat16 };
+
+// to[rows[b], h, position[b] + i] = from[b, h, i]. All fields are 8 bytes, in the order of `_APPEND` in cached.py; strides in elements.
+struct Append {
+  int64_t to, from, itemsize;
+  int64_t to_row, to_head, to_slot, from_row, from_head, from_slot;
+  int64_t position, rows;                          // int64 [batch]
+  int64_t batch, heads, slots, depth, cache_rows, capacity, threads;
+};
+
+// y [batch, queries, heads, width]. All fields are 8 bytes, in the order of `_CALL` in cached.py; strides in elements.
+struct Call {
+  int64_t q, k, v, y, type;
+  int64_t q_row, q_head, q_query, k_row, k_head, k_slot, v_row, v_head, v_slot;
+  int64_t position, rows;                          // int64 [batch]
+  int64_t batch, heads, kv_heads, queries, depth, width, cache_rows, capacity;
+  int64_t window, threads, scratch;
+  double scale, softcap;
+};
+
+constexpr int64_t kBlock = 64;   // slots whose keys are transposed at once: [depth, 64] float32 of depth 64 is 16 KiB
+constexpr int64_t kChunk = 256;  // slots after which partial results are joined, whoever computed them
+constexpr int64_t kTile = 64;    // queries, of all heads that share keys, that meet a block of them
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+inline const int64_t* integers(int64_t address) { return reinterpret_cast<const int64_t*>(address); }
+
+// The first b whose row or slots lie outside of the cache, or -1.
+template <class Operands>
+int64_t first_outside(const Operands& c, int64_t slots) {
+  for (int64_t b = 0; b < c.batch; ++b) {
+    const int64_t row = integers(c.rows)[b], position = integers(c.position)[b];
+    if (row < 0 || row >= c.cache_rows || position < 0 || position > c.capacity - slots) return b;
+  }
+  return -1;
+}
+
+// How a call is cut: a tile is `step` queries of a row and head of the cache, a unit one tile, or one chunk of slots of a tile.
+struct Plan {
+  int64_t group, step, tiles, height;  // query heads a key head; of a row and key head; queries times heads of a tile
+  int64_t depth, width;                // padded to whole vectors
+  bool is_split;                       // units are chunks
+  int64_t units;
+  int64_t partial, own;                // floats of a partial result and of a thread's scratch
+};
+
+struct Slots {
+  int64_t first, end;  // that some query of a tile sees
+  int64_t chunk() const { return first / kChunk; }
+  int64_t chunks() const { return (end - 1) / kChunk - chunk() + 1; }
+};
+
+inline Slots slots_of(const Call& c, const Plan& p, int64_t b, int64_t tile) {
+  const int64_t first = integers(c.position)[b] + tile * p.step;
+  const int64_t end = integers(c.position)[b] + std::min((tile + 1) * p.step, c.queries);
+  return {c.window == 0 ? 0 : std::max<int64_t>(0, first - c.window + 1), end};
+}
+
+inline Plan plan_of(const Call& c) {
+  Plan p{};
+  p.group = c.heads / c.kv_heads;
+  p.step = std::min(c.queries, std::max<int64_t>(1, kTile / p.group));
+  p.tiles = (c.queries + p.step - 1) / p.step;
+  p.height = p.step * p.group;
+  p.depth = round_up(c.depth, kLanes);
+  p.width = round_up(c.width, kLanes);
+  p.units = c.batch * c.kv_heads * p.tiles;
+  // Either way gives the same bits.
+  p.is_split = p.units < 4 * c.threads || p.tiles == 1;
+  if (p.is_split) {
+    p.units = 0;
+    for (int64_t b = 0; b < c.batch; ++b)
+      for (int64_t tile = 0; tile < p.tiles; ++tile) p.units += slots_of(c, p, b, tile).chunks() * c.kv_heads;
+  }
+  p.partial = p.height * (p.width + 2);
+  p.own = round_up(p.height * (p.depth + kBlock) + kBlock * (p.depth + std::max(p.depth, p.width)) + 2 * p.partial, 16);
+  return p;
+}
+
+struct Unit {
+  int64_t b, head, tile, chunk, first_partial;
+};
+
+// The unit that is the `index`th, and the first partial result of its tile.
+inline Unit unit_of(const Call& c, const Plan& p, int64_t index) {
+  if (!p.is_split) return {index / (c.kv_heads * p.tiles), index / p.tiles % c.kv_heads, index % p.tiles, 0, 0};
+  int64_t before = 0;
+  for (int64_t b = 0;; ++b)
+    for (int64_t tile = 0; tile < p.tiles; ++tile) {
+      const int64_t chunks = slots_of(c, p, b, tile).chunks(), rest = index - before;
+      if (rest < chunks * c.kv_heads) return {b, rest / chunks, tile, rest % chunks, before + rest / chunks * chunks};
+      before += chunks * c.kv_heads;
+    }
+}
+
+}  // namespace
