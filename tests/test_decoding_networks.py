@@ -105,9 +105,37 @@ def test_a_table_of_positions_is_not_read_past_its_end():
         decoder.generate([prompt], 6)
 
 
-def test_the_tuned_backend_generates_the_same():
-    prompts = random_prompts([4, 6], seed=3)
-    assert decoder_of("zoo", backend="tuned").generate(prompts, 6, chunk=4).tokens == [naive("zoo", prompt, 6) for prompt in prompts]
+@functools.cache
+def tuned(passes=""):
+    return decoder_of("zoo", passes, backend="tuned")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
+def test_the_tuned_backend_generates_the_same(rows):
+    """3 rows are padded to 4 and 5 to 8; 9 run as any number does."""
+    prompts = random_prompts([3 + n % 4 for n in range(rows)], seed=rows)
+    decode = tuned()._present.decoder["decode"]
+    assert tuned().generate(prompts, 4, chunk=4).tokens == [naive("zoo", prompt, 4) for prompt in prompts]
+    assert decode.padded(rows) == {3: 4, 5: 8}.get(rows, rows)
+    assert ((decode.padded(rows), 1) in decode._executors) == (rows < 9)
+
+
+def test_rows_that_end_one_by_one_leave_the_others_as_they_were():
+    """Padding writes to the spare row alone, whichever rows of the caches are in use."""
+    prompts = random_prompts([2, 5, 3, 4, 6], seed=7)
+    alone = [naive("zoo", prompt, 6) for prompt in prompts]
+    eos = [alone[0][2], alone[1][1]]
+    together = tuned().generate(prompts, 6, batch=3, eos=eos).tokens
+    for got, whole in zip(together, alone, strict=True):
+        end = next((n + 1 for n, token in enumerate(whole) if token in eos), len(whole))
+        assert got == whole[:end]
+
+
+def test_bursts_of_few_rows_are_made_ready_for_their_length():
+    drafts = tuned("layer-skip{mode=speculative,draft=[1],gamma=2}")
+    prompts = random_prompts([4, 2, 3], seed=5)
+    assert drafts.generate(prompts, 7).tokens == [naive("zoo", prompt, 7) for prompt in prompts]
+    assert (4, 3) in drafts._present.decoder["verify"]._executors
 
 
 # --- schedules and drafts ---
@@ -192,7 +220,7 @@ def test_a_weight_has_one_second_layout_for_all_functions(onednn_wins):
     runner = model._present
     alone = runner.packed()
     assert alone[0] > 0
-    assert runner._executor_of("again").packs() == runner.executor.packs()
+    assert runner._executor_of("again", {}).packs() == runner.executor.packs()
     assert runner.packed() == alone
     assert f"packed weights: {alone[0]}, copies of" in str(model.report())
 
@@ -217,7 +245,7 @@ def test_a_function_with_other_operands_is_no_step():
     program = program_of("zoo").copy()
     program.functions["decode"] = program.functions["main"]
     with pytest.raises(InputError, match=r"function decode takes input_ids, position_ids: a step takes tokens, position, rows"):
-        ProgramDecoder(program, lambda name: Executor(program, name))["decode"]
+        ProgramDecoder(program, lambda name, sizes: Executor(program, name), fixed=False)["decode"]
 
 
 def test_a_function_that_keeps_more_than_caches_is_no_step():
@@ -226,7 +254,7 @@ def test_a_function_that_keeps_more_than_caches_is_no_step():
     output = program.functions["decode"].graph.output_node()
     output.meta["new_states"] = (*output.meta["new_states"][:-1], "steps")
     with pytest.raises(InputError, match="function decode updates steps: a step keeps nothing but caches"):
-        ProgramDecoder(program, lambda name: Executor(program, name))["decode"]
+        ProgramDecoder(program, lambda name, sizes: Executor(program, name), fixed=False)["decode"]
 
 
 def test_weights_that_passes_folded_must_stay_as_they_were():
