@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .ir.errors import InputError as InputError
     from .ir.errors import ParseError as ParseError
     from .ir.errors import PassError as PassError
+    from .ir.errors import StateError as StateError
     from .ir.errors import TargetError as TargetError
     from .ir.errors import VerifyError as VerifyError
     from .ir.op import op as op
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .passes import FoldBatchNorm as FoldBatchNorm
     from .passes import FoldConstants as FoldConstants
     from .passes import KVCache as KVCache
+    from .passes import LayerSkip as LayerSkip
     from .passes import Pass as Pass
     from .passes import PassManager as PassManager
     from .passes import Quantize as Quantize
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from .passes import all_passes as all_passes
     from .runtime.cache import Cache as Cache
     from .runtime.compiled import CompiledModel as CompiledModel
+    from .runtime.decoding.generated import Generated as Generated
+    from .runtime.decoding.generated import Token as Token
     from .runtime.memory import Measurement as Measurement
     from .runtime.memory import measure_peak as measure_peak
 
@@ -56,16 +60,17 @@ _HOMES = {
     ".ir.diff": ("diff",),
     ".ir.errors": (
         "ArtifactError", "BudgetError", "CaptureError", "ContractError", "GraphwrightError", "InputError", "ParseError", "PassError",
-        "TargetError", "VerifyError",
+        "StateError", "TargetError", "VerifyError",
     ),
     ".passes": (
-        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "Pass", "PassManager",
-        "Quantize",
+        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "LayerSkip", "Pass",
+        "PassManager", "Quantize",
         "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
         "all_passes",
     ),
     ".runtime.cache": ("Cache",),
     ".runtime.compiled": ("CompiledModel",),
+    ".runtime.decoding.generated": ("Generated", "Token"),
     ".runtime.memory": ("Measurement", "measure_peak"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -119,7 +119,7 @@ class PackedLinear(PackedCall):
         self._op = overloads.default._op if binary == "none" else overloads.binary._op
 
     def layout(self) -> tuple[Any, ...]:
-        return "linear", self.rows, self.transposed
+        return "linear", self.transposed
 
     def lay_out(self, weight: Tensor) -> Tensor:
         matrix = weight.t() if self.transposed else weight

@@ -4,9 +4,11 @@ Metadata is inferred anew as each call is copied, so that a function whose `leng
 that has become a number is no node any more: it stands as a literal where it was read.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import sympy
+import torch
 from torch import fx
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
@@ -76,6 +78,32 @@ class Derivation:
         drop_unused(self.graph)
         inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         return Function(name, self.graph, Tree("tuple", (flat(len(inputs)), Tree("dict"))), flat(len(outputs)))
+
+
+def specialised(program: Program, function: Function, sizes: Mapping[str, int]) -> Function:
+    """`function` at given values of some symbols, by name: the same calls, typed anew."""
+    made = Derivation(program)
+    numbers = {program.symbols.size(name).node.expr: sympy.Integer(value) for name, value in sizes.items() if name in program.symbols}
+
+    def known(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expr = size.node.expr.xreplace(numbers)
+        return int(expr) if expr.is_Integer else size if expr == size.node.expr else program.symbols.env.create_symintnode(expr, hint=None)
+
+    for node in function.placeholders:
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            shape, stride = (list(map(known, each)) for each in (value.shape, value.stride()))
+            made.values[node] = made.input(str(node.target), value.dtype, shape, value.device, stride)
+        else:
+            made.values[node] = known(value)
+    for node in function.calls:
+        made.copy(node)
+    leaves = [made.values[leaf] if isinstance(leaf, Node) else leaf for leaf in function.outputs]
+    names = function.signature().new_states
+    results, news = leaves[: len(leaves) - len(names)], leaves[len(leaves) - len(names) :]
+    return made.finish(function.name, results, dict(zip(names, news, strict=True)))
 
 
 def drop_unused(graph: fx.Graph) -> None:

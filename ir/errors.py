@@ -47,3 +47,7 @@ class ArtifactError(GraphwrightError):
 
 class TargetError(GraphwrightError):
     """The asked-for backend or device cannot run here."""
+
+
+class StateError(GraphwrightError):
+    """A step would read keys and values that were never written: a fault of the schedule that asked for it, not of the call."""

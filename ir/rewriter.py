@@ -293,6 +293,11 @@ class Rewriter:
         self.program.functions[function.name] = function
         self._added += function.calls
 
+    def schedule(self, name: str, data: Any) -> None:
+        """Sets a schedule of the program: plain data under a name."""
+        self._in_step()
+        self.program.schedules[name] = data
+
     def outline(self, members: Sequence[Node], body: "RegionBuilder", outputs: Sequence[tuple[Node, Node, int]], count: Any) -> Node:
         """Replaces `members` by one `gw.sliced` call of `body` and returns it.
 

@@ -8,6 +8,7 @@ from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .inputs import random_inputs
 from .kv_cache import KVCache
+from .layer_skip import LayerSkip
 from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
 from .manager import PassManager, PassReport, PipelineResult
 from .pipeline import parse_pipeline, spell
@@ -27,6 +28,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "KVCache",
+    "LayerSkip",
     "LeftAlone",
     "Outcome",
     "Pass",

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,16 +12,22 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from ..codegen.cpu_packed import Pack
 from ..ir import Program
 from ..ir.calling import Call, Parameter
+from ..ir.derive import specialised
 from ..ir.errors import ArtifactError, InputError, TargetError
 from ..ir.tree import unflatten
 from ..passes import Contract
 from . import artifact
 from .artifact import Saved
 from .cache import Cache
+from .decoding.generate import generate
+from .decoding.generated import Generated, Token
+from .decoding.steps import ProgramDecoder
 from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
+from .packing import Packs
 from .report import Report, Threads, predicted, predicted_on
 
 if TYPE_CHECKING:
@@ -84,6 +91,44 @@ class CompiledModel(nn.Module):
                 self._runner, self._make = runner, None
             return self._runner
 
+    def generate(
+        self,
+        prompts: Any,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        eos: Any = None,
+        stream: bool = False,
+        chunk: int | None = None,
+        capacity: int | None = None,
+        batch: int | None = None,
+        speculative: bool | None = None,
+    ) -> Generated | Iterator[Token]:
+        """Up to `max_new_tokens` tokens after each prompt, from a decoder that `compile_decoder` made, or the pass `kv-cache`.
+
+        `prompts` is a list of token sequences of any lengths, or a tensor [B, T]. Temperature 0 takes the most likely token, of equals the
+        first; others draw one after temperature, `top_k` and `top_p`, the same for a prompt's number and `seed` whatever else runs beside
+        it. A row ends with a token of `eos` (one or several), which is kept. With `stream` the tokens come one by one as they are decided,
+        else all at the end with what they cost. At most `chunk` tokens of a prompt are read between two steps of the rows that decode.
+        `batch` prompts run at once, all by default; the next takes the place of one that has ended. `capacity` is the slots of a row in the
+        caches, those for the longest prompt by default. `speculative` says whether to draft tokens with few layers and have all layers
+        judge them; by default as the pass `layer-skip` was told.
+
+        Raises:
+            InputError: the model cannot decode; an argument is of a wrong type or out of range, a prompt is empty or has tokens that the
+                model does not know, a row's tokens do not fit into `capacity` or the model's positions; or a weight that passes folded was
+                changed.
+        """
+        runner = self._present
+        runner.check_weights()
+        return generate(
+            runner.decoder, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos=eos, stream=stream,
+            chunk=chunk, capacity=capacity, batch=batch, speculative=speculative,
+        )  # fmt: skip
+
     # --- looking inside ---
 
     @property
@@ -107,8 +152,8 @@ class CompiledModel(nn.Module):
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         memory = replace(memory, compiled=self._compiled_peak, threads=self._on_threads)
         promised = (compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports)
-        executor = self._present.executor
-        return Report(*promised, memory, self._measured, compiled.training, executor.kernel_calls(), executor.packs())
+        runner = self._present
+        return Report(*promised, memory, self._measured, compiled.training, runner.executor.kernel_calls(), runner.packed())
 
     def kernels(self) -> "tuple[Kernel, ...]":
         """The Triton kernels that run, each once: `name`, `source` (a file that checks itself), `ir` (the lines that it computes),
@@ -225,7 +270,8 @@ class _Runner:
         main = program.main
         signature = main.signature()
         self.compilation = compilation
-        self.executor = Executor(program, backend=compilation.backend, cache=compilation.cache)
+        self._packs, self._executors = Packs(), list[Executor]()
+        self.executor = self._executor_of("main", {})
         self.call = Call(program, main, compilation.parameters)
         self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
         self._updates = _updates(signature)
@@ -239,14 +285,38 @@ class _Runner:
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs, given = self.call.bind(args, kwargs)
-        for weight in self._folded:
-            if weight.has_changed():
-                raise InputError(f"weight {weight.name} was changed after compiling, and passes have folded it: compile the module again")
+        self.check_weights()
         with self._turn:
             leaves, new_states = self.executor(inputs, self.states)
             if new_states:
                 leaves = self._write_back(leaves, new_states, given)
         return unflatten(self._out_spec, leaves)
+
+    def check_weights(self) -> None:
+        """Raises InputError where a weight that passes folded into others was changed since."""
+        for weight in self._folded:
+            if weight.has_changed():
+                raise InputError(f"weight {weight.name} was changed after compiling, and passes have folded it: compile the module again")
+
+    @cached_property
+    def decoder(self) -> ProgramDecoder:
+        """The functions that generate tokens. Raises InputError for a program that has none."""
+        # What runs operation by operation gains nothing by knowing its sizes.
+        return ProgramDecoder(self.compilation.program, self._executor_of, fixed=self.compilation.backend != "aten")
+
+    def _executor_of(self, function: str, sizes: Mapping[str, int]) -> Executor:
+        """Of a function as it is, or at values of its symbols."""
+        compiled, program = self.compilation, self.compilation.program
+        if sizes:
+            program = Program([specialised(program, program.functions[function], sizes)], program.weights, program.symbols)
+        executor = Executor(program, function, compiled.backend, compiled.cache, self._packs)
+        self._executors.append(executor)
+        return executor
+
+    def packed(self) -> tuple[int, int]:
+        """How many weights are held in a second layout by the functions that have run, and the bytes of these copies."""
+        packs = set[Pack]().union(*(executor.packs() for executor in self._executors))
+        return len(packs), sum(pack.nbytes for pack in packs)
 
     def _write_back(self, leaves: list[Any], new_states: Mapping[str, torch.Tensor], given: Sequence[Any]) -> list[Any]:
         """Copies new states into the tensors that hold them, save those that lie there already. What shares memory with one of these is

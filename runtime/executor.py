@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..codegen.cpu_packed import PackedCall
+from ..codegen.cpu_packed import Pack, PackedCall
 from ..ir import Node, Program
 from ..ir.appends import plan_appends
 from ..ir.errors import InputError
@@ -20,6 +20,7 @@ from .cache import Cache
 from .flat import FlatGraph
 from .graph_replay import Call, CudaGraphs, Replayed
 from .lowering import Backend, is_on, lower, lowering_for
+from .packing import Packs
 from .prediction import lowered_profile
 from .segments import AtenLowering
 from .sliced import SlicedRun
@@ -36,13 +37,21 @@ class Executor:
 
     `inputs` holds one value for each leaf, constants included; `states` a tensor for each state, the program's own where one
     is missing. States and inputs are read, never written: writing back is the caller's business. Only caches that the function gives up
-    (`ir/appends.py`) are written where they lie, and are the new states themselves. Compiled code is kept in `cache`.
+    (`ir/appends.py`) are written where they lie, and are the new states themselves. Compiled code is kept in `cache`. Executors of one
+    model's functions share `packs`, so that a weight has one second layout for all.
 
     Raises:
         InputError: a weight has no values (the program was read from text alone).
     """
 
-    def __init__(self, program: Program, function: str = "main", backend: Backend = "aten", cache: Cache | None = None):
+    def __init__(
+        self,
+        program: Program,
+        function: str = "main",
+        backend: Backend = "aten",
+        cache: Cache | None = None,
+        packs: Packs | None = None,
+    ):
         body = program.functions[function]
         self.program, self.backend = program, backend
         self._name = function
@@ -51,7 +60,7 @@ class Executor:
         # Where each placeholder's value comes from: a name for a state, None for the next input.
         self._sources = [str(p.target) if p.meta.get("role", "input") == "state" else None for p in body.placeholders]
         bound = functools.partial(_tensor, program)
-        self._lowering = lowering_for(backend, body.graph, program.symbols, bound, cache)
+        self._lowering = lowering_for(backend, body.graph, program.symbols, bound, cache, packs)
         self._lowered = lower(body.graph, self._lowering)
         self._flat = FlatGraph(self._lowered, bound)
         self._call: Call = self._flat
@@ -82,10 +91,9 @@ class Executor:
         memory = None if self.backend == "aten" else lowered_profile(self._lowered)
         return None if memory is None else memory.peak_bytes
 
-    def packs(self) -> tuple[int, int]:
-        """How many weights are held in a second layout, and the bytes of these copies."""
-        packs = {node.target.pack for graph in self._graphs() for node in graph.nodes if isinstance(node.target, PackedCall)}
-        return len(packs), sum(pack.nbytes for pack in packs)
+    def packs(self) -> set[Pack]:
+        """The weights that are held in a second layout."""
+        return {node.target.pack for graph in self._graphs() for node in graph.nodes if isinstance(node.target, PackedCall)}
 
     def _graphs(self) -> list[fx.Graph]:
         """The graph that runs, and the bodies of its regions."""

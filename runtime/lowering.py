@@ -24,6 +24,7 @@ from .backend import has_cpp_compiler, has_triton
 from .cache import Cache
 from .cache_key import native_environment
 from .code_cache import CodeCache, Shelf
+from .packing import Packs
 from .prediction import lowered_profile
 from .segments import AtenLowering, InductorLowering
 from .sliced import SlicedRun
@@ -47,9 +48,11 @@ class Lowering(Protocol):
     def region(self, node: Node, donors: Mapping[int, int]) -> SlicedRun: ...
 
 
-def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound: Bound, cache: Cache | None = None) -> Lowering:
+def lowering_for(
+    backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound: Bound, cache: Cache | None = None, packs: Packs | None = None
+) -> Lowering:
     """What makes `graph` ready for `backend`: "aten", "inductor", "tuned" or "triton" ("triton_interpreter" is for tests alone). What a
-    compiler made for it before may come from `cache`."""
+    compiler made for it before may come from `cache`; `packs` are those of the functions that were made ready before."""
     _make_kernels_ready(graph, cache)
     if backend in ("triton", "triton_interpreter") or (backend == "tuned" and is_on(graph, "cuda") and has_triton()):
         from .triton_lowering import TritonLowering
@@ -57,7 +60,7 @@ def lowering_for(backend: Backend, graph: fx.Graph, symbols: SymbolTable, bound:
         return TritonLowering(graph, symbols, interpreted=backend == "triton_interpreter", tune=backend == "tuned", cache=cache)
     code = None if cache is None else CodeCache(cache, symbols)
     if backend == "tuned" and is_on(graph, "cpu"):
-        return TunedLowering(graph, symbols, bound, code)
+        return TunedLowering(graph, symbols, bound, code, Packs() if packs is None else packs)
     if backend == "aten" or not has_cpp_compiler():
         return AtenLowering()
     return InductorLowering(symbols, code)

@@ -24,14 +24,14 @@ from .tuned_segments import random_like
 
 aten = torch.ops.aten
 WeightOf = Callable[[Node], torch.Tensor | None]
+Packs = WeakValueDictionary[tuple[Any, ...], Pack]  # of one model's weights, by their ids and layouts
 
 
 class Packing:
-    """Packs weights for `probe`'s winners; `skips` says which calls are better off otherwise."""
+    """Packs weights for `probe`'s winners; `skips` says which calls are better off otherwise. What is in `packs` is not packed again."""
 
-    def __init__(self, symbols: SymbolTable, probe: Probe, skips: Callable[[Node], bool]):
-        self.symbols, self.probe, self.skips = symbols, probe, skips
-        self._packs: WeakValueDictionary[tuple[Any, ...], Pack] = WeakValueDictionary()
+    def __init__(self, symbols: SymbolTable, probe: Probe, skips: Callable[[Node], bool], packs: Packs):
+        self.symbols, self.probe, self.skips, self._packs = symbols, probe, skips, packs
 
     def packed(self, graph: fx.Graph, weight_of: WeightOf, channels_last: bool = False) -> tuple[fx.Graph, dict[Node, Node]]:
         """`graph` anew, and from which of its nodes each call came (the first, of several). `weight_of` gives the values of what is a

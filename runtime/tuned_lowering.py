@@ -18,7 +18,7 @@ from ..ir.region_call import RegionCall
 from .backend import has_cpp_compiler
 from .code_cache import CodeCache
 from .lazy_order import lazy_runs
-from .packing import Packing
+from .packing import Packing, Packs
 from .probe import Probe
 from .segments import AtenLowering
 from .sliced import SlicedRun
@@ -28,17 +28,17 @@ Bound = Callable[[Node], torch.Tensor]  # gives the values of a weight
 
 
 class TunedLowering:
-    """Lowers `graph`, whose weights are `bound`; compiled code and verdicts may come from `code`."""
+    """Lowers `graph`, whose weights are `bound`; compiled code and verdicts may come from `code`, packed weights from `packs`."""
 
     append_in_place = staticmethod(AtenLowering.append_in_place)
 
-    def __init__(self, graph: fx.Graph, symbols: SymbolTable, bound: Bound, code: CodeCache | None):
+    def __init__(self, graph: fx.Graph, symbols: SymbolTable, bound: Bound, code: CodeCache | None, packs: Packs):
         self.code: CodeCache | None = None  # which pieces are left depends on what the probe finds
         self.left: set[Node] = set()
         self._bound = bound
         self._compiles = has_cpp_compiler()
         probe = Probe(_weight_bytes(graph, bound), cache=None if code is None else code.cache)
-        self._packing = Packing(symbols, probe, skips=self._is_better_off)
+        self._packing = Packing(symbols, probe, skips=self._is_better_off, packs=packs)
         self._between = TunedSegments(symbols, probe, code) if self._compiles else AtenLowering()
         self.pieces = self._between.pieces
         self._source: dict[Node, Node] = {}

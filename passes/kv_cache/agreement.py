@@ -91,17 +91,17 @@ def _differences(program: Program, decoder: Decoder, inputs: list[Any], tokens: 
         caches.update({name.removeprefix("input:"): value for name, value in new.items()})
         results.append(float((outputs[0] - expected).abs().max()) / scale if scale else 0.0)
 
-    caches = _empty_caches(program, batch, length)
+    caches = empty_caches(program, batch, length)
     prompt = length - STEPS
     # One row more than it has tokens, to see that padding does nothing.
     take("prefill", tokens[:, : prompt + 1], 0, caches, whole[:, prompt - 1], at + prompt)
     for step in range(prompt, length):
         take("decode", tokens[:, step : step + 1], step, caches, whole[:, step])
-    take("verify", tokens, 0, _empty_caches(program, batch, length), whole)
+    take("verify", tokens, 0, empty_caches(program, batch, length), whole)
     return results
 
 
-def _empty_caches(program: Program, rows: int, capacity: int) -> dict[str, torch.Tensor]:
+def empty_caches(program: Program, rows: int, capacity: int) -> dict[str, torch.Tensor]:
     """Slots that hold NaN: what was never written is never read."""
     named = {str(node.target): node.meta["val"] for node in program.functions["decode"].placeholders}
     return {

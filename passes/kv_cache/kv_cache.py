@@ -25,8 +25,6 @@ from . import steps
 from .agreement import check_agreement, judge_steps
 from .decoder import Decoder, find_decoder
 
-FUNCTIONS = ("prefill", "decode", "verify")
-
 
 @dataclass(frozen=True)
 class KVCache(Pass):
@@ -50,10 +48,11 @@ class KVCache(Pass):
         decoder = find_decoder(program, rewriter.function)
         if isinstance(decoder, NoMatch):
             raise PassError(_refusal(decoder))
-        sizes = _cache_sizes(program.symbols, decoder)
+        sizes = cache_sizes(program.symbols, decoder)
         with rewriter.step("explicit-caches"):
-            for make in (steps.prefill, steps.decode, steps.verify):
-                rewriter.add_function(make(program, decoder, sizes))
+            rewriter.add_function(steps.prefill(program, decoder, sizes))
+            rewriter.add_function(steps.decode(program, decoder, sizes))
+            rewriter.add_function(steps.verify(program, decoder, sizes))
         check_agreement(program, decoder)
         return Outcome(lines=(_described(program, decoder),))
 
@@ -68,7 +67,7 @@ def _refusal(reason: NoMatch) -> str:
     return f"kv-cache needs a causal decoder of tokens: {reason.reason}" + (f" (at {where})" if where else "")
 
 
-def _cache_sizes(symbols: SymbolTable, decoder: Decoder) -> tuple[Any, Any]:
+def cache_sizes(symbols: SymbolTable, decoder: Decoder) -> tuple[Any, Any]:
     """How many rows the caches have, and slots for positions: symbols, since the runtime chooses."""
     hints = {"cache_rows": hint(decoder.batch) + 1, "capacity": 2 * hint(decoder.length) + 1}
     for name, size in hints.items():

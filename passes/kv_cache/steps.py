@@ -1,5 +1,6 @@
 """The functions of one step that are made of a decoder: `prefill`, `decode` and `verify`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from .decoder import Decoder
 aten, gw = torch.ops.aten, torch.ops.gw
 
 
-class Step(Derivation):
-    """A function of one step: inputs tokens [B, T], position [B], rows [B], caches of each attention."""
+Skipped = Mapping[Node, Node]  # the result of each layer that is left out -> the value that it reads, which takes its place
 
-    def __init__(self, program: Program, decoder: Decoder, name: str, length: Any, sizes: tuple[Any, Any]):
+
+class Step(Derivation):
+    """A function of one step: inputs tokens [B, T], position [B], rows [B], caches of each attention that is not `skipped`."""
+
+    def __init__(self, program: Program, decoder: Decoder, length: Any, sizes: tuple[Any, Any], skipped: Skipped | None = None):
         super().__init__(program)
-        self.decoder, self.name, self.length = decoder, name, length
+        self.decoder, self.length, self.skipped = decoder, length, skipped or {}
         self.device = decoder.tokens.meta["val"].device
         self.cache_rows, self.capacity = sizes
         self.tokens = self._integers("tokens", decoder.batch, length)
@@ -53,18 +57,24 @@ class Step(Derivation):
         by_root = {attention.root: index for index, attention in enumerate(self.decoder.attentions)}
         needed = self._needed(roots, by_root)
         for node in self.program.main.graph.nodes:
-            if node in by_root and node in needed:
+            if node not in needed:
+                continue
+            if node in self.skipped:
+                self.values[node] = self.values[self.skipped[node]]
+            elif node in by_root:
                 self.values[node] = self._attend(by_root[node], node)
-            elif node in needed:
+            else:
                 self.copy(node)
 
     def _needed(self, roots: list[Node], by_root: dict[Node, int]) -> set[Node]:
-        """As `ancestors`, but of an attention its queries, keys and values alone: no mask."""
+        """As `ancestors`, but of an attention its queries, keys and values alone, no mask, and of a skipped layer what it reads."""
         found, pending = set(roots), list(roots)
         while pending:
             node = pending.pop()
             sources = node.all_input_nodes
-            if node in by_root:
+            if node in self.skipped:
+                sources = [self.skipped[node]]
+            elif node in by_root:
                 attention = self.decoder.attentions[by_root[node]]
                 sources = [attention.q, attention.k, attention.v]
             fresh = [source for source in dict.fromkeys(sources) if source not in found]
@@ -95,29 +105,29 @@ class Step(Derivation):
         return self.input(name, value.dtype, (self.cache_rows, value.size(1), self.capacity, value.size(3)), self.device)
 
 
-def decode(program: Program, decoder: Decoder, sizes: tuple[Any, Any]) -> Function:
+def decode(program: Program, decoder: Decoder, sizes: tuple[Any, Any], *, name: str = "decode", skipped: Skipped | None = None) -> Function:
     """(tokens [B, 1], position [B], rows [B], caches) -> logits [B, V], new caches."""
-    step = Step(program, decoder, "decode", 1, sizes)
+    step = Step(program, decoder, 1, sizes, skipped)
     step.body([decoder.logits])
     logits = step.call(aten.select.int, step.values[decoder.logits], 1, 0)
-    return step.finish("decode", [logits], step.new_states)
+    return step.finish(name, [logits], step.new_states)
 
 
 def verify(program: Program, decoder: Decoder, sizes: tuple[Any, Any]) -> Function:
     """(tokens [B, T], position [B], rows [B], caches) -> logits [B, T, V], new caches."""
-    step = Step(program, decoder, "verify", decoder.length, sizes)
+    step = Step(program, decoder, decoder.length, sizes)
     step.body([decoder.logits])
     return step.finish("verify", [step.values[decoder.logits]], step.new_states)
 
 
-def prefill(program: Program, decoder: Decoder, sizes: tuple[Any, Any]) -> Function:
+def prefill(program: Program, decoder: Decoder, sizes: tuple[Any, Any], *, skipped: Skipped | None = None) -> Function:
     """(tokens [B, T], position [B], rows [B], lengths [B], caches) -> logits [B, V] of token lengths - 1 of each row, new caches.
 
     What comes behind the last attention is computed of that token alone, from the first value on through which everything passes.
     """
-    step = Step(program, decoder, "prefill", decoder.length, sizes)
+    step = Step(program, decoder, decoder.length, sizes, skipped)
     lengths = step._integers("lengths", decoder.batch)
-    cut = _last_cut(program, decoder)
+    cut = _last_cut(program, decoder, step.skipped)
     step.body([cut])
     last = step.call(aten.sub.Tensor, lengths, 1)
     index = step.call(aten.unsqueeze.default, step.call(aten.unsqueeze.default, last, 1), 2)
@@ -130,14 +140,17 @@ def prefill(program: Program, decoder: Decoder, sizes: tuple[Any, Any]) -> Funct
     return step.finish("prefill", [logits], step.new_states)
 
 
-def _last_cut(program: Program, decoder: Decoder) -> Node:
-    """The first value [B, T, D] behind the last attention through which everything passes; the logits themselves where there is none."""
+def _last_cut(program: Program, decoder: Decoder, skipped: Skipped) -> Node:
+    """The first value [B, T, D] behind the last layer that is skipped and the last attention that is not, through which everything passes;
+    the logits themselves where there is none."""
     order = {node: place for place, node in enumerate(program.main.graph.nodes)}
-    behind = max(order[attention.root] for attention in decoder.attentions)
+    spans = [(order[source], order[result]) for result, source in skipped.items()]
+    reads = [order[attention.root] for attention in decoder.attentions]
+    behind = max([end for _, end in spans] + [n for n in reads if not any(start < n <= end for start, end in spans)])
     for cut in find_layers(program.main, decoder.tokens).cuts:
         shape = cut.meta["val"].shape
         fits = len(shape) == 3 and isinstance(shape[2], int) and isinstance(shape[0], torch.SymInt) and isinstance(shape[1], torch.SymInt)
-        if order[cut] > behind and fits and shape[0] == decoder.batch and shape[1] == decoder.length:
+        if order[cut] >= behind and fits and shape[0] == decoder.batch and shape[1] == decoder.length:
             return cut
     return decoder.logits
 

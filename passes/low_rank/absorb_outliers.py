@@ -21,6 +21,7 @@ from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
 from ..options import at_least, between, is_size, is_texts, one_of, option, size_in_bytes
+from ..progress import progress_bar
 from ..verdict import Verdict
 from .apply import Plan, carry_out, problem_of
 from .calibrate import collect_waves
@@ -32,7 +33,6 @@ from .folds import Fold, find_fold
 from .formats import ACTIVATIONS, AUTO, WEIGHTS, group_of, resolved
 from .layers import Layer, find_layers, matches
 from .plan_store import PlanStore
-from .progress import progress_bar
 from .quality import judge_outputs, smoothing_error
 from .recipe import Recipe
 from .report import summary

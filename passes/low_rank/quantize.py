@@ -21,12 +21,12 @@ from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
 from ..options import at_least, is_texts, one_of, option
+from ..progress import progress_bar
 from ..verdict import Verdict
 from .calibrate import collect
 from .fit import is_static, relative_norm, static_scale
 from .formats import ACTIVATIONS, WEIGHTS
 from .layers import find_layers, matches
-from .progress import progress_bar
 from .quality import judge_outputs
 from .recipe import Recipe, stored_dtype
 from .rewrite import Product, product_of, quantize_product

@@ -16,10 +16,10 @@ from ...ir.errors import PassError
 from ..base import LeftAlone, Outcome, Pass
 from ..contract import Contract
 from ..options import at_least, between, is_texts, one_of, option
+from ..progress import progress_bar
 from .calibrate import collect
 from .folds import Fold, find_fold
 from .layers import find_layers, matches
-from .progress import progress_bar
 from .sites import find_sites
 from .smoothing import Moved, apply_smoothing, factors, tied
 

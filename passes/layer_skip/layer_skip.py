@@ -1,0 +1,260 @@
+"""Fewer layers the later a token stands: a schedule from decode steps to sets of layers, one static function for each set.
+
+    decode(h)  ->  decode_1(h), decode_2(h), ..       h_{l+1} = h_l for layers l that are left out
+    schedule "layer-skip" = {"levels": .., "level_of_step": .., "functions": ..}
+
+With mode="speculative" the shallow function drafts tokens and `verify` accepts those that all layers would have given. Sources: SkipDecode
+(arXiv 2307.02628), LayerSkip (2404.16710), D3 (2503.08524), ShortGPT; specs/layer_skip.md.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...ir import Program, Rewriter
+from ...ir.errors import PassError
+from ...ir.pattern import NoMatch
+from ..base import Outcome, Pass
+from ..check import Reference
+from ..contract import Contract
+from ..kv_cache import steps
+from ..kv_cache.decoder import Decoder, find_decoder
+from ..kv_cache.kv_cache import cache_sizes
+from ..options import at_least, between, one_of, option
+from ..progress import progress_bar
+from ..verdict import Verdict
+from .judge import judge_levels
+from .ranking import METRICS, Calibration, Profile, Tell
+from .report import described
+from .schedule import Schedule, counts, of_counts, ranked_sets, top_sets
+from .units import Unit, find_units
+
+SCHEDULE = "layer-skip"
+_TABLE = "a list of lists of layers, the first the largest"
+
+
+@dataclass(frozen=True)
+class LayerSkip(Pass):
+    """Decode functions with fewer layers, and the schedule that says when they run.
+
+    mode: "schedule" runs them as scheduled, which changes the model; "speculative" drafts with one of them and checks with all layers,
+        which leaves greedy output as it was.
+    decay, n_max, n_min, horizon, alpha: layers at decode step i, from n_max (None: all) to n_min over `horizon` tokens: "linear", "power"
+        (n_max * alpha^i) or "constant" (n_min at once).
+    warmup, rank: which layers n are: "top" keeps the `warmup` lowest and the highest others; a metric ("output_kl", "block_influence",
+        "relative", "cosine") keeps those that matter most on `calibration`; a list is the ranking itself, those that matter most first.
+    levels, level_of_step: a table of ones own in place of all these.
+    prefill: "full" runs the prompt on all layers, "first" on those of the first level.
+    unit: "layer", or "sublayer" for each attention and MLP by itself.
+    calibration: batches of tokens i64[B, T]; with them the KL of each level is measured, and levels beyond `max_kl` nats are left out.
+    effort: "greedy" drops the layer that costs least and measures again, about N^2 / 2 passes; "one_shot" sorts N single removals.
+    gamma, draft: tokens of a draft; its layers (None: the first half of the ranking).
+    merge: "down" lets rows of several levels run together on the smallest, which binds them from then on.
+
+    Raises (on construction): PassError: options out of range, or that need calibration where there is none.
+    """
+
+    name = "layer-skip"
+    requires = frozenset({"explicit-caches"})
+    ensures = frozenset({"layer-schedule"})
+    before = frozenset({"slice-groups"})
+
+    mode: str = option("schedule", '"schedule" or "speculative"', one_of(("schedule", "speculative")))
+    decay: str = option("linear", '"linear", "power" or "constant"', one_of(("linear", "power", "constant")))
+    n_max: int | None = option(None, "a number of layers, at least 1", lambda v: v is None or at_least(1)(v))
+    n_min: int | None = option(None, "a number of layers, at least 1", lambda v: v is None or at_least(1)(v))
+    horizon: int | None = option(None, "a number of tokens, at least 1", lambda v: v is None or at_least(1)(v))
+    alpha: float = option(0.995, "a factor above 0, at most 1", lambda v: between(0.0, 1.0)(v) and v > 0)
+    warmup: int = option(1, "a number of layers", at_least(0))
+    rank: Any = option(
+        "top", f'"top", one of {", ".join(METRICS)}, or a list of layers', lambda v: v == "top" or v in METRICS or _is_layers(v)
+    )
+    levels: Any = option(None, _TABLE, lambda v: v is None or all(_is_layers(level) for level in v))
+    level_of_step: Any = option(None, "a list of levels, one for each step", lambda v: v is None or _is_layers(v))
+    prefill: str = option("full", '"full" or "first"', one_of(("full", "first")))
+    unit: str = option("layer", '"layer" or "sublayer"', one_of(("layer", "sublayer")))
+    calibration: Any = option(None, "an iterable of tokens [B, T]", lambda v: v is None or isinstance(v, Iterable), spelled=False)
+    max_kl: float | None = option(None, "a number of nats, at least 0", lambda v: v is None or at_least(0.0)(v))
+    effort: str = option("greedy", '"greedy" or "one_shot"', one_of(("greedy", "one_shot")))
+    gamma: int = option(4, "a number of tokens, at least 0", at_least(0))
+    draft: Any = option(None, "a list of layers", lambda v: v is None or _is_layers(v))
+    merge: str = option("never", '"never" or "down"', one_of(("never", "down")))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.levels, tuple):
+            object.__setattr__(self, "levels", tuple(map(tuple, self.levels)))
+        if isinstance(self.calibration, Iterator):  # a program is measured more than once
+            object.__setattr__(self, "calibration", tuple(self.calibration))
+        if self.calibration is None and (self.rank in METRICS or self.max_kl is not None):
+            wanted = f"rank={self.rank}" if self.rank in METRICS else "max_kl"
+            raise PassError(f"pass {self.name}: {wanted} is measured on tokens: give calibration=, an iterable of tensors [B, T]")
+        if self.n_min is not None and self.n_max is not None and self.n_min > self.n_max:
+            raise PassError(f"pass {self.name}: n_min={self.n_min} is above n_max={self.n_max}")
+        if self.rank == "top" and self.n_min is not None and self.warmup > self.n_min:
+            raise PassError(f"pass {self.name}: warmup={self.warmup} layers run at every step, which n_min={self.n_min} does not hold")
+        if self.level_of_step is not None and self.levels is None:
+            raise PassError(f"pass {self.name}: level_of_step needs levels, {_TABLE}")
+
+    @property
+    def contract(self) -> Contract:
+        return Contract.POLICY if self.mode == "speculative" else Contract.SUBSTITUTION
+
+    def run(self, rewriter: Rewriter) -> Outcome:
+        if rewriter.function.name != "main":
+            return Outcome()
+        program = rewriter.program
+        decoder = find_decoder(program, rewriter.function)
+        if isinstance(decoder, NoMatch):
+            raise PassError(f"layer-skip: main is no decoder any more: {decoder.reason}")
+        units = find_units(program, decoder, self.unit)
+        with progress_bar("ranking layers") as bar:
+            profile = self._profile(program, decoder, units, None if bar is None else lambda done, whole: bar(done, whole, None))
+            ranking = self._ranking(units, profile)
+        if self.mode == "speculative":
+            return self._speculative(rewriter, decoder, units, ranking, profile)
+        schedule, kls = self._within(self._schedule(units, ranking), profile)
+        with rewriter.step("schedule-layers"):
+            functions = self._add_levels(rewriter, decoder, units, schedule)
+            rewriter.schedule(
+                SCHEDULE,
+                {
+                    "mode": "schedule",
+                    "levels": [list(level) for level in schedule.levels],
+                    "level_of_step": list(schedule.level_of_step),
+                    "functions": functions,
+                    "prefill": self.prefill,
+                    "merge": self.merge,
+                    **self._origin(units, kls),
+                },
+            )
+        return Outcome(lines=described(program, units, schedule, functions, kls), data={"kl_of_level": kls})
+
+    def check(self, reference: Reference, after: Program) -> Verdict:
+        """`main` stays; the functions of all levels together give what the schedule means, in float64 to 1e-10."""
+        verdict = reference.judge_exact(after)
+        if verdict.kind != "right":
+            return verdict
+        return judge_levels(after, reference.inputs, after.schedules[SCHEDULE], self.unit)
+
+    # --- the schedule ---
+
+    def _schedule(self, units: Sequence[Unit], ranking: Sequence[int] | None) -> Schedule:
+        total = len(units)
+        if self.levels is not None:
+            unknown = sorted({index for level in self.levels for index in level} - set(range(total)))
+            if unknown:
+                raise PassError(f"layer-skip: levels name {self.unit} {unknown[0]}, and there are 0 to {total - 1}")
+            levels = tuple(tuple(sorted(set(level))) for level in self.levels)
+            return Schedule(levels, self.level_of_step or tuple(range(len(levels))))
+        n_max = total if self.n_max is None else self.n_max
+        n_min = total if self.n_min is None else self.n_min
+        if n_max > total or n_min > n_max:
+            raise PassError(f"layer-skip: n_min={n_min}, n_max={n_max} do not fit {total} {self.unit}s: 1 <= n_min <= n_max <= {total}")
+        if n_min < n_max and self.decay != "constant" and self.horizon is None:
+            raise PassError(f"layer-skip: say over how many tokens layers fall from {n_max} to {n_min}: horizon=256")
+        numbers = counts(self.decay, n_max, n_min, self.horizon or 1, self.alpha)
+        return of_counts(numbers, top_sets(total, self.warmup) if ranking is None else ranked_sets(ranking))
+
+    def _ranking(self, units: Sequence[Unit], profile: Profile | None) -> list[int] | None:
+        """Layers by how much they matter, or None for "top"."""
+        if self.rank == "top":
+            return None
+        if self.rank in METRICS:
+            assert profile is not None, "construction refused a metric without calibration"
+            return profile.ranking(self.rank, self.n_min or 1, self.effort)
+        if sorted(self.rank) != list(range(len(units))):
+            raise PassError(f"layer-skip: rank must name each of the {len(units)} {self.unit}s once, those that matter most first")
+        return list(self.rank)
+
+    def _profile(self, program: Program, decoder: Decoder, units: Sequence[Unit], tell: Tell | None) -> Profile | None:
+        if self.calibration is None:
+            return None
+        batches = tuple(_tokens(number, item, decoder) for number, item in enumerate(self.calibration))
+        if not batches:
+            raise PassError("layer-skip: calibration has no items: give at least one tensor of tokens [B, T]")
+        return Profile(program, decoder, units, Calibration(batches), tell)
+
+    def _within(self, schedule: Schedule, profile: Profile | None) -> tuple[Schedule, list[float]]:
+        """The schedule without levels beyond `max_kl`, and the KL of each that stays."""
+        if profile is None:
+            return schedule, []
+        kls = [profile.kl(level) for level in schedule.levels]
+        if self.max_kl is None:
+            return schedule, kls
+        kept = next((n for n, kl in enumerate(kls) if kl > self.max_kl), len(kls))
+        if kept == 0:
+            raise PassError(f"layer-skip: the first level already costs {kls[0]:.3g} nats, more than max_kl={self.max_kl:g}: raise n_max")
+        steps_of = tuple(min(level, kept - 1) for level in schedule.level_of_step)
+        return Schedule(schedule.levels[:kept], steps_of), kls[:kept]
+
+    def _origin(self, units: Sequence[Unit], kls: Sequence[float]) -> dict[str, Any]:
+        rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
+        origin = {"rank": "table" if self.levels is not None else rank, "decay": self.decay, "kl": [float(f"{kl:.6g}") for kl in kls]}
+        return {"unit": self.unit, "units": len(units), "origin": origin}
+
+    # --- functions ---
+
+    def _add_levels(self, rewriter: Rewriter, decoder: Decoder, units: Sequence[Unit], schedule: Schedule) -> list[str]:
+        """The name of each level's function, made where it is none that is there."""
+        program, sizes, names = rewriter.program, cache_sizes(rewriter.program.symbols, decoder), []
+        for number, level in enumerate(schedule.levels):
+            skipped = _skipped(units, level)
+            name = "decode" if not skipped else f"decode_{number}"
+            if skipped:
+                rewriter.add_function(steps.decode(program, decoder, sizes, name=name, skipped=skipped))
+            names.append(name)
+        first = _skipped(units, schedule.levels[0])
+        if self.prefill == "first" and first:
+            rewriter.add_function(steps.prefill(program, decoder, sizes, skipped=first))
+        return names
+
+    def _speculative(
+        self, rewriter: Rewriter, decoder: Decoder, units: Sequence[Unit], ranking: Sequence[int] | None, profile: Profile | None
+    ) -> Outcome:
+        program, total = rewriter.program, len(units)
+        size = max(total // 2, 1)
+        sets = top_sets(total, self.warmup) if ranking is None else ranked_sets(ranking)
+        layers = tuple(sorted(set(self.draft))) if self.draft is not None else sets[size - 1]
+        if not layers or set(layers) - set(range(total)):
+            raise PassError(f"layer-skip: draft={list(layers)} must name some of the {self.unit}s 0 to {total - 1}")
+        kls = [] if profile is None else [profile.kl(layers)]
+        with rewriter.step("draft-layers"):
+            sizes = cache_sizes(program.symbols, decoder)
+            skipped = _skipped(units, layers)
+            rewriter.add_function(steps.decode(program, decoder, sizes, name="draft", skipped=skipped))
+            rewriter.schedule(
+                SCHEDULE,
+                {
+                    "mode": "speculative",
+                    "levels": [list(range(total))],
+                    "level_of_step": [0],
+                    "functions": ["decode"],
+                    "prefill": "full",
+                    "merge": "never",
+                    "draft": "draft",
+                    "draft_layers": list(layers),
+                    "gamma": self.gamma,
+                    **self._origin(units, kls),
+                },
+            )
+        shown = f"drafts {self.gamma} tokens with {len(layers)} of {total} {self.unit}s: {', '.join(map(str, layers))}"
+        lines = [shown] + [f"KL of the draft: {kl:.3g} nats a token" for kl in kls]
+        return Outcome(lines=tuple(lines), data={"kl_of_level": kls})
+
+
+def _skipped(units: Sequence[Unit], level: Sequence[int]) -> dict[Any, Any]:
+    return {unit.result: unit.source for unit in units if unit.index not in level}
+
+
+def _is_layers(value: Any) -> bool:
+    return not isinstance(value, str) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+
+
+def _tokens(number: int, item: Any, decoder: Decoder) -> torch.Tensor:
+    value = item[0] if isinstance(item, tuple) and len(item) == 1 else item
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.dtype not in (torch.int64, torch.int32) or value.shape[1] < 2:
+        raise PassError(f"layer-skip: calibration item {number} is no tensor of tokens [B, T] with at least 2 of them in each row")
+    return value.to(decoder.tokens.meta["val"].device, torch.int64)

@@ -1,0 +1,53 @@
+"""A decoder with layers left out at some positions, in one pass over all of a sequence and without caches: the meaning of a schedule.
+
+    h_{l+1} = where(on[l, t], h_l + f_l(h_l), h_l)      f_l with causal attention over all positions
+
+Source: specs/layer_skip.md, section 2 (skip_reference).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...ir import Program
+from ...ir.derive import Derivation
+from ...ir.run import run
+from ..kv_cache.decoder import Decoder
+from .units import Unit
+
+aten = torch.ops.aten
+
+
+class SkipReference:
+    """`logits(tokens, active)`: tokens i64[B, T], active[t] the layers that run at position t -> logits [B, T, V]."""
+
+    def __init__(self, program: Program, decoder: Decoder, units: Sequence[Unit]):
+        self.units, self.decoder = units, decoder
+        self._program = _masked(program, decoder, units)
+
+    def logits(self, tokens: torch.Tensor, active: Sequence[Sequence[int]]) -> torch.Tensor:
+        on = torch.tensor([[unit.index in layers for layers in active] for unit in self.units], device=tokens.device)
+        places = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+        inputs = [tokens, places][: len(self._program.main.placeholders) - 1]
+        return run(self._program, [*inputs, on])[0][0]
+
+
+def _masked(program: Program, decoder: Decoder, units: Sequence[Unit]) -> Program:
+    made = Derivation(program)
+    for node in program.main.placeholders:
+        value = node.meta["val"]
+        made.values[node] = value
+        if node in (decoder.tokens, decoder.positions):
+            source = made.input(str(node.target), torch.int64, value.shape, value.device)
+            made.values[node] = source if value.dtype == torch.int64 else made.call(aten._to_copy.default, source, dtype=value.dtype)
+    on = made.input("on", torch.bool, (len(units), decoder.length), decoder.tokens.meta["val"].device)
+    by_result = {unit.result: unit for unit in units}
+    for node in program.main.calls:
+        value = made.copy(node)
+        if node in by_result:
+            unit = by_result[node]
+            mask: Any = made.call(aten.unsqueeze.default, made.call(aten.select.int, on, 0, unit.index), 1)
+            made.values[node] = made.call(aten.where.self, mask, value, made.values[unit.source], like=node)
+    main = made.finish("main", [made.values[decoder.logits]], {})
+    return Program([main], program.weights, program.symbols)

@@ -1,0 +1,75 @@
+"""Keys and values of the rows in flight, and for how many positions each layer has them.
+
+A layer that a row skipped at some position has nothing there, and no later step may run it for that row: `check` says so before a step
+runs, since what attention would read is whatever the memory held.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...ir.errors import StateError
+
+
+@dataclass(frozen=True)
+class CacheType:
+    """One layer's keys or values: [rows, heads, capacity, width]."""
+
+    layer: int
+    heads: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Caches:
+    """`tensors` has one cache for each of `types`; a step may put another in its place. `lengths` i64[layers, rows] counts the positions
+    of each row that a layer has seen, from the first on. Behind the rows is a `spare` one, for what pads a step; a single row has no need
+    of it."""
+
+    def __init__(self, types: Sequence[CacheType], rows: int, capacity: int):
+        self.spare = rows
+        self.tensors = [unwritten(rows + (rows > 1), capacity, each) for each in types]
+        self.lengths = np.zeros((1 + max(each.layer for each in types), rows), np.int64)
+        self._columns: dict[tuple[int, ...], np.ndarray] = {}
+
+    def check(self, layers: tuple[int, ...], rows: np.ndarray, position: np.ndarray) -> None:
+        """That each of `layers` has exactly the positions before `position` i64[B] of each of `rows` i64[B].
+
+        Raises:
+            StateError: one has not.
+        """
+        held = self.lengths[self._column(layers), rows]
+        if (held == position).all():
+            return
+        place, b = np.argwhere(held != position)[0]
+        raise StateError(
+            f"layer {layers[place]} has keys and values for {held[place, b]} positions of cache row {rows[b]}, and the step is at position "
+            f"{position[b]}: a layer that was skipped there cannot run any more, so the levels of a schedule must be nested"
+        )
+
+    def wrote(self, layers: tuple[int, ...], rows: np.ndarray, end: np.ndarray) -> None:
+        """`layers` have now the positions before `end` i64[B] of `rows` i64[B]."""
+        self.lengths[self._column(layers), rows] = end
+
+    def rewind(self, rows: np.ndarray, end: np.ndarray) -> None:
+        """Forgets what any layer has of `rows` i64[B] from `end` i64[B] on."""
+        self.lengths[:, rows] = np.minimum(self.lengths[:, rows], end)
+
+    def clear(self, row: int) -> None:
+        """Forgets all of a row, for the next prompt."""
+        self.lengths[:, row] = 0
+
+    def _column(self, layers: tuple[int, ...]) -> np.ndarray:
+        """i64[L, 1]"""
+        if layers not in self._columns:
+            self._columns[layers] = np.array(layers, np.int64).reshape(-1, 1)
+        return self._columns[layers]
+
+
+def unwritten(rows: int, capacity: int, each: CacheType) -> Tensor:
+    """Memory for a cache, holding anything: no step reads what no step wrote."""
+    return torch.empty(rows, each.heads, capacity, each.width, dtype=each.dtype, device=each.device)

@@ -1,0 +1,320 @@
+"""`layer-skip`: schedules are nested data, each level is the model with layers removed, cached decoding is what the schedule means, and what
+cannot be skipped is refused by name."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import graphwright as gw
+from graphwright.ir.run import run
+from graphwright.passes.kv_cache.agreement import empty_caches
+from graphwright.passes.kv_cache.decoder import Decoder, find_decoder
+from graphwright.passes.layer_skip.ranking import Calibration, Profile
+from graphwright.passes.layer_skip.reference import SkipReference
+from graphwright.passes.layer_skip.schedule import Schedule, counts, of_counts, ranked_sets, top_sets
+from graphwright.passes.layer_skip.units import find_units
+from graphwright.tests import decoders
+
+LAYERS = decoders.LAYERS
+
+
+@functools.cache
+def cached(family: str = "llama", dtype: torch.dtype = torch.float32) -> gw.Program:
+    return gw.compile_decoder(decoders.FAMILIES[family]().to(dtype), backend="aten", cache=False).program
+
+
+def skipped(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> gw.Program:
+    return gw.PassManager([gw.LayerSkip(**options)]).run(cached(family, dtype)).program
+
+
+def decoder_of(program: gw.Program) -> Decoder:
+    found = find_decoder(program, program.main)
+    assert isinstance(found, Decoder)
+    return found
+
+
+def tokens_of(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, decoders.VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# --- schedules -----------------------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_generated_schedules_are_nested_and_fall_from_n_max_to_n_min(data: Any) -> None:
+    total = data.draw(st.integers(1, 12))
+    n_min = data.draw(st.integers(1, total))
+    n_max = data.draw(st.integers(n_min, total))
+    horizon = data.draw(st.integers(2, 40))
+    warmup = data.draw(st.integers(0, n_min))
+    decay = data.draw(st.sampled_from(["linear", "power", "constant"]))
+    ranking = data.draw(st.permutations(range(total)))
+    numbers = counts(decay, n_max, n_min, horizon, 0.9)
+    assert all(a >= b for a, b in zip(numbers, numbers[1:], strict=False))
+    assert numbers[-1] >= n_min and numbers[0] == (n_min if decay == "constant" else n_max)
+    if decay == "linear":
+        assert numbers[-1] == n_min and len(numbers) == horizon
+    for sets in (top_sets(total, warmup), ranked_sets(ranking)):
+        schedule = of_counts(numbers, sets)
+        assert [len(schedule.layers_at(step)) for step in range(len(numbers))] == numbers
+        assert schedule.layers_at(10_000) == schedule.levels[-1], "the last level holds for all steps that follow"
+    assert all(set(range(warmup)) <= set(level) for level in of_counts(numbers, top_sets(total, warmup)).levels)
+
+
+def test_the_papers_setting_runs_half_of_the_layers_in_the_mean() -> None:
+    # SkipDecode: 24 layers, 16 falling to 8, one warm-up layer.
+    schedule = of_counts(counts("linear", 16, 8, 256, 1.0), top_sets(24, 1))
+    assert schedule.mean_layers(256) == pytest.approx(12.0, abs=0.05)
+    assert schedule.levels[0] == (0, *range(9, 24)) and schedule.levels[-1] == (0, *range(17, 24))
+
+
+@pytest.mark.parametrize(
+    ("levels", "steps", "message"),
+    [
+        ([[0, 1], [0, 2]], [0, 1], r"level \[0, 2\] follows \[0, 1\], which leaves out layer 2: the keys and values"),
+        ([[0], [0, 1, 2]], [0, 1], r"leaves out layers 1, 2"),
+        ([[0, 1, 2], [0]], [0, 1, 0], r"step 2 runs layers 1, 2 again, which step 1 left out"),
+        ([[0, 1], [0, 1]], [0, 1], "is given twice"),
+        ([[0, 1], []], [0, 1], "a level has no layers"),
+        ([[0, 1], [0]], [0, 0], "names each level once or more"),
+    ],
+)
+def test_tables_that_are_not_nested_are_refused(levels: Any, steps: Any, message: str) -> None:
+    with pytest.raises(gw.PassError, match=message):
+        skipped(levels=levels, level_of_step=steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_min": 0}, "n_min is 0, but must be a number of layers, at least 1"),
+        ({"n_min": 3, "n_max": 2}, "n_min=3 is above n_max=2"),
+        ({"n_min": 1, "warmup": 2}, "warmup=2 layers run at every step, which n_min=1 does not hold"),
+        ({"rank": "output_kl", "n_min": 1}, "rank=output_kl is measured on tokens: give calibration="),
+        ({"max_kl": 0.1}, "max_kl is measured on tokens"),
+        ({"level_of_step": [0]}, "level_of_step needs levels"),
+        ({"mode": "both"}, 'mode is .both., but must be "schedule" or "speculative"'),
+        ({"rank": "best"}, 'rank is .best., but must be "top", one of output_kl'),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_at_once(options: Any, message: str) -> None:
+    with pytest.raises(gw.PassError, match=message):
+        gw.LayerSkip(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_max": 9}, "n_max=9 do not fit 3 layers"),
+        ({"n_min": 2}, "say over how many tokens layers fall from 3 to 2: horizon=256"),
+        ({"levels": [[0, 7]]}, "levels name layer 7, and there are 0 to 2"),
+        ({"rank": [0, 1], "n_min": 1, "horizon": 2}, "rank must name each of the 3 layers once"),
+        ({"mode": "speculative", "draft": [5]}, r"draft=\[5\] must name some of the layers 0 to 2"),
+        ({"calibration": []}, "calibration has no items"),
+        ({"calibration": [torch.zeros(3)]}, r"calibration item 0 is no tensor of tokens \[B, T\]"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(gw.PassError, match=message):
+        skipped(**options)
+
+
+def test_the_pass_needs_caches() -> None:
+    with pytest.raises(gw.PassError, match="explicit-caches"):
+        gw.compile(nn.Linear(2, 2), [gw.LayerSkip()], example_inputs=(torch.zeros(1, 2),), backend="aten", cache=False)
+
+
+# --- levels --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+def test_a_level_is_the_eager_model_with_its_other_layers_removed(family: str) -> None:
+    model = decoders.FAMILIES[family]()
+    program = skipped(family, levels=[[0, 2]], prefill="first")
+    tokens = tokens_of(2, 6)
+    held = empty_caches(program, 2, 6)
+    at, rows = torch.tensor([0, 0]), torch.tensor([0, 1])
+    inputs = [caches for name, caches in held.items() if name in _inputs(program, "prefill")]
+    (got,), _ = run(program, [tokens, at, rows, torch.tensor([6, 6]), *inputs], function="prefill")
+    blocks = {"llama": "model.layers", "gpt2": "transformer.h", "phi": "model.layers"}[family]
+    holder, _, name = blocks.rpartition(".")
+    parent = model.get_submodule(holder)
+    kept = nn.ModuleList([getattr(parent, name)[0], getattr(parent, name)[2]])
+    setattr(parent, name, kept)
+    model.config.num_hidden_layers = 2
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits[:, -1]
+    # float32 in another order of sums
+    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5
+
+
+def _inputs(program: gw.Program, function: str) -> list[str]:
+    return [str(node.target) for node in program.functions[function].placeholders]
+
+
+def test_a_schedule_of_all_layers_adds_nothing() -> None:
+    program = skipped()
+    assert program.schedules["layer-skip"]["functions"] == ["decode"]
+    assert program.functions.keys() == cached().functions.keys()
+    for name, function in program.functions.items():
+        assert [n.target for n in function.calls] == [n.target for n in cached().functions[name].calls]
+
+
+def test_levels_take_the_caches_of_their_layers_and_read_one_weight_table() -> None:
+    program = skipped(n_min=1, horizon=3)
+    assert program.schedules["layer-skip"]["levels"] == [[0, 1, 2], [0, 2], [0]]
+    assert _inputs(program, "decode_1")[3:] == ["cache_k_0", "cache_v_0", "cache_k_2", "cache_v_2"]
+    assert _inputs(program, "decode_2")[3:] == ["cache_k_0", "cache_v_0"]
+    assert program.weights.keys() == cached().weights.keys()
+    assert str(gw.parse(str(program))) == str(program)
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_cached_decoding_is_what_a_nested_table_means(data: Any) -> None:
+    family = data.draw(st.sampled_from(["zoo", "gemma2"]))
+    unit = data.draw(st.sampled_from(["layer", "sublayer"]))
+    total = (2 if family == "zoo" else LAYERS) * (2 if unit == "sublayer" else 1)
+    ranking = data.draw(st.permutations(range(total)))
+    sizes = sorted(data.draw(st.sets(st.integers(1, total), min_size=1, max_size=3)), reverse=True)
+    levels = [ranking[:n] for n in sizes]
+    steps = sorted(data.draw(st.lists(st.integers(0, len(levels) - 1), max_size=4)) + list(range(len(levels))))
+    prefill = data.draw(st.sampled_from(["full", "first"]))
+    program = skipped(family, torch.float64, levels=levels, level_of_step=steps, prefill=prefill, unit=unit)
+    decoder = decoder_of(program)
+    prompt, tokens = 3, tokens_of(2, 3 + len(steps), seed=len(steps))
+    start = levels[0] if prefill == "first" else list(range(total))
+    expected = SkipReference(program, decoder, find_units(program, decoder, unit)).logits(
+        tokens, [start] * prompt + [levels[n] for n in steps]
+    )
+    held = empty_caches(program, 2, tokens.shape[1])
+    got = [_step(program, "prefill", held, tokens[:, :prompt], 0, torch.tensor([prompt, prompt]))]
+    functions = program.schedules["layer-skip"]["functions"]
+    got += [_step(program, functions[level], held, tokens[:, prompt + n : prompt + n + 1], prompt + n) for n, level in enumerate(steps)]
+    for place, logits in enumerate(got, prompt - 1):
+        assert float((logits - expected[:, place]).abs().max() / expected.abs().max()) < 1e-10
+
+
+def _step(
+    program: gw.Program, function: str, held: dict[str, torch.Tensor], tokens: torch.Tensor, at: int, *more: torch.Tensor
+) -> torch.Tensor:
+    batch = tokens.shape[0]
+    caches = [held[name] for name in _inputs(program, function) if name in held]
+    outputs, new = run(program, [tokens, torch.full((batch,), at), torch.arange(batch), *more, *caches], function=function)
+    held.update({name.removeprefix("input:"): value for name, value in new.items()})
+    return outputs[0]
+
+
+def test_a_table_that_is_not_nested_would_read_what_was_never_written() -> None:
+    # What the refusal is for: with the check gone around, NaN from a slot of layer 1 comes out.
+    program = skipped(levels=[[0, 2]])
+    held = empty_caches(program, 1, 6)
+    tokens = tokens_of(1, 6)
+    _step(program, "prefill", held, tokens[:, :3], 0, torch.tensor([3]))
+    assert _step(program, "decode_0", held, tokens[:, 3:4], 3).isfinite().all()
+    assert not _step(program, "decode", held, tokens[:, 4:5], 4).isfinite().all()
+
+
+# --- ranking -------------------------------------------------------------------------------------------------------------------
+
+
+def _profile(model: nn.Module) -> Profile:
+    program = gw.compile_decoder(model, backend="aten", cache=False, cleanups=False).program
+    decoder = decoder_of(program)
+    return Profile(program, decoder, find_units(program, decoder, "layer"), Calibration((tokens_of(2, 10),)))
+
+
+def test_every_metric_ranks_a_layer_that_does_nothing_last() -> None:
+    model = decoders.FAMILIES["llama"]()
+    with torch.no_grad():
+        for part in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+            part.weight.zero_()
+    profile = _profile(model)
+    assert profile.kl([0, 1, 2]) == 0.0, "nothing left out costs nothing"
+    assert profile.kl([0, 2]) == pytest.approx(0.0, abs=1e-9)
+    for metric in ("output_kl", "block_influence", "relative"):
+        assert profile.ranking(metric, 1, "greedy")[-1] == 1, metric
+    assert profile.ranking("output_kl", 1, "one_shot")[-1] == 1
+    assert profile.kl([0]) > 0 and sorted(profile.ranking("output_kl", 1, "greedy")) == [0, 1, 2]
+
+
+def test_levels_beyond_the_budget_are_left_out() -> None:
+    calibration = [tokens_of(2, 10)]
+    free = gw.PassManager([gw.LayerSkip(n_min=1, horizon=3, calibration=calibration)]).run(cached())
+    kls = free.reports[0].data["kl_of_level"]
+    assert kls[0] == 0.0 and kls[1] > 0
+    kept = gw.PassManager([gw.LayerSkip(n_min=1, horizon=3, calibration=calibration, max_kl=(kls[1] + kls[2]) / 2)]).run(cached())
+    assert kept.program.schedules["layer-skip"]["levels"] == [[0, 1, 2], [0, 2]]
+    with pytest.raises(gw.PassError, match="the first level already costs"):
+        skipped(levels=[[0]], calibration=calibration, max_kl=0.0)
+
+
+# --- contract ------------------------------------------------------------------------------------------------------------------
+
+
+def test_contracts_and_the_numeric_check() -> None:
+    assert gw.LayerSkip().contract is gw.Contract.SUBSTITUTION
+    assert gw.LayerSkip(mode="speculative").contract is gw.Contract.POLICY
+    for options in ({"n_min": 1, "horizon": 3, "prefill": "first"}, {"mode": "speculative", "draft": [0, 2]}):
+        result = gw.PassManager(
+            [gw.LayerSkip(**options)], verify="numeric", inputs=[tokens_of(2, 7), torch.arange(7).repeat(2, 1), False]
+        ).run(cached())
+        assert "right" in str(result.reports[0].verdict)
+
+
+def test_the_report_says_what_a_schedule_does() -> None:
+    text = str(gw.PassManager([gw.LayerSkip(n_min=1, horizon=3)]).run(cached()))
+    assert "from step 1: 2 of 3 (decode_1): 0, 2" in text and "2.0 of 3 in the mean of 3 steps: at most" in text
+    assert "published schedules were fine-tuned" in text and "its quality is unmeasured" in text
+
+
+def test_the_pass_as_text() -> None:
+    spelled = gw.LayerSkip(levels=[[0, 1], [0]], level_of_step=[0, 1]).spelling
+    assert spelled == "layer-skip{levels=[[0, 1], [0]],level_of_step=[0, 1]}"
+    assert gw.PassManager(spelled).passes[0] == gw.LayerSkip(levels=[[0, 1], [0]], level_of_step=[0, 1])
+
+
+# --- refusals of models ----------------------------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """A decoder of four layers, `post_norm`: without an identity bypass; `shared`: keys of layer 0 for all."""
+
+    def __init__(self, *, post_norm: bool = False, shared: bool = False):
+        super().__init__()
+        self.post_norm, self.shared = post_norm, shared
+        self.table = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(input_ids)
+        first = None
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            q = layer(x if self.post_norm else norm(x)).unsqueeze(1)
+            first = q if first is None or not self.shared else first
+            y = F.scaled_dot_product_attention(q, first, first, is_causal=True).squeeze(1)
+            x = norm(x + y) if self.post_norm else x + y
+        return x
+
+
+def test_layers_without_a_bypass_are_refused_by_name() -> None:
+    with pytest.raises(gw.PassError, match=r"layer 0 \(.*test_layer_skip\.py:\d+.*\) has no identity bypass"):
+        gw.compile_decoder(Stack(post_norm=True).eval(), "layer-skip", backend="aten", cache=False)
+
+
+def test_keys_shared_across_layers_are_refused() -> None:
+    with pytest.raises(gw.PassError, match="no layers repeat.*share keys and values"):
+        gw.compile_decoder(Stack(shared=True).eval(), "layer-skip", backend="aten", cache=False)
+
+
+def test_schedules_are_data() -> None:
+    with pytest.raises(gw.PassError):
+        Schedule(((0, 1), (2,)), (0, 1))
