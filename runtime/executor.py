@@ -13,6 +13,7 @@ from torch import fx
 
 from ..codegen.cpu_packed import Pack, PackedCall
 from ..ir import Node, Program
+from ..ir.appends import plan_appends
 from ..ir.errors import InputError
 from ..ir.infer import tensors_of
 from .cache import Cache
@@ -36,8 +37,8 @@ class Executor:
 
     `inputs` holds one value for each leaf, constants included; `states` a tensor for each state, the program's own where one
     is missing. States and inputs are read, never written: writing back is the caller's business. Only caches that the function gives up
-    (`ir/appends.py`) are written where they lie on a CPU, and are the new states themselves. Compiled code is kept in `cache`. Executors
-    of one model's functions share `packs`, so that a weight has one second layout for all.
+    (`ir/appends.py`) are written where they lie, and are the new states themselves. Compiled code is kept in `cache`. Executors of one
+    model's functions share `packs`, so that a weight has one second layout for all.
 
     Raises:
         InputError: a weight has no values (the program was read from text alone).
@@ -66,7 +67,9 @@ class Executor:
         devices = {tensor.device for node in self._lowered.nodes for tensor in tensors_of(node.meta.get("val"))}
         if not isinstance(self._lowering, AtenLowering) and is_on(self._lowered, "cuda") and len(devices) == 1:
             weights = [bound(node) for node in self._lowered.nodes if node.op == "get_attr"]
-            self._call = Replayed(self._flat, CudaGraphs(*devices), [source is not None for source in self._sources], weights)
+            caches = {cache for each in plan_appends(body.graph).values() for cache in each}
+            is_state = [p in caches or source is not None for p, source in zip(body.placeholders, self._sources, strict=True)]
+            self._call = Replayed(self._flat, CudaGraphs(*devices), is_state, weights)
 
     @contextmanager
     def kernel_by_kernel(self) -> Iterator[None]:

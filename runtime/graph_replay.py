@@ -1,8 +1,8 @@
 """A flat graph recorded once for each set of sizes and replayed as a whole: a CUDA graph, which spares the host a launch a kernel.
 
-Inputs are copied to where the recording reads them, and outputs from where it wrote them, so callers see ordinary calls; states and
-weights are read where they lie, and a recording is for these addresses. What cannot be recorded runs as it is: work that waits for
-values, and results that share memory with an input, a weight or each other.
+Inputs are copied to where the recording reads them, and outputs from where it wrote them, so callers see ordinary calls; states, caches
+that are given up and weights are read, and written, where they lie, and a recording is for these addresses. What cannot be recorded runs
+as it is: work that waits for values, and results that share memory with an input, a weight or each other, unless they are a state itself.
 """
 
 import threading
@@ -31,17 +31,19 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class _Recording:
-    """One recorded run: where it reads its inputs, None for those that are no tensors, and where it leaves its results."""
+    """One recorded run: where it reads its inputs, None for those that are no tensors or lie where they lay, and where it leaves its
+    results; those in `passed` are the inputs of these numbers."""
 
     inputs: tuple[torch.Tensor | None, ...]
     results: tuple[Any, ...]
+    passed: dict[int, int]
     replay: Callable[[], None]
 
 
 class Replayed:
     """`run` (a `FlatGraph`), recorded on the second call with the same sizes: the first compiles its kernels.
 
-    `is_state` says of each input whether it is read where it lies; `weights` are what `run` reads beside its inputs.
+    `is_state` says of each input whether it is read, or written, where it lies; `weights` are what `run` reads beside its inputs.
     """
 
     def __init__(self, run: Call, recorder: Recorder, is_state: Sequence[bool], weights: Sequence[torch.Tensor] = ()):
@@ -81,12 +83,13 @@ class Replayed:
         return sum(recording is not None for recording in self._recordings.values())
 
     def _replayed(self, recording: _Recording, inputs: list[Any]) -> list[Any]:
-        for held, value, is_state in zip(recording.inputs, inputs, self._is_state, strict=True):
-            if held is not None and not is_state:
+        for held, value in zip(recording.inputs, inputs, strict=True):
+            if held is not None:
                 held.copy_(value)
+        passed = {n: inputs[index] for n, index in recording.passed.items()}
         inputs.clear()
         recording.replay()
-        return [_copy(result) for result in recording.results]
+        return [passed[n] if n in passed else _copy(result) for n, result in enumerate(recording.results)]
 
     def _recorded(self, inputs: list[Any]) -> _Recording | None:
         held = [value if is_state else _copy(value) for value, is_state in zip(inputs, self._is_state, strict=True)]
@@ -96,12 +99,16 @@ class Replayed:
         except RuntimeError as error:  # some work cannot be recorded: what waits for the device, or allocates by itself
             warnings.warn(f"runs kernel by kernel, not as one recording: {str(error).splitlines()[0]}", stacklevel=2)
             return None
+        states = {id(value): index for index, value in enumerate(held) if self._is_state[index]}
+        passed = {n: states[id(value)] for n, value in enumerate(results) if id(value) in states}
+        results = [None if n in passed else value for n, value in enumerate(results)]
         tensors = [value for value in results if _is_tensor(value)]
         places = [_storage(tensor) for tensor in tensors]
         taken = {_storage(value) for value in (*self._weights, *held) if _is_tensor(value)}
         if len(set(places)) < len(places) or taken & set(places) or any(map(_overlaps, tensors)):
             return None
-        return _Recording(tuple(value if _is_tensor(value) else None for value in held), tuple(results), replay)
+        copied = (value if _is_tensor(value) and not is_state else None for value, is_state in zip(held, self._is_state, strict=True))
+        return _Recording(tuple(copied), tuple(results), passed, replay)
 
 
 class CudaGraphs:

@@ -5,13 +5,12 @@ its slices have. In a program with regions a piece that takes more memory than i
 out convolutions anew and may keep what the plan frees.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from ..codegen.attention.cached import append_in_place
 from ..codegen.native_calls import libraries_of
 from ..ir import Node, SymbolTable
 from ..ir.appends import plan_appends
@@ -40,6 +39,7 @@ class Lowering(Protocol):
     pieces: dict[Node, Node]
     left: set[Node]
     code: CodeCache | None
+    append_in_place: Callable[..., Any]
 
     def prepared(self, graph: fx.Graph) -> tuple[fx.Graph, dict[Node, Node]]: ...
 
@@ -121,18 +121,19 @@ def _lowered(program: fx.Graph, lowering: Lowering) -> fx.Graph:
             copies[piece] = lowered.node_copy(piece, copies.__getitem__)
     for call, first in lowering.pieces.items():
         lowering.pieces[call] = source.get(first, first)
-    _append_in_place(program, lowered)
+    _append_in_place(program, lowered, lowering)
     return lowered
 
 
-def _append_in_place(program: fx.Graph, lowered: fx.Graph) -> None:
-    """Lets calls write to the caches that `program` gives up to them. A GPU's recording reads copies of its inputs, and writes none."""
+def _append_in_place(program: fx.Graph, lowered: fx.Graph, lowering: Lowering) -> None:
+    """Lets calls write to the caches that `program` gives up to them."""
     given_up = {tuple(str(cache.target) for cache in caches) for caches in plan_appends(program).values()}
     for node in lowered.nodes:
-        if node.target is torch.ops.gw.kv_append.default and is_on(lowered, "cpu"):
+        if node.target is torch.ops.gw.kv_append.default:
             caches: Any = node.args[:2]
             if tuple(str(cache.target) for cache in caches if cache.op == "placeholder") in given_up:
-                node.target = append_in_place
+                node.target = lowering.append_in_place
+                node.meta["writes_caches"] = True
 
 
 def _pieces(graph: fx.Graph) -> "list[Node | list[Node]]":

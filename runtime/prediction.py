@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx
 
-from ..codegen.attention.cached import append_in_place
 from ..ir import Node
 from ..ir.infer import storage_key, tensors_of
 from ..ir.liveness import MemoryProfile, last_uses, profile_graph, storage_bytes
@@ -37,7 +36,7 @@ def _profile(graph: fx.Graph) -> MemoryProfile:
     donors = {
         node: {j: node.args[2 + i] for j, i in node.target.donors.items()} for node in graph.nodes if isinstance(node.target, SlicedRun)
     }
-    donors |= {node: {0: node.args[0], 1: node.args[1]} for node in graph.nodes if node.target is append_in_place}
+    donors |= {node: dict(enumerate(node.args[:2])) for node in graph.nodes if node.meta.get("writes_caches")}
 
     def workspace(node: Node) -> int:
         if isinstance(node.target, SlicedRun):

@@ -10,6 +10,7 @@ import networkx
 import torch
 from torch import fx
 
+from ..codegen.triton.attention import launch as attention
 from ..ir import Function, Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.infer import tensors_of
@@ -36,6 +37,8 @@ class TritonLowering:
     Raises:
         TargetError: `interpreted`, and triton compiles in this process.
     """
+
+    append_in_place = staticmethod(attention.append_in_place)
 
     def __init__(self, graph: fx.Graph, symbols: SymbolTable, interpreted: bool, tune: bool = False, cache: Cache | None = None):
         from ..codegen.triton.launch import require_interpreter
@@ -78,6 +81,8 @@ class TritonLowering:
         for node in _schedule(nodes, {node: group for node, (group, _) in launches.items()}):
             if node not in launches:
                 copies[node] = lowered.node_copy(node, copies.__getitem__)
+                if node.target is torch.ops.gw.cached_attention.default and node.meta["val"].device.type == self.device:
+                    copies[node].target = attention.cached_attention
                 continue
             group, launch = launches[node]
             operands = tuple(map(copies.__getitem__, group.inputs))

@@ -30,6 +30,8 @@ Bound = Callable[[Node], torch.Tensor]  # gives the values of a weight
 class TunedLowering:
     """Lowers `graph`, whose weights are `bound`; compiled code and verdicts may come from `code`, packed weights from `packs`."""
 
+    append_in_place = staticmethod(AtenLowering.append_in_place)
+
     def __init__(self, graph: fx.Graph, symbols: SymbolTable, bound: Bound, code: CodeCache | None, packs: Packs):
         self.code: CodeCache | None = None  # which pieces are left depends on what the probe finds
         self.left: set[Node] = set()

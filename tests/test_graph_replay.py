@@ -91,6 +91,22 @@ def test_a_weight_written_in_place_is_read_and_one_replaced_is_recorded_anew(aff
     assert replayed.num_recordings == 1
 
 
+def test_a_state_that_is_written_where_it_lies_is_its_own_result_and_is_not_held():
+    def run(inputs):
+        x, state = inputs
+        inputs.clear()
+        state[0] = x[0]
+        return [x + 1, state]
+
+    replayed = Replayed(run, Again(), [False, True])
+    for state in (torch.zeros(3), torch.zeros(3)):
+        for n in range(4):
+            y, new = replayed([torch.full((3,), float(n)), state])
+            assert new is state and state[0] == n and torch.equal(y, torch.full((3,), n + 1.0))
+    assert replayed.num_recordings == 2
+    assert all(recording.inputs[1] is None and recording.results[1] is None for recording in replayed._recordings.values())
+
+
 def test_states_are_read_where_they_lie():
     replayed = Replayed(lambda inputs: [inputs[0] + inputs[1]], Again(), [False, True])
     state, other = torch.zeros(2), torch.full((2,), 9.0)

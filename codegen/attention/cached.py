@@ -36,10 +36,7 @@ def append_in_place(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, posi
     native = library() if all(map(_is_appendable, pairs)) else None
     if native is None or k.numel() == 0:
         _check(cache_k, k.size(2), position, rows)
-        slots = position.unsqueeze(1) + torch.arange(k.size(2), device=k.device)
-        for cache, new in pairs:
-            cache.index_put_((rows.reshape(-1, 1, 1), torch.arange(k.size(1), device=k.device).reshape(1, -1, 1), slots.unsqueeze(1)), new)
-        return cache_k, cache_v
+        return append_by_aten(cache_k, cache_v, k, v, position, rows)
     position, rows, dense = position.contiguous(), rows.contiguous(), [_dense(k), _dense(v)]
     told = [
         _APPEND.pack(
@@ -54,6 +51,15 @@ def append_in_place(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, posi
     return cache_k, cache_v
 
 
+def append_by_aten(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, position: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As `append_in_place`, on any device."""
+    slots = (position.unsqueeze(1) + torch.arange(k.size(2), device=k.device)).unsqueeze(1)
+    heads = torch.arange(k.size(1), device=k.device).reshape(1, -1, 1)
+    for cache, new in ((cache_k, k), (cache_v, v)):
+        cache.index_put_((rows.reshape(-1, 1, 1), heads, slots), new)
+    return cache_k, cache_v
+
+
 def cached_attention(
     q: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, rows: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0
 ) -> Tensor:
@@ -64,7 +70,9 @@ def cached_attention(
     """
     batch, heads, queries, depth = q.shape
     width = cache_v.size(3)
-    if not is_fit(q, cache_k, cache_v) or batch * heads * queries * width == 0:
+    if batch * heads * queries * width == 0:
+        return q.new_empty(batch, queries, heads, width).transpose(1, 2)
+    if not is_fit(q, cache_k, cache_v):
         _check(cache_k, queries, position, rows)
         return reference(q, cache_k, cache_v, position, rows, scale=scale, window=window, softcap=softcap)
     native = library()

@@ -6,6 +6,7 @@ NVIDIA's figures are those of `ptxas -v`, AMD's those that the compiler writes i
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,18 +51,34 @@ def compile_for(kernel: Kernel, target: str) -> Binary:
     Raises:
         TargetError: the target is unknown, or triton interprets in this process.
     """
+    named(target)
+    signature, constants, attributes = _specialised(kernel)
+    return binary_of(lambda: getattr(load(kernel), kernel.name), signature, constants, attributes, kernel.tile.options, target)
+
+
+def binary_of(
+    function: Callable[[], Any],
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    attributes: dict[tuple[int, ...], Any],
+    options: dict[str, int],
+    target: str,
+) -> Binary:
+    """The binary of the kernel that `function` gives, for parameters of these types, constants and alignments, as triton names them.
+
+    Raises:
+        TargetError: triton interprets in this process.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    named(target)
     if not isinstance(triton.language.sum, triton.runtime.JITFunction):
         raise TargetError("triton interprets in this process and compiles nothing: start Python without TRITON_INTERPRET")
     is_amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    signature, constants, attributes = _specialised(kernel)
-    source = ASTSource(fn=getattr(load(kernel), kernel.name), signature=signature, constexprs=constants, attrs=attributes)
-    compiled: Any = triton.compile(source, target=gpu, options=kernel.tile.options)
+    source = ASTSource(fn=function(), signature=signature, constexprs=constants, attrs=attributes)
+    compiled: Any = triton.compile(source, target=gpu, options=options)
     registers, spills = _amd_usage(compiled.asm["amdgcn"]) if is_amd else _nvidia_usage(compiled.asm["ptx"], target)
     return Binary(target, compiled.asm["hsaco" if is_amd else "cubin"], registers, compiled.metadata.shared, spills)
 
