@@ -10,7 +10,8 @@ BENCH_FLAGS ?= --quick
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -c constraints.txt
-BENCHES := $(filter-out bench/harness.py bench/picture.py bench/gpu_low_rank.py bench/low_rank_networks.py,$(wildcard bench/*.py))
+BENCHES := $(filter-out bench/harness.py bench/picture.py bench/gpu_low_rank.py bench/low_rank_networks.py \
+	bench/decoder_peers.py,$(wildcard bench/*.py))
 
 .PHONY: demo test lint bench bench-deps clean
 
