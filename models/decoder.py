@@ -3,11 +3,15 @@
 Parameters are named as in transformers' `LlamaForCausalLM` less its `model.` prefix; the tests compare outputs with it.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..ir.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Config:
 
 SIZES = {
     "tiny": Config(vocabulary=256, dim=64, depth=2, num_heads=4, num_kv_heads=2, hidden=176, tied=True, length=16),
+    # trained on text of the standard library (`text`); its depth is for schedules that skip layers
+    "text": Config(vocabulary=2048, dim=128, depth=12, num_heads=4, num_kv_heads=2, hidden=384, tied=True, length=256, rope_base=10000.0),
     "small": Config(vocabulary=8192, dim=512, depth=8, num_heads=8, num_kv_heads=4, hidden=1408, tied=False, length=512),
     # Llama 3.2 1B, without its rescaling of low rotary frequencies for contexts beyond 8192
     "base": Config(vocabulary=128256, dim=2048, depth=16, num_heads=32, num_kv_heads=8, hidden=8192, tied=True, length=2048),
@@ -137,6 +143,21 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, rotation)
         return self.lm_head(self.norm(x))
+
+
+def with_layers(network: Decoder, kept: Sequence[int]) -> Decoder:
+    """A decoder of these layers of `network`, in this order, that shares its weights: what skipping all others computes.
+
+    Raises: InputError for a layer that `network` does not have.
+    """
+    depth = len(network.layers)
+    for index in kept:
+        if not 0 <= index < depth:
+            raise InputError(f"the decoder has no layer {index}: they are 0 .. {depth - 1}")
+    thinned = copy.copy(network)
+    thinned._modules = dict(network._modules)  # a shallow copy shares the table of modules too
+    thinned.layers = nn.ModuleList(network.layers[index] for index in kept)
+    return thinned
 
 
 def example_inputs(config: Config) -> tuple[tuple, dict]:

@@ -1,4 +1,5 @@
-"""Trains networks of the zoo: `python -m graphwright.models.train dit` makes the weights that `load("dit", "digits")` reads.
+"""Trains networks of the zoo: `python -m graphwright.models.train dit` makes the weights that `load("dit", "digits")` reads,
+`decoder` those of `load("decoder", "text")`.
 
 One seed gives one network on one machine with one number of threads; sums are taken in other orders with another.
 """
@@ -17,15 +18,15 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..ir.errors import GraphwrightError
-from . import digits, dit
+from . import decoder, digits, dit, text
 from .sampling import TRAIN_STEPS, noised
 from .trained_weights import write_weights
 
 Tell = Callable[[int, float], None]  # told the steps done and the loss
 
-PEAK_RATE = 1e-3
 WARMUP_STEPS = 100
 AVERAGING = 0.995  # weights of the last 200 steps or so
 
@@ -63,12 +64,59 @@ def _start_at_identity(network: dit.DiT) -> None:
         nn.init.zeros_(module.bias)
 
 
-def fit(network: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int, tell: Tell | None = None) -> nn.Module:
+def train_decoder(steps: int, seed: int = 0, tell: Tell | None = None) -> nn.Module:
+    """The network `decoder` of size "text", trained to predict each next token of `text.training()`; its loss is in nats.
+
+    Each step drops whole layers, the deeper the likelier (`_drawn_layers`), so that the network does without them later too.
+    """
+    ids = torch.tensor(text.encode(text.training()))
+    batch_size, window = 4, torch.arange(text.CONTEXT + 1)
+
+    def loss(network: nn.Module) -> Tensor:
+        start = torch.randint(len(ids) - text.CONTEXT, (batch_size, 1))
+        tokens = ids[start + window]
+        logits = decoder.with_layers(network, _drawn_layers(len(network.layers)))(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = decoder.Decoder(decoder.SIZES["text"])
+        _start_near_identity(network)
+        return fit(network, loss, steps, tell, peak_rate=2e-3)
+
+
+DROPPED_AT_MOST = 0.5  # how often a step goes without the last layer
+
+
+def _drawn_layers(depth: int) -> list[int]:
+    """Layer l is dropped with probability DROPPED_AT_MOST * l / (depth - 1): the first never, a quarter of all in the mean.
+
+    Source: Huang et al. 2016, "Deep Networks with Stochastic Depth", section 3, for a whole batch at a time and without their
+    rescaling of what is kept, as in Fan et al. 2020, "Reducing Transformer Depth on Demand with Structured Dropout".
+    """
+    dropped = torch.rand(depth) < DROPPED_AT_MOST * torch.linspace(0, 1, depth)
+    return [layer for layer in range(depth) if not dropped[layer]]
+
+
+def _start_near_identity(network: decoder.Decoder) -> None:
+    """Every product keeps the size of what it reads, but for what the layers add, which together is as large as the embedding's."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):  # a tied head is the embedding, whose rows it reads
+            fan_in = module.weight.shape[1]
+            nn.init.normal_(module.weight, std=fan_in**-0.5)
+        if name.endswith(("o_proj", "down_proj")):
+            with torch.no_grad():
+                module.weight.mul_((2 * len(network.layers)) ** -0.5)
+
+
+def fit(
+    network: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int, tell: Tell | None = None, peak_rate: float = 1e-3
+) -> nn.Module:
     """Takes `steps` steps of AdamW down `loss(network)`; returns a network in eval mode with the moving average of the weights.
 
-    The learning rate rises linearly over the first steps, then falls to zero along half a cosine.
+    The learning rate rises linearly to its peak over the first steps, then falls to zero along half a cosine.
     """
-    optimizer = torch.optim.AdamW(network.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(network.parameters(), peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     averaged = copy.deepcopy(network).eval().requires_grad_(False)
     for step in range(steps):
@@ -107,7 +155,7 @@ class Recipe:
     steps: int
 
 
-RECIPES = {"dit": Recipe("digits", train_dit, steps=3000)}
+RECIPES = {"dit": Recipe("digits", train_dit, steps=3000), "decoder": Recipe("text", train_decoder, steps=4000)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

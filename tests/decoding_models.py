@@ -131,6 +131,9 @@ class SmallStep:
     def padded(self, batch):
         return batch
 
+    def make_ready(self, batch, length):
+        return 0.0
+
     def __call__(self, caches, tokens, position, rows, lengths=None):
         assert tokens.dtype == position.dtype == rows.dtype == torch.int64
         self.decoder.calls.append((self.name, rows.tolist()))

@@ -636,7 +636,11 @@ def test_a_value_that_leaves_for_python_is_a_blocker_with_its_line() -> None:
         ir.capture(Leaves(), (torch.ones(3),))
 
 
-@pytest.mark.parametrize("model", [None, 3, "resnet", lambda x: x, torch.relu, nn.Linear, torch.ones(3)], ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [None, 3, "resnet", lambda x: x, torch.relu, nn.Linear, torch.ones(3)],
+    ids=["none", "number", "text", "lambda", "function", "class", "tensor"],
+)
 def test_what_is_no_module_is_refused_by_one_of_our_errors(model: object) -> None:
     with pytest.raises(CaptureError, match="only an nn.Module is captured"):
         ir.capture(model, (torch.ones(3),))  # type: ignore[arg-type]

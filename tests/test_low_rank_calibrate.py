@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphwright as gw
-from graphwright.passes.low_rank import calibrate, progress, resume
+from graphwright.passes import progress
+from graphwright.passes.low_rank import calibrate, resume
 from graphwright.passes.low_rank.calibrate import collect, collect_waves
 from graphwright.passes.low_rank.sample import RowSample, splitmix64
 

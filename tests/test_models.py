@@ -167,6 +167,30 @@ def test_the_decoder_looks_at_no_later_token():
     torch.testing.assert_close(module(ids)[:, :10], module(changed)[:, :10])
 
 
+@torch.no_grad()
+def test_a_decoder_with_fewer_layers_shares_their_weights_and_skips_the_others():
+    module, (ids,), _ = models.load("decoder", "text", length=20)
+    without = decoder.with_layers(module, [0, 1, 5, 11])
+    assert [layer is module.layers[index] for layer, index in zip(without.layers, [0, 1, 5, 11])] == [True] * 4
+    assert len(module.layers) == 12 and without.lm_head.weight is module.lm_head.weight
+    shortened = without(ids)
+    for index in {*range(12)} - {0, 1, 5, 11}:
+        module.layers[index].forward = lambda x, rotation: x
+    assert torch.equal(shortened, module(ids))
+
+
+@torch.no_grad()
+def test_a_decoder_with_all_its_layers_is_the_same():
+    module, (ids,), _ = models.load("decoder", "tiny")
+    assert torch.equal(decoder.with_layers(module, range(2))(ids), module(ids))
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_layers_that_a_decoder_does_not_have_are_refused(index):
+    with pytest.raises(InputError, match=f"the decoder has no layer {index}: they are 0 .. 1"):
+        decoder.with_layers(models.load("decoder", "tiny")[0], [0, index])
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [

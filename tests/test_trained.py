@@ -2,6 +2,7 @@
 
 import fnmatch
 import importlib.util
+import lzma
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ from torch import nn
 
 from graphwright import models
 from graphwright.ir.errors import ArtifactError, InputError
-from graphwright.models import digits, dit, sampling, train
+from graphwright.models import decoder, digits, dit, sampling, text, train
 from graphwright.models.trained_weights import read_weights, write_weights
 
 TRAINED = [(name, size) for name in models.names() for size in models.trained(name)]
@@ -35,8 +36,8 @@ def assert_same_parameters(a, b):
 # --- loading ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_digits_of_dit_are_trained():
-    assert ("dit", "digits") in TRAINED
+def test_the_digits_of_dit_and_the_text_of_decoder_are_trained():
+    assert TRAINED == [("dit", "digits"), ("decoder", "text")]
     with pytest.raises(InputError, match="no network 'resnet'"):
         models.trained("resnet")
 
@@ -111,6 +112,36 @@ def test_the_trained_dit_predicts_noise_and_no_variance(one_thread):
     predicted = module(sampling.noised(images, noise, timestep), timestep, labels)
     assert (predicted[:, :1] - noise).square().mean() < 0.25  # 1 is what a network that predicts nothing gets
     assert not predicted[:, 1:].any()
+
+
+# --- the trained language model --------------------------------------------------------------------------------------------
+
+
+def test_the_vocabulary_is_that_of_the_trained_decoder():
+    assert len(text.vocabulary()) == decoder.SIZES["text"].vocabulary
+
+
+def held_out_perplexity(layers):
+    module, _, _ = models.load("decoder", "text")
+    return text.perplexity(decoder.with_layers(module, layers), text.encode(text.held_out()), batch=8)
+
+
+def test_the_trained_decoder_knows_more_of_a_text_than_a_compressor_does(one_thread):
+    compressed = lzma.compress(text.held_out().encode(), preset=9 | lzma.PRESET_EXTREME)
+    assert held_out_perplexity(range(12)).bits_per_byte < 0.8 * 8 * len(compressed) / len(text.held_out().encode())
+
+
+def test_the_trained_decoder_does_without_layers_the_better_the_fewer_are_gone(one_thread):
+    without = [held_out_perplexity(range(12 - gone)).per_token for gone in (0, 2, 4, 6)]
+    assert without == sorted(without)
+    assert without[1] < 1.02 * without[0] and without[3] < 1.2 * without[0]  # 1.01 and 1.15
+
+
+def test_the_trained_decoder_looks_back(one_thread):
+    module, _, _ = models.load("decoder", "text")
+    ids = text.encode(text.held_out())[:4097]
+    near, far = (text.perplexity(module, ids, length, batch=2048 // length).per_token for length in (16, 256))
+    assert far < 0.8 * near
 
 
 # --- files of weights ------------------------------------------------------------------------------------------------------
@@ -199,6 +230,21 @@ def test_training_writes_a_file_that_loads_and_one_seed_gives_one_file(tmp_path,
     read_weights(dit.DiT(dit.SIZES["digits"]), files[0])
     assert f"wrote {files[0]}" in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+def test_one_seed_gives_one_decoder_and_the_averaged_weights_of_all_layers(one_thread):
+    first, again, other = (train.train_decoder(2, seed) for seed in (1, 1, 2))
+    assert_same_parameters(first, again)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert len(first.layers) == 12 and not first.training
+
+
+def test_a_decoder_is_trained_without_layers_the_deeper_the_more_often():
+    torch.manual_seed(0)
+    drawn = [train._drawn_layers(12) for _ in range(2000)]
+    assert all(layers == sorted({*layers}) for layers in drawn)
+    kept = torch.tensor([sum(layer in layers for layers in drawn) / 2000 for layer in range(12)])
+    torch.testing.assert_close(kept, torch.linspace(1, 0.5, 12), rtol=0, atol=0.05)  # 4.5 deviations of a share of 2000
 
 
 @needs_digits

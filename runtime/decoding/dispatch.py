@@ -3,6 +3,7 @@
 The operands of a step are kept, one set for each number of rows and tokens, and written anew: a step allocates none.
 """
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +36,7 @@ class Dispatch:
 
     def __init__(self, caches: Caches, device: torch.device):
         self.caches = caches
+        self.ready_seconds = 0.0
         self._device = device
         self._kept: dict[tuple[int, int], Operands] = {}
 
@@ -59,7 +61,12 @@ class Dispatch:
             padded[: len(each)] = each
         return self._run(step, operands, len(tokens))
 
+    def clock(self) -> float:
+        """Seconds of the wall, without those in which steps were made ready: these are taken once for a model and size."""
+        return time.perf_counter() - self.ready_seconds
+
     def _run(self, step: Step, operands: Operands, batch: int) -> Tensor:
+        self.ready_seconds += step.make_ready(*operands.tokens.shape)
         rows, position = operands.rows[:batch], operands.position[:batch]
         self.caches.check(step.layers, rows, position)
         logits = step(self.caches.tensors, *operands.tensors())

@@ -16,13 +16,15 @@ class Token(NamedTuple):
 
 @dataclass
 class Figures:
-    """What a generation costs, counted while it runs. Seconds are those of the wall, without what the reader of a stream takes.
+    """What a generation costs, counted while it runs. Seconds are those of the wall, without what the reader of a stream takes;
+    `ready_seconds`, in which functions were compiled for sizes that they had not run at, are in no other.
 
     `steps` are runs of a function that gives tokens, drafts and their judge included; `merged_steps` how often a row ran a smaller set of
     layers than its schedule has, since rows of a later level shared the step. Of speculation: bursts, drafted tokens that could be taken,
     and those that were; seconds of single steps, full and drafting, on the same rows.
     """
 
+    ready_seconds: float = 0.0
     prefill_seconds: float = 0.0
     prefill_tokens: int = 0
     decode_seconds: float = 0.0
@@ -73,7 +75,10 @@ class Generated:
         f = self.figures
         prefill = f"prefill: {f.prefill_tokens} tokens in {f.prefill_seconds:.3g} s"
         decode = f"decode: {f.decode_tokens} tokens in {f.decode_seconds:.3g} s, {f.tokens_per_second:.4g} tokens/s, {f.steps} steps"
-        return [prefill, decode] if f.decode_tokens else [prefill]
+        ready = (
+            [f"made ready in {f.ready_seconds:.3g} s, which the next call with such sizes does without"] if f.ready_seconds > 0.1 else []
+        )
+        return [*ready, prefill, decode] if f.decode_tokens else [*ready, prefill]
 
     def _schedule(self) -> list[str]:
         merged = self.figures.merged_steps

@@ -5,7 +5,6 @@ Each turn reads at most one chunk of each prompt and then decodes one step, so t
 (Agrawal et al. 2023, "SARATHI: efficient LLM inference by piggybacking decodes with chunked prefills").
 """
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -44,6 +43,7 @@ class Scheduler:
             self._admit()
             yield from self._read()
             yield from self._decode()
+            self._figures.ready_seconds = self._dispatch.ready_seconds
 
     def _admit(self) -> None:
         while self._waiting and self._free:
@@ -57,7 +57,7 @@ class Scheduler:
         rows = self._reading
         if not rows:
             return
-        begin = time.perf_counter()
+        begin = self._dispatch.clock()
         # Rows are padded to the longest chunk, and padding needs slots too.
         room = self._limits.capacity - max(row.position for row in rows)
         longest = min(self._limits.chunk or room, room)
@@ -70,7 +70,7 @@ class Scheduler:
         first: list[int] = []
         if ended:
             first = self._sampler.choose(logits[done], [row.id for row in ended], [0] * len(ended))
-        self._figures.prefill_seconds += time.perf_counter() - begin
+        self._figures.prefill_seconds += self._dispatch.clock() - begin
         self._figures.prefill_tokens += sum(map(len, chunks))
         self._reading = [row for row in rows if row.unread]
         self._running += ended
@@ -79,9 +79,9 @@ class Scheduler:
     def _decode(self) -> Iterator[Token]:
         if not self._running:
             return
-        begin = time.perf_counter()
+        begin = self._dispatch.clock()
         bursts = self._decoding.advance(self._running)
-        self._figures.decode_seconds += time.perf_counter() - begin
+        self._figures.decode_seconds += self._dispatch.clock() - begin
         committed = self._commit(bursts)
         self._figures.decode_tokens += len(committed)
         yield from committed

@@ -7,6 +7,7 @@ caches), in prefill `lengths` i64[B] (how many of its T tokens are real, the res
 
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -36,6 +37,9 @@ class Step(Protocol):
 
     def padded(self, batch: int) -> int:
         """How many rows a call on `batch` rows is to have: as many, or more where it is made ready for fixed numbers of them."""
+
+    def make_ready(self, batch: int, length: int) -> float:
+        """Does what a first call of these sizes would have to wait for; the seconds that it took."""
 
     def __call__(self, caches: list[Tensor], tokens: Tensor, position: Tensor, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits: [B, V], or [B, T, V] of a function that verifies. New caches are in the places of the old ones afterwards."""
@@ -118,6 +122,11 @@ class ProgramStep:
 
     def padded(self, batch: int) -> int:
         return next((rows for rows in FIXED_ROWS if rows >= batch), batch) if self._is_fixed else batch
+
+    def make_ready(self, batch: int, length: int) -> float:
+        begin = time.perf_counter()
+        self._executor(batch, length)
+        return time.perf_counter() - begin
 
     def __call__(self, caches: list[Tensor], tokens: Tensor, position: Tensor, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
         inputs = [tokens, position, rows, *([lengths] if self._takes_lengths else []), *[caches[place] for place in self._read]]
