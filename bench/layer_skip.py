@@ -8,11 +8,14 @@ Section "schedule": `layer-skip` on a deeper Llama. Steps of all levels cost n c
 steps of all layers and of few. Rows compare the mean step of a schedule with that of the full model, and with what its mean number of
 layers allows.
 
-    python bench/layer_skip.py [--quick] [--only decode] [--only schedule] [--case TEXT] [--json FILE]
+Sections "quality" and "speculative": `trained_decoder.py` says what they are. With --quick ours runs kernels of ATen alone.
+
+    python bench/layer_skip.py [--quick] [--only SECTION] [--case TEXT] [--plot FILE] [--json FILE]
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +23,11 @@ from typing import Any
 
 import decoder_peers
 import torch
+import trained_decoder
 from decoder_peers import VOCABULARY
 from harness import Bench
 from torch import Tensor
+from trained_decoder import backend
 
 import graphwright as gw
 
@@ -33,9 +38,12 @@ PEERS = {
     "weights read": "torch",
     "all layers": "torch",
     "by mean layers": "torch",
+    "prompts": "torch",
+    "drafts": "torch",
 }
 PROMPT, NEW = 64, 64
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+QUICK_BUDGET = 40.0  # seconds after which --quick begins no other section
 READ_BYTES = 2**30  # far beyond the caches of the processor
 
 
@@ -72,11 +80,15 @@ FEW = 6  # c and c_h are fitted to steps of all layers and of a FEW-th of them
 def main() -> None:
     bench = Bench("layer_skip", PEERS, add_arguments=_arguments)
     torch.manual_seed(0)
-    if "transformers static" in bench.missing:
-        bench.note("decode, schedule: transformers is not installed, whose Llama they run: make bench-deps")
-        return bench.finish()
+    begin = time.perf_counter()
     with torch.no_grad():
         for section in bench.options.only or SECTIONS:
+            if bench.quick and time.perf_counter() - begin > QUICK_BUDGET:
+                bench.note(f"{section}: left out, the time of --quick is spent")
+                continue
+            if section in OF_TRANSFORMERS and "transformers static" in bench.missing:
+                bench.note(f"{section}: left out, transformers is not installed, whose Llama it runs: make bench-deps")
+                continue
             SECTIONS[section](bench)
             bench.save()
     bench.finish()
@@ -84,7 +96,8 @@ def main() -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", choices=SECTIONS, help="only this section (may be repeated)")
-    parser.add_argument("--case", default="", metavar="TEXT", help="only cases with TEXT in their names")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases of decode and schedule with TEXT in their names")
+    trained_decoder.add_arguments(parser)
 
 
 # --- decode ----------------------------------------------------------------------------------------------------------------
@@ -116,7 +129,7 @@ def _contestants(bench: Bench, model: Any, dtype: str) -> dict[str, decoder_peer
 
 
 def _decode_case(bench: Bench, name: str, model: Any, peers: dict[str, decoder_peers.Generate], prompts: Tensor) -> None:
-    ours = Timed(gw.compile_decoder(model), prompts)
+    ours = Timed(gw.compile_decoder(model, backend=backend(bench)), prompts)
     tokens = ours().tokens
     if model.dtype == torch.float32:
         for peer, generate in peers.items():
@@ -165,8 +178,8 @@ def schedule(bench: Bench) -> None:
     names = [f"{layers} layers, f32, batch {batch}" for batch in sizes.batches]
     if not any(bench.options.case in name for name in names):
         return
-    full = gw.compile_decoder(decoder_peers.llama(sizes.hidden, layers, torch.float32))
-    scheduled = {decay: gw.compile(full, decay.passes) for decay in (*decays, Decay(few, few))}
+    full = gw.compile_decoder(decoder_peers.llama(sizes.hidden, layers, torch.float32), backend=backend(bench))
+    scheduled = {decay: gw.compile(full, decay.passes, backend=backend(bench)) for decay in (*decays, Decay(few, few))}
     for name, batch in zip(names, sizes.batches, strict=True):
         if bench.options.case in name:
             _schedule_case(bench, name, full, scheduled, torch.randint(0, VOCABULARY, (batch, PROMPT)))
@@ -206,7 +219,13 @@ def mean_layers(compiled: gw.CompiledModel) -> float:
     return sum(levels[level] for level in steps) / (NEW - 1)
 
 
-SECTIONS: dict[str, Callable[[Bench], None]] = {"decode": decode, "schedule": schedule}
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "decode": decode,
+    "schedule": schedule,
+    "quality": trained_decoder.quality,
+    "speculative": trained_decoder.speculative,
+}
+OF_TRANSFORMERS = ("decode", "schedule")
 
 if __name__ == "__main__":
     main()
