@@ -315,6 +315,15 @@ def test_a_model_of_few_positions_fills_them_all_and_no_more():
         generate(decoder, [[1], [1] * 6], 1)
 
 
+def test_a_chunk_s_padding_stays_within_the_model_s_positions():
+    decoder, long = plain_decoder(), random_prompts([60])[0]
+    decoder.max_positions = 64
+    decoder.network.places = torch.nn.Parameter(decoder.network.places[:64], requires_grad=False)
+    prompts = [[1], long, long]  # the third joins at position 0 where the second stands at 40
+    generated = generate(decoder, prompts, 1, chunk=40, batch=2, capacity=128)
+    assert generated.tokens == [decoder.naive(prompt, 1) for prompt in prompts]
+
+
 def test_prompts_may_be_a_tensor_tensors_arrays_or_tuples():
     decoder = plain_decoder()
     expected = generate(decoder, [[1, 2], [3, 4]], 3).tokens

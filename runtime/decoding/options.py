@@ -56,9 +56,21 @@ def _checked_prompt(prompt: Any, number: int, vocabulary: int) -> np.ndarray:
 
 
 def checked_limits(
-    prompts: Sequence[np.ndarray], max_new_tokens: Any, chunk: Any, capacity: Any, batch: Any, eos: Any, vocabulary: int
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: Any,
+    chunk: Any,
+    capacity: Any,
+    batch: Any,
+    eos: Any,
+    vocabulary: int,
+    positions: int | None,
 ) -> Limits:
-    """Raises InputError where one is of a wrong type or out of range, or a row has no room for its tokens."""
+    """For a model of `positions` (None: any number), behind which no slot is of use: not to the padding of chunks either, which a table of
+    positions has no entry for.
+
+    Raises:
+        InputError: one is of a wrong type or out of range, or a row has no room for its tokens.
+    """
     _check_integer("max_new_tokens", max_new_tokens, 0)
     for name, value in (("chunk", chunk), ("capacity", capacity), ("batch", batch)):
         if value is not None:
@@ -74,7 +86,9 @@ def checked_limits(
             f"{max_new_tokens} new tokens need capacity={needed[row]}"
         )
     rows = len(prompts) if batch is None else min(batch, len(prompts))
-    return Limits(max_new_tokens, chunk, capacity or max(needed, default=1), rows, _end_tokens(eos, vocabulary))
+    slots = capacity or max(needed, default=1)
+    slots = slots if positions is None else min(slots, positions)
+    return Limits(max_new_tokens, chunk, slots, rows, _end_tokens(eos, vocabulary))
 
 
 def check_positions(prompts: Sequence[np.ndarray], max_new_tokens: int, gamma: int, most: int | None) -> None:
