@@ -369,6 +369,12 @@ def test_a_negative_row_is_an_index_error_of_attention_and_counts_from_the_end_i
     assert appended[0, 0, 2].eq(1).all() and appended.sum() == 2
 
 
+def test_a_negative_window_is_a_value_error() -> None:
+    cache, q = torch.zeros(1, 1, 3, 2), torch.ones(1, 1, 1, 2)
+    with pytest.raises(ValueError, match="a window is a number of slots, or 0 for all, not -1"):
+        ops.cached_attention(q, cache, cache, at(0), at(0), scale=1.0, window=-1)
+
+
 @pytest.mark.parametrize("batch, length", [(0, 2), (2, 0), (0, 0)])
 def test_no_rows_and_no_queries_have_no_result(batch: int, length: int) -> None:
     q, k, v = torch.ones(batch, 4, length, 3), torch.ones(2, 2, 6, 3), torch.ones(2, 2, 6, 5)

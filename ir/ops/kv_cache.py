@@ -42,7 +42,10 @@ def cached_attention(
 
     Raises:
         IndexError: a row lies outside of the cache; in the kernel of CPUs, a position too. Kernels of GPUs give NaN for such a row.
+        ValueError: the window is negative.
     """
+    if window < 0:
+        raise ValueError(f"a window is a number of slots, or 0 for all, not {window}")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, queries, depth = q.shape
     kv_heads, capacity, width = cache_v.shape[1:]
