@@ -119,7 +119,7 @@ def _are_places(position: Tensor, rows: Tensor, batch: int) -> bool:
 
 
 def _lie_here(*tensors: Tensor) -> bool:
-    return all(x.device.type == "cpu" for x in tensors)
+    return all([x.is_cpu for x in tensors])
 
 
 def _dense(x: Tensor) -> Tensor:
