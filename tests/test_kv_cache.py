@@ -437,3 +437,20 @@ def test_a_position_beyond_the_capacity_is_an_index_error() -> None:
     cache, new = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 2, 2)
     with pytest.raises(IndexError):
         ops.kv_append(cache, cache, new, new, at(2), at(0))
+
+
+def test_a_negative_row_is_an_index_error_of_attention_and_counts_from_the_end_in_the_body_of_an_append() -> None:
+    cache, new = torch.zeros(2, 1, 3, 2), torch.ones(1, 1, 1, 2)
+    with pytest.raises(IndexError):
+        ops.cached_attention(new, cache, cache, at(0), at(-1), scale=1.0)
+    appended, _ = ops.kv_append(cache, cache, new, new, at(-1), at(-2))
+    assert appended[0, 0, 2].eq(1).all() and appended.sum() == 2
+
+
+@pytest.mark.parametrize("batch, length", [(0, 2), (2, 0), (0, 0)])
+def test_no_rows_and_no_queries_have_no_result(batch: int, length: int) -> None:
+    q, k, v = torch.ones(batch, 4, length, 3), torch.ones(2, 2, 6, 3), torch.ones(2, 2, 6, 5)
+    none = torch.zeros(batch, dtype=torch.int64)
+    assert ops.cached_attention(q, k, v, none, none, scale=1.0).shape == (batch, 4, length, 5)
+    appended = ops.kv_append(k, v, q[:, :2], torch.ones(batch, 2, length, 5), none, none)
+    assert torch.equal(appended[0], k) and torch.equal(appended[1], v)
