@@ -41,11 +41,12 @@ def decoder_example(model: nn.Module) -> DecoderExample:
     if tokens is None or "position_ids" not in parameters:
         raise CaptureError(
             f"{type(model).__name__}.forward takes no position_ids, so a step cannot tell it where its token stands: write "
-            "forward(self, input_ids, position_ids)"
+            "forward(self, input_ids, position_ids); models whose scores have a bias of positions, or that have recurrent states, have no "
+            "cache here"
         )
-    low, high = 1, _longest(model)
-    sizes = {0: torch.export.Dim("batch", min=low), 1: torch.export.Dim("length", min=low, max=high)}
-    places = torch.arange(LENGTH).repeat(BATCH, 1)
+    longest = _longest(model)
+    sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=longest)}
+    places = torch.arange(LENGTH if longest is None else max(min(LENGTH, longest - 1), 2)).repeat(BATCH, 1)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kwargs: dict[str, Any] = {tokens: torch.zeros_like(places).to(device), "position_ids": places.to(device)}
     shapes: dict[str, Any] = {name: sizes for name in kwargs}
@@ -57,7 +58,7 @@ def decoder_example(model: nn.Module) -> DecoderExample:
 def _longest(model: nn.Module) -> int | None:
     """The most positions that the model has, where it says so and holds a table of them."""
     known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return known if isinstance(known, int) and known > LENGTH else None
+    return known if isinstance(known, int) and known > 1 else None
 
 
 @contextmanager

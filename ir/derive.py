@@ -50,14 +50,15 @@ class Derivation:
             return number
         return node
 
-    def copy(self, node: Node) -> Any:
-        """`node` of the source in the new graph, made unless it is there; so must be its operands, weights apart."""
+    def copy(self, node: Node, numbers: Mapping[int, int] | None = None) -> Any:
+        """`node` of the source in the new graph, made unless it is there; so must be its operands, weights apart. Of its literals those in
+        `numbers` stand for others."""
         if node in self.values:
             return self.values[node]
         if node.op == "get_attr":
             self.values[node] = self._weight(str(node.target))
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.copy_of)
+            args, kwargs = fx.map_arg((_renumbered(node.args, numbers), _renumbered(node.kwargs, numbers)), self.copy_of)
             self.values[node] = self.call(node.target, *args, like=node, **kwargs)  # type: ignore[arg-type]
         return self.values[node]
 
@@ -114,6 +115,16 @@ def drop_unused(graph: fx.Graph) -> None:
         )
         if is_idle:
             graph.erase_node(node)
+
+
+def _renumbered(value: Any, numbers: Mapping[int, int] | None) -> Any:
+    if not numbers:
+        return value
+    if isinstance(value, tuple | list):
+        return type(value)(_renumbered(item, numbers) for item in value)
+    if isinstance(value, Mapping):
+        return {name: _renumbered(item, numbers) for name, item in value.items()}
+    return numbers.get(value, value) if type(value) is int else value
 
 
 def ancestors(nodes: Iterable[Node]) -> set[Node]:

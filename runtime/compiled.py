@@ -119,8 +119,8 @@ class CompiledModel(nn.Module):
 
         Raises:
             InputError: the model cannot decode; an argument is of a wrong type or out of range, a prompt is empty or has tokens that the
-                model does not know, a row's tokens do not fit into `capacity` or the model's positions; or a weight that passes folded was
-                changed.
+                model does not know, a row's tokens do not fit into `capacity` or the model's positions, or the caches into memory; or a
+                weight that passes folded was changed.
         """
         runner = self._present
         runner.check_weights()

@@ -41,6 +41,11 @@ def _opt() -> torch.nn.Module:
     return _transformers("OPTForCausalLM", "OPTConfig", vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)
 
 
+def _gptj() -> torch.nn.Module:
+    sizes = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "rotary_dim": 4, "vocab_size": VOCABULARY, "n_positions": 64}
+    return _transformers("GPTJForCausalLM", "GPTJConfig", bos_token_id=1, eos_token_id=2, **sizes)
+
+
 FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
     "zoo": _zoo,
     "llama": _llama_like("Llama"),
@@ -54,5 +59,6 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
     "phi": _llama_like("Phi"),
     "gpt_neox": _llama_like("GPTNeoX"),
     "gpt2": _gpt2,
+    "gptj": _gptj,
     "opt": _opt,
 }

@@ -146,6 +146,13 @@ def test_a_row_ends_with_an_end_token_and_its_place_goes_to_the_next_prompt(prom
     assert max(row for _, rows in decoder.calls for row in rows) < batch
 
 
+@pytest.mark.parametrize("convert", [torch.tensor, np.array])
+def test_end_tokens_may_be_tensors_and_arrays_of_one_or_of_several(convert):
+    decoder, prompts = plain_decoder(), random_prompts([3, 4])
+    for eos in (2, [2], [2, 7]):
+        assert generate(decoder, prompts, 9, eos=convert(eos)).tokens == generate(decoder, prompts, 9, eos=eos).tokens
+
+
 def test_the_next_prompt_begins_in_the_turn_after_a_row_has_ended():
     decoder, prompts = plain_decoder(), random_prompts([3, 3, 3])
     first = decoder.naive(prompts[0], 2)
@@ -249,8 +256,10 @@ PROMPTS = [[1, 2, 3], [4]]
     "prompts, message",
     [
         ("text", "prompts is a list of token sequences or a tensor"),
-        (7, "prompts is a list of token sequences or a tensor"),
-        ([1, 2, 3], r"prompt 0 is a sequence of tokens, not a int: write \[prompt\]"),
+        (7, r"prompts is a list of token sequences or a tensor \[B, T\], not an int"),
+        ([1, 2, 3], r"prompt 0 is a sequence of tokens, not an int: write \[\[1, 2, 3\]\] for a single one"),
+        (list(torch.tensor([1, 2, 3])), r"prompt 0 is a sequence of tokens, not a tensor of 0 dims: write \[\[1, 2, 3\]\] for a single one"),
+        ([[1], np.array(2)], "prompt 1 is a sequence of tokens, not a tensor of 0 dims"),
         (torch.tensor([1, 2, 3]), "not one of 1 dims"),
         (["text"], "prompt 0 is a sequence of tokens, not a str"),
         ([[1], []], "prompt 1 is empty"),
@@ -285,9 +294,14 @@ def test_prompts_that_are_none_are_refused(prompts, message):
         ({"seed": 2**64}, "seed is below"),
         ({"eos": VOCABULARY}, "eos is a token of the vocabulary, 0 to 10, or several"),
         ({"eos": [1, "end"]}, "eos is a token of the vocabulary"),
+        ({"eos": torch.tensor([[2]])}, r"eos is a token of the vocabulary, 0 to 10, or several of them, not \[2\]"),
+        ({"eos": torch.tensor(2.0)}, "eos is a token of the vocabulary"),
         ({"chunk": 0}, "chunk is an integer from 1 on, not 0"),
         ({"batch": 0}, "batch is an integer from 1 on"),
         ({"capacity": 0}, "capacity is an integer from 1 on"),
+        ({"capacity": 10**13}, r"caches of 3 rows x 10000000000000 slots take 10728836.06 GiB, which cpu does not have: lower capacity, "),
+        ({"capacity": 2**63}, "caches of 3 rows x 9223372036854775808 slots"),
+        ({"max_new_tokens": 10**13}, "lower capacity, max_new_tokens, or batch"),
         ({"stream": 1}, "stream is True or False"),
         ({"speculative": "yes"}, "speculative is True, False, or None"),
         ({"speculative": True}, "this model has no function that drafts"),
@@ -313,6 +327,15 @@ def test_a_model_of_few_positions_fills_them_all_and_no_more():
         generate(decoder, PROMPTS, 4)
     with pytest.raises(InputError, match="prompt 1 has 6 tokens and the model 5 positions: it is too long"):
         generate(decoder, [[1], [1] * 6], 1)
+
+
+def test_a_chunk_s_padding_stays_within_the_model_s_positions():
+    decoder, long = plain_decoder(), random_prompts([60])[0]
+    decoder.max_positions = 64
+    decoder.network.places = torch.nn.Parameter(decoder.network.places[:64], requires_grad=False)
+    prompts = [[1], long, long]  # the third joins at position 0 where the second stands at 40
+    generated = generate(decoder, prompts, 1, chunk=40, batch=2, capacity=128)
+    assert generated.tokens == [decoder.naive(prompt, 1) for prompt in prompts]
 
 
 def test_prompts_may_be_a_tensor_tensors_arrays_or_tuples():

@@ -1,7 +1,8 @@
-"""`kv-cache` and `compile_decoder`: decoders of thirteen families as prefill, decode and verify over explicit caches, equal to the whole
+"""`kv-cache` and `compile_decoder`: decoders of fourteen families as prefill, decode and verify over explicit caches, equal to the whole
 forward for every split of the sequence, and refused by name where tokens meet elsewhere."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,6 +270,83 @@ def test_tokens_that_meet_in_a_convolution_are_refused() -> None:
     assert "tokens meet elsewhere than in attentions" in _refused(Convolved())
 
 
+@pytest.mark.parametrize("window", [70, 8300])
+def test_windows_longer_than_any_mask_that_is_looked_at_are_found(window: int) -> None:
+    class Windowed(Small):
+        def attend(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            q, k = position_ids[:, None, :, None], position_ids[:, None, None, :]
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=(k <= q) & (k > q - window))
+
+    program = gw.compile_decoder(Windowed().eval(), backend="aten", cache=False, cleanups=False).program
+    reads = [node for node in program.functions["decode"].calls if node.target is ops.cached_attention.default]
+    assert [node.kwargs["window"] for node in reads] == [window]
+
+
+def test_a_large_number_that_is_no_window_is_refused() -> None:
+    class Blocked(Small):
+        def attend(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            q, k = position_ids[:, None, :, None], position_ids[:, None, None, :]
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=(k <= q) & (k // 100 == q // 100))
+
+    assert "is not causal, with or without a window" in _refused(Blocked())
+
+
+def test_dropout_is_refused_for_what_it_is() -> None:
+    class Dropping(Small):
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+            return F.dropout(super().forward(input_ids, position_ids), 0.1, training=True)
+
+    assert "it draws random numbers (aten.native_dropout.default): capture the model after .eval()" in _refused(Dropping())
+
+
+def test_a_softmax_over_more_than_keys_is_refused_with_its_line() -> None:
+    class Sinks(Small):
+        def attend(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            q, k = position_ids[:, None, :, None], position_ids[:, None, None, :]
+            scores = (x @ x.transpose(-1, -2)).masked_fill(k > q, float("-inf"))
+            sink = torch.zeros_like(scores[..., :1])
+            return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ x
+
+    message = _refused(Sinks())
+    assert "its softmax stands in no attention of a known form" in message and "test_kv_cache.py" in message
+
+
+def test_a_state_is_named() -> None:
+    class Counting(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+            self.calls.add_(1)
+            return super().forward(input_ids, position_ids) * self.calls
+
+    assert "it updates a state of its own, calls" in _refused(Counting())
+
+
+def test_a_second_kv_cache_finds_the_functions_there() -> None:
+    program = compiled("llama").program
+    again = gw.PassManager("kv-cache").run(program)
+    assert again.program.functions.keys() == program.functions.keys()
+    assert "its functions of one step are there already" in str(again)
+
+
+def test_few_positions_are_a_limit() -> None:
+    class Short(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Embedding(4, 8)
+            self.config = SimpleNamespace(max_position_embeddings=4)
+
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+            return super().forward(input_ids, position_ids) + self.places(position_ids)
+
+    model = gw.compile_decoder(Short().eval(), backend="aten", cache=False)
+    assert len(model.generate([[1, 2]], 3).tokens[0]) == 3
+    with pytest.raises(gw.InputError, match="4 positions"):
+        model.generate([[1, 2, 3]], 20)
+
+
 def test_other_outputs_are_refused() -> None:
     class Two(Small):
         def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
@@ -359,3 +437,26 @@ def test_a_position_beyond_the_capacity_is_an_index_error() -> None:
     cache, new = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 2, 2)
     with pytest.raises(IndexError):
         ops.kv_append(cache, cache, new, new, at(2), at(0))
+
+
+def test_a_negative_row_is_an_index_error_of_attention_and_counts_from_the_end_in_the_body_of_an_append() -> None:
+    cache, new = torch.zeros(2, 1, 3, 2), torch.ones(1, 1, 1, 2)
+    with pytest.raises(IndexError):
+        ops.cached_attention(new, cache, cache, at(0), at(-1), scale=1.0)
+    appended, _ = ops.kv_append(cache, cache, new, new, at(-1), at(-2))
+    assert appended[0, 0, 2].eq(1).all() and appended.sum() == 2
+
+
+def test_a_negative_window_is_a_value_error() -> None:
+    cache, q = torch.zeros(1, 1, 3, 2), torch.ones(1, 1, 1, 2)
+    with pytest.raises(ValueError, match="a window is a number of slots, or 0 for all, not -1"):
+        ops.cached_attention(q, cache, cache, at(0), at(0), scale=1.0, window=-1)
+
+
+@pytest.mark.parametrize("batch, length", [(0, 2), (2, 0), (0, 0)])
+def test_no_rows_and_no_queries_have_no_result(batch: int, length: int) -> None:
+    q, k, v = torch.ones(batch, 4, length, 3), torch.ones(2, 2, 6, 3), torch.ones(2, 2, 6, 5)
+    none = torch.zeros(batch, dtype=torch.int64)
+    assert ops.cached_attention(q, k, v, none, none, scale=1.0).shape == (batch, 4, length, 5)
+    appended = ops.kv_append(k, v, q[:, :2], torch.ones(batch, 2, length, 5), none, none)
+    assert torch.equal(appended[0], k) and torch.equal(appended[1], v)

@@ -257,6 +257,47 @@ def test_what_lies_outside_of_the_cache_is_an_error_and_nothing_is_written(monke
         torch.testing.assert_close(cache, before, rtol=0, atol=0, equal_nan=True)
 
 
+UNFIT = {
+    "values of fewer heads": lambda step: {"cache_v": step.cache_v[:, :1]},
+    "values of fewer rows": lambda step: {"cache_v": step.cache_v[:2], "rows": torch.tensor([1, 0, 2])},
+    "values of fewer slots": lambda step: {"cache_v": step.cache_v[:, :, :80]},
+    "queries of another depth": lambda step: {"q": step.q[..., :32]},
+    "fewer positions than queries": lambda step: {"position": step.position[:2]},
+    "fewer rows than queries": lambda step: {"rows": step.row[:2]},
+}
+
+
+@pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_sizes_that_do_not_fit_are_the_body_s_error_and_no_other_memory_s_numbers(change, softcap):
+    step = Step(queries=4, softcap=softcap)
+    with pytest.raises((RuntimeError, IndexError)):
+        step.attend(**change(step))
+
+
+def test_a_negative_window_is_the_body_s_error():
+    with pytest.raises(ValueError, match="not -3"):
+        Step(window=-3).attend()
+
+
+@pytest.mark.parametrize("change", [{"k": slice(0, 2)}, {"v": slice(0, 2)}], ids=["keys", "values"])
+def test_an_append_of_fewer_rows_than_places_is_an_error(change):
+    step = Step(queries=4)
+    new = {name: getattr(step, name)[change.get(name, slice(None))] for name in "kv"}
+    with pytest.raises((RuntimeError, IndexError), match="shape mismatch"):
+        cached.append_in_place(step.cache_k, step.cache_v, new["k"], new["v"], step.position, step.row)
+
+
+@pytest.mark.parametrize("name", ["position", "row"])
+def test_places_may_be_int32(name):
+    step = Step(queries=4)
+    expected = step.attend(attention), append(step.cache_k, step.cache_v, step.k, step.v, step.position, step.row)
+    setattr(step, name, getattr(step, name).int())
+    assert torch.equal(step.attend(), expected[0])
+    appended = cached.kv_append(step.cache_k, step.cache_v, step.k, step.v, step.position, step.row)
+    torch.testing.assert_close(appended, expected[1], rtol=0, atol=0, equal_nan=True)
+
+
 # --- without a kernel ------------------------------------------------------------------------------------------------------
 
 

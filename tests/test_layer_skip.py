@@ -101,6 +101,8 @@ def test_tables_that_are_not_nested_are_refused(levels: Any, steps: Any, message
         ({"max_kl": 0.1}, "max_kl is measured on tokens"),
         ({"level_of_step": [0]}, "level_of_step needs levels"),
         ({"mode": "both"}, 'mode is .both., but must be "schedule" or "speculative"'),
+        ({"levels": [[0]], "n_min": 1}, "n_min has no effect, since levels are a table"),
+        ({"mode": "speculative", "horizon": 4}, "horizon has no effect, since a draft has the layers draft="),
         ({"rank": "best"}, 'rank is .best., but must be "top", one of output_kl'),
     ],
 )
@@ -117,13 +119,26 @@ def test_options_that_do_not_fit_are_refused_at_once(options: Any, message: str)
         ({"levels": [[0, 7]]}, "levels name layer 7, and there are 0 to 2"),
         ({"rank": [0, 1], "n_min": 1, "horizon": 2}, "rank must name each of the 3 layers once"),
         ({"mode": "speculative", "draft": [5]}, r"draft=\[5\] must name some of the layers 0 to 2"),
+        ({"mode": "speculative", "warmup": 2}, "warmup=2 layers are more than the 1 of a draft"),
+        ({"levels": [[0, 1], [1]], "level_of_step": [5, 0]}, "level_of_step names each level once or more"),
         ({"calibration": []}, "calibration has no items"),
+        ({"calibration": [torch.full((1, 4), 64)]}, "calibration item 0 has tokens beyond 0 to 63"),
+        ({"calibration": [torch.zeros(1, 4000, dtype=torch.int64)]}, "has rows of 4000 tokens, and the model takes 2048"),
         ({"calibration": [torch.zeros(3)]}, r"calibration item 0 is no tensor of tokens \[B, T\]"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_refused(options: Any, message: str) -> None:
     with pytest.raises(gw.PassError, match=message):
         skipped(**options)
+
+
+def test_a_second_schedule_is_refused() -> None:
+    with pytest.raises(gw.PassError, match="has a schedule of layers already"):
+        gw.PassManager([gw.LayerSkip(), gw.LayerSkip()]).run(cached())
+
+
+def test_fewer_layers_throughout_need_one_number() -> None:
+    assert skipped(n_max=2).schedules["layer-skip"]["levels"] == [[0, 2]]
 
 
 def test_the_pass_needs_caches() -> None:

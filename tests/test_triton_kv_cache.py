@@ -10,7 +10,7 @@ from graphwright.codegen.triton.attention.launch import splits_of, tile_of
 from graphwright.codegen.triton.targets import DEFAULT
 from graphwright.ir.run import run
 from graphwright.runtime.executor import Executor
-from graphwright.tests.test_kv_cache_cpu import Step, append, operands, program_of
+from graphwright.tests.test_kv_cache_cpu import UNFIT, Step, append, operands, program_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("one_thread")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -92,6 +92,19 @@ def test_what_the_kernels_have_no_form_for_is_left_to_aten(dtype):
     caches = [torch.zeros_like(each.mT.contiguous().mT) for each in (step.cache_k, step.cache_v)]
     launch.append_in_place(*caches, step.k, step.v, step.position, step.row)
     assert torch.equal(caches[0], append(*map(torch.zeros_like, caches), step.k, step.v, step.position, step.row)[0])
+
+
+@pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT)
+def test_sizes_that_do_not_fit_are_the_body_s_error_and_no_other_memory_s_numbers(change):
+    step = Step(queries=4)
+    with pytest.raises((RuntimeError, IndexError)):
+        step.attend(launch.cached_attention, **change(step))
+
+
+def test_an_append_of_fewer_rows_than_places_is_an_error():
+    step = Step(queries=4)
+    with pytest.raises((RuntimeError, IndexError), match="shape mismatch"):
+        launch.append_in_place(step.cache_k, step.cache_v, step.k, step.v[:2], step.position, step.row)
 
 
 def test_one_row_of_a_long_cache_is_split_until_the_gpu_is_full():

@@ -6,7 +6,6 @@ the capacity.
 """
 
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +31,8 @@ def append_in_place(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, posi
     Raises:
         IndexError: a position or row lies outside of the cache; nothing has been written.
     """
-    pairs = ((cache_k, k), (cache_v, v))
-    native = library() if all(map(_is_appendable, pairs)) else None
+    operands = (cache_k, cache_v, k, v, position, rows)
+    native = library() if are_of_one_append(*operands) and _lie_here(*operands) else None
     if native is None or k.numel() == 0:
         _check(cache_k, k.size(2), position, rows)
         return append_by_aten(cache_k, cache_v, k, v, position, rows)
@@ -72,7 +71,7 @@ def cached_attention(
     width = cache_v.size(3)
     if batch * heads * queries * width == 0:
         return q.new_empty(batch, queries, heads, width).transpose(1, 2)
-    if not is_fit(q, cache_k, cache_v):
+    if not is_fit(q, cache_k, cache_v, position, rows, window):
         _check(cache_k, queries, position, rows)
         return reference(q, cache_k, cache_v, position, rows, scale=scale, window=window, softcap=softcap)
     native = library()
@@ -95,16 +94,32 @@ def cached_attention(
     return y.transpose(1, 2)
 
 
-def is_fit(q: Any, cache_k: Any, cache_v: Any) -> bool:
-    """Whether the operands have the types and layouts that the kernel of attention reads, float64 being left to the body."""
-    caches = (cache_k, cache_v)
-    is_typed = q.device.type == "cpu" and q.dtype in _TYPES and all(cache.dtype == q.dtype for cache in caches)
-    return is_typed and all(cache.stride(3) == 1 for cache in caches) and q.size(1) % cache_k.size(1) == 0
+def is_fit(q: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, rows: Tensor, window: int) -> bool:
+    """Whether the operands have the types, sizes and layouts that the kernel of attention reads, float64 being left to the body."""
+    is_typed = q.dtype in _TYPES and cache_k.dtype == cache_v.dtype == q.dtype and cache_k.stride(3) == cache_v.stride(3) == 1
+    return is_typed and are_of_one_step(q, cache_k, cache_v, position, rows, window) and _lie_here(q, cache_k, cache_v, position, rows)
 
 
-def _is_appendable(pair: tuple[Tensor, Tensor]) -> bool:
-    cache, new = pair
-    return cache.device.type == "cpu" and cache.dtype == new.dtype and cache.stride(3) == 1 and cache.shape[1::2] == new.shape[1::2]
+def are_of_one_step(q: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, rows: Tensor, window: int) -> bool:
+    """Whether the sizes of attention fit one another: a kernel computes addresses from them, and asks no further."""
+    kv_heads = cache_k.size(1)
+    are_caches = cache_k.shape[:3] == cache_v.shape[:3] and kv_heads > 0 and window >= 0
+    return are_caches and q.size(3) == cache_k.size(3) and q.size(1) % kv_heads == 0 and _are_places(position, rows, q.size(0))
+
+
+def are_of_one_append(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, position: Tensor, rows: Tensor) -> bool:
+    """Whether types, sizes and layouts of an append fit one another."""
+    pairs = ((cache_k, k), (cache_v, v))
+    fit = all(cache.dtype == new.dtype and cache.stride(3) == 1 and cache.shape[1::2] == new.shape[1::2] for cache, new in pairs)
+    return fit and k.shape[:3] == v.shape[:3] and _are_places(position, rows, k.size(0))
+
+
+def _are_places(position: Tensor, rows: Tensor, batch: int) -> bool:
+    return position.dtype == rows.dtype == torch.int64 and position.shape == rows.shape == (batch,)
+
+
+def _lie_here(*tensors: Tensor) -> bool:
+    return all([x.is_cpu for x in tensors])
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -112,8 +127,9 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _check(cache: Tensor, slots: int, position: Tensor, rows: Tensor) -> None:
-    """Raises IndexError for what lies outside of the cache; on a GPU, where this would wait for it, its kernels do."""
-    if position.device.type != "cpu":
+    """Raises IndexError for what lies outside of the cache. On a GPU this would wait for it, and for operands that are no places of rows
+    the operator's body speaks."""
+    if position.device.type != "cpu" or position.dim() != 1 or position.shape != rows.shape:
         return
     for b, (first, row) in enumerate(zip(position.tolist(), rows.tolist(), strict=True)):
         if not (0 <= row < cache.size(0) and 0 <= first <= cache.size(2) - slots):

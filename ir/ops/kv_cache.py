@@ -21,7 +21,8 @@ def kv_append(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, position: 
     both caches, of the same types.
 
     Raises:
-        IndexError: a position or row lies outside of the cache.
+        IndexError: a position or row lies behind the cache's last. Negative ones are none of a cache either: the kernel of CPUs raises for
+            them too, this body counts them from the end, as any index. Kernels of GPUs, which nobody waits for, write nothing there.
     """
     slots = position.unsqueeze(1) + torch.arange(k.size(2), device=k.device)
     heads = torch.arange(k.size(1), device=k.device)
@@ -40,22 +41,27 @@ def cached_attention(
     [B, H, T, Ev], laid out as [B, T, H, Ev]. Sums are float32, or float64 for float64 q.
 
     Raises:
-        IndexError: a row lies outside of the cache; in a kernel, a position too.
+        IndexError: a row lies outside of the cache; in the kernel of CPUs, a position too. Kernels of GPUs give NaN for such a row.
+        ValueError: the window is negative.
     """
+    if window < 0:
+        raise ValueError(f"a window is a number of slots, or 0 for all, not {window}")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, heads, queries, width = q.shape
-    keys = torch.arange(cache_k.size(2), device=q.device)
+    batch, heads, queries, depth = q.shape
+    kv_heads, capacity, width = cache_v.shape[1:]
+    keys = torch.arange(capacity, device=q.device)
     last = (position.unsqueeze(1) + torch.arange(queries, device=q.device)).unsqueeze(-1)  # [B, T, 1]
     visible = keys <= last
     if window:
         visible = visible & (keys > last - window)
-    unwritten = (keys > (position + (queries - 1)).unsqueeze(1)).reshape(batch, 1, -1, 1)  # [B, 1, C, 1]
+    unwritten = (keys > (position + (queries - 1)).unsqueeze(1)).reshape(batch, 1, capacity, 1)  # [B, 1, C, 1]
     k, v = [cache.index_select(0, rows).to(wide).masked_fill(unwritten, 0.0) for cache in (cache_k, cache_v)]
-    shared = heads // cache_k.size(1)
-    grouped = q.to(wide).reshape(batch, cache_k.size(1), shared * queries, width)  # all queries of one key head, [B, Hk, H/Hk * T, E]
-    scores = (torch.bmm(grouped.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)) * scale).reshape(batch, heads, queries, -1)
+    shared = heads // kv_heads
+    # Sizes have names throughout: of no rows or no queries, -1 says nothing.
+    grouped = q.to(wide).reshape(batch * kv_heads, shared * queries, depth)  # all queries of one key head
+    scores = (torch.bmm(grouped, k.flatten(0, 1).transpose(1, 2)) * scale).reshape(batch, heads, queries, capacity)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible.unsqueeze(1), float("-inf")).softmax(-1)
-    sums = torch.bmm(weights.reshape(-1, shared * queries, keys.size(0)), v.flatten(0, 1)).reshape(batch, heads, queries, -1)
+    sums = torch.bmm(weights.reshape(batch * kv_heads, shared * queries, capacity), v.flatten(0, 1)).reshape(batch, heads, queries, width)
     return sums.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)

@@ -34,7 +34,10 @@ def check_agreement(program: Program, decoder: Decoder) -> None:
     leaves = [node for node in program.main.placeholders if node.meta.get("role", "input") == "input"]
     highest = int(table[leaves.index(decoder.tokens)].max()) + 1
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, highest, (ROWS, LENGTH), generator=generator).to(decoder.tokens.meta["val"].device)
+    longest = next((s.high for s in program.used_symbols() if program.symbols.text(decoder.length) == s.name), LENGTH)
+    if longest <= STEPS:
+        return
+    tokens = torch.randint(0, highest, (ROWS, min(LENGTH, longest)), generator=generator).to(decoder.tokens.meta["val"].device)
     inputs = _whole(program, decoder, tokens)
     worst = max(_differences(program, decoder, inputs, tokens))
     if not worst <= COARSE.get(decoder.logits.meta["val"].dtype, 0.3):
@@ -93,7 +96,7 @@ def _differences(program: Program, decoder: Decoder, inputs: list[Any], tokens: 
 
     caches = empty_caches(program, batch, length)
     prompt = length - STEPS
-    # One row more than it has tokens, to see that padding does nothing.
+    # A token more than the prompt has, to see that padding does nothing.
     take("prefill", tokens[:, : prompt + 1], 0, caches, whole[:, prompt - 1], at + prompt)
     for step in range(prompt, length):
         take("decode", tokens[:, step : step + 1], step, caches, whole[:, step])

@@ -26,7 +26,7 @@ _PASSED_ON = (aten.clone.default, aten._to_copy.default, aten.alias.default, ate
 @dataclass(frozen=True)
 class SelfAttention:
     """One attention: q [B, H, T, E], keys and values before heads are repeated, [B, Hk, T, E] each. `mask` is None where it is causal by
-    its flag. `root` is the value that it gives, [B, H, T, Ev]."""
+    its flag. `root` is the value that it gives, [B, H, T, Ev]. Keys that are there as [B, Hk, E, T] alone are `transposed`."""
 
     root: Node
     q: Node
@@ -35,6 +35,7 @@ class SelfAttention:
     mask: Node | None
     scale: float
     softcap: float = 0.0
+    transposed: bool = False
 
 
 def find_attentions(nodes: Iterable[Node]) -> tuple[list[SelfAttention], list[NoMatch]]:
@@ -81,9 +82,8 @@ def _eager(node: Node) -> SelfAttention | NoMatch | None:
         return NoMatch("scores of an attention are no product of queries and keys", softmax)
     query, transposed = scores.args
     keys = _transposed(transposed)
-    if keys is None:
-        return NoMatch("scores of an attention are no product of queries and transposed keys", scores)
-    return SelfAttention(node, query, unrepeated(keys), unrepeated(values), mask, scale, softcap)  # type: ignore[arg-type]
+    k = transposed if keys is None else unrepeated(keys)
+    return SelfAttention(node, query, k, unrepeated(values), mask, scale, softcap, transposed=keys is None)  # type: ignore[arg-type]
 
 
 def _on_one_length(attention: SelfAttention) -> SelfAttention | NoMatch:
@@ -91,7 +91,8 @@ def _on_one_length(attention: SelfAttention) -> SelfAttention | NoMatch:
     q, k, v = (each.meta["val"] for each in (attention.q, attention.k, attention.v))
     if not q.dim() == k.dim() == v.dim() == 4:
         return NoMatch("queries, keys and values of an attention are not [batch, heads, length, width]", attention.root)
-    if not same_size(q.size(2), k.size(2)) or not same_size(k.size(2), v.size(2)):
+    keys = k.size(3 if attention.transposed else 2)
+    if not same_size(q.size(2), keys) or not same_size(keys, v.size(2)):
         return NoMatch("queries and keys have different lengths: this attention reads another sequence", attention.root)
     if not all(isinstance(each.size(1), int) for each in (q, k, v)) or k.size(1) != v.size(1) or q.size(1) % k.size(1):
         return NoMatch("the heads of keys do not divide those of queries", attention.root)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ir import Function, Node, Program
-from ...ir.calls import name_of
+from ...ir.calls import draws, name_of
 from ...ir.infer import same_size
 from ...ir.layers import data_nodes
 from ...ir.pattern import NoMatch
@@ -52,20 +52,32 @@ def find_decoder(program: Program, function: Function) -> Decoder | NoMatch:
     if failures:
         return failures[0]
     if not attentions:
-        return NoMatch("it has no attention, so there is nothing to keep between steps", None)
-    seen = []
+        return _without_attention(function)
+    seen: dict[Node | None, Visible] = {}  # by mask, which layers share
     for attention in attentions:
-        problem = _unfit_length(attention, tokens)
-        known = problem or visible(program, attention.mask, tokens, positions)
+        known = _unfit_length(attention, tokens) or seen.get(attention.mask) or visible(program, attention.mask, tokens, positions)
         if isinstance(known, NoMatch):
             return known
-        seen.append(known)
-    return Decoder(tokens, positions, logits, tuple(attentions), tuple(seen))
+        seen[attention.mask] = known
+    return Decoder(tokens, positions, logits, tuple(attentions), tuple(seen[each.mask] for each in attentions))
+
+
+def _without_attention(function: Function) -> NoMatch:
+    softmax = next((node for node in function.calls if node.target in (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)), None)
+    if softmax is None:
+        return NoMatch("it has no attention, so there is nothing to keep between steps", None)
+    return NoMatch("its softmax stands in no attention of a known form: over scores and masks alone, then times values", softmax)
 
 
 def _unfit_inputs(function: Function, inputs: Sequence[Node]) -> NoMatch | None:
-    if any(node.meta.get("role") == "state" for node in function.placeholders):
-        return NoMatch("it has states of its own, which a step of one token would update in another way", None)
+    states = [node for node in function.placeholders if node.meta.get("role") == "state"]
+    if states:
+        return NoMatch(
+            f"it updates a state of its own, {states[0].target}, which a step of one token would update in another way", states[0]
+        )
+    drawing = next((node for node in function.calls if draws(node)), None)
+    if drawing is not None:
+        return NoMatch(f"it draws random numbers ({name_of(drawing.target)}): capture the model after .eval()", drawing)  # type: ignore[arg-type]
     for node in inputs:
         value = node.meta["val"]
         if value.dtype not in _INTEGERS or value.dim() != 2:

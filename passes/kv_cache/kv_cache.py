@@ -17,7 +17,7 @@ from ...ir import Program, Rewriter, Symbol
 from ...ir.errors import PassError
 from ...ir.pattern import NoMatch
 from ...ir.symbols import UNBOUNDED, SymbolTable, hint
-from ..base import Outcome, Pass
+from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
 from ..verdict import Verdict
@@ -45,6 +45,8 @@ class KVCache(Pass):
         if rewriter.function.name != "main":
             return Outcome()
         program = rewriter.program
+        if "decode" in program.functions:
+            return Outcome((LeftAlone("main", "its functions of one step are there already"),))
         decoder = find_decoder(program, rewriter.function)
         if isinstance(decoder, NoMatch):
             raise PassError(_refusal(decoder))

@@ -1,11 +1,11 @@
 """What a mask lets a query see, found by computing it: its part of the graph reads sizes and positions alone.
 
 The part is run at several lengths with positions 0, 1, .. in each row. Causal is a mask in which query i sees key j exactly when j <= i;
-with a window, when also j > i - window. One of the lengths is beyond every number that stands in the part, so that a window
-would show.
+with a window, when also j > i - window. A window that is longer than these lengths shows when its number is taken for a small one: each
+large number n of the part is replaced by two small ones, m, and where a window of m + c appears for both, the window is n + c.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from ...ir.run import run
 
 ROWS = 2
 LENGTHS = (1, 2, 3, 7, 20)
-LONGEST = 8200  # of which a mask of booleans takes 67 MB
+SMALL = (5, 9)  # what large numbers are taken for
+LARGE = 64  # numbers up to this are seen as they are
 HIDDEN = -3e4  # what is added to scores to hide a key: the lowest number of some dtype, of which float16's is the highest, -65504
 _SIZE_OF = torch.ops.aten.sym_size.int
 
@@ -44,9 +45,18 @@ def visible(program: Program, mask: Node | None, tokens: Node, positions: Node |
     problem = _unknown(nodes, tokens, positions)
     if problem is not None:
         return problem
-    part = _part(program, nodes, mask, tokens, positions)
-    numbers = [number for node in nodes for number in _numbers((node.args, node.kwargs))]
-    longest = min(max([*LENGTHS, *(n for n in numbers if n < 2**31)]) + 3, LONGEST)
+    numbers = {abs(n) for node in nodes for n in _numbers((node.args, node.kwargs)) if abs(n) < 2**31}
+    longest = max(LENGTHS[-1], *(n for n in numbers if n <= LARGE), 0) + 3
+    found = _causal(_part(program, nodes, mask, tokens, positions, {}), longest, mask)
+    for number in sorted(n for n in numbers if n > LARGE):
+        if isinstance(found, NoMatch):
+            return found
+        found = _with_number(program, nodes, mask, tokens, positions, number, found)
+    return found
+
+
+def _causal(part: Program, longest: int, mask: Node) -> Visible | NoMatch:
+    """What `part` lets queries see at lengths up to `longest`."""
     found = Visible(0)
     for length in sorted({*LENGTHS, longest}, reverse=True):
         seen = _seen(part, length)
@@ -58,6 +68,25 @@ def visible(program: Program, mask: Node | None, tokens: Node, positions: Node |
         if not torch.equal(seen, found.mask(length)):
             return NoMatch("its mask is not causal, with or without a window", mask)
     return found
+
+
+def _with_number(
+    program: Program, nodes: Sequence[Node], mask: Node, tokens: Node, positions: Node | None, number: int, known: Visible
+) -> Visible | NoMatch:
+    """`known`, or the window that `number` stands for."""
+    windows = []
+    for small in SMALL:
+        part = _part(program, nodes, mask, tokens, positions, {number: small, -number: -small})
+        seen = _causal(part, LENGTHS[-1] + 3, mask)
+        if isinstance(seen, NoMatch):
+            return seen
+        windows.append(seen.window)
+    if windows == [known.window] * len(SMALL):
+        return known
+    if 0 in windows or windows[1] - windows[0] != SMALL[1] - SMALL[0]:
+        return NoMatch(f"its mask depends on the number {number} in another way than a window does", mask)
+    window = number + windows[0] - SMALL[0]
+    return Visible(min(window, known.window) if known.window else window)
 
 
 def _unknown(nodes: Sequence[Node], tokens: Node, positions: Node | None) -> NoMatch | None:
@@ -74,7 +103,7 @@ def _numbers(args: Any) -> list[int]:
         return _numbers(list(args.values()))
     if isinstance(args, list | tuple):
         return [number for item in args for number in _numbers(item)]
-    return [int(abs(args))] if isinstance(args, int | float) and not isinstance(args, bool) and abs(args) < 2**62 else []
+    return [args] if type(args) is int else []
 
 
 def _seen(part: Program, length: int) -> torch.Tensor | None:
@@ -90,8 +119,8 @@ def _seen(part: Program, length: int) -> torch.Tensor | None:
     return first.cpu() if bool((seen == first).all()) else None
 
 
-def _part(program: Program, nodes: Sequence[Node], mask: Node, tokens: Node, positions: Node | None) -> Program:
-    """The program (tokens, positions) -> mask."""
+def _part(program: Program, nodes: Sequence[Node], mask: Node, tokens: Node, positions: Node | None, numbers: Mapping[int, int]) -> Program:
+    """The program (tokens, positions) -> mask; of its literals those in `numbers` stand for others."""
     part = Derivation(program)
     for name, source in (("tokens", tokens), ("positions", positions)):
         value = tokens.meta["val"]
@@ -101,5 +130,5 @@ def _part(program: Program, nodes: Sequence[Node], mask: Node, tokens: Node, pos
     for node in nodes:
         if node.op == "placeholder":
             part.values.setdefault(node, node.meta["val"])
-        part.copy(node)
+        part.copy(node, numbers)
     return Program([part.finish("main", [part.values[mask]], {})], program.weights, program.symbols)

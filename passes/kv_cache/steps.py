@@ -85,6 +85,8 @@ class Step(Derivation):
     def _attend(self, index: int, like: Node) -> Node:
         attention = self.decoder.attentions[index]
         q, k, v = (self.values[each] for each in (attention.q, attention.k, attention.v))
+        if attention.transposed:
+            k = self.call(aten.transpose.int, k, 2, 3, like=like)
         caches = [self._cache(f"cache_{letter}_{index}", each) for letter, each in (("k", k), ("v", v))]
         appended = self.call(gw.kv_append.default, *caches, k, v, self.position, self.rows, like=like)
         keys, values = (self.call(GETITEM, appended, n, like=like) for n in range(2))
@@ -150,17 +152,31 @@ def _last_cut(program: Program, decoder: Decoder, skipped: Skipped) -> Node:
     for cut in find_layers(program.main, decoder.tokens).cuts:
         shape = cut.meta["val"].shape
         fits = len(shape) == 3 and isinstance(shape[2], int) and isinstance(shape[0], torch.SymInt) and isinstance(shape[1], torch.SymInt)
-        if order[cut] >= behind and fits and shape[0] == decoder.batch and shape[1] == decoder.length:
+        is_whole = fits and shape[0] == decoder.batch and shape[1] == decoder.length
+        if order[cut] >= behind and is_whole and not _reads_positions(program, decoder, cut):
             return cut
     return decoder.logits
+
+
+def _tail(program: Program, decoder: Decoder, cut: Node) -> list[Node]:
+    """What the logits need of what is computed behind `cut`, in order."""
+    needed = ancestors([decoder.logits])
+    data = [node for node in data_nodes(program.main, decoder.tokens) if node in needed]
+    return data[data.index(cut) + 1 :]
+
+
+def _reads_positions(program: Program, decoder: Decoder, cut: Node) -> bool:
+    """Whether a tensor that is made of positions, or of how many tokens there are, joins behind `cut`: it has T of them, not one."""
+    tail = _tail(program, decoder, cut)
+    sides = {operand for node in tail for operand in node.all_input_nodes if operand not in (*tail, cut)}
+    made = [side for side in sides if side.op == "call_function" and isinstance(side.meta["val"], Tensor)]
+    return any(source.op == "placeholder" for source in ancestors(made))
 
 
 def _copy_tail(step: Step, cut: Node) -> None:
     """Copies what stands behind `cut`, with one token in the place of T: sizes that are made of T are computed anew."""
     decoder, main = step.decoder, step.program.main
-    needed = ancestors([decoder.logits])
-    tail = [node for node in data_nodes(main, decoder.tokens) if node in needed]
-    tail = tail[tail.index(cut) + 1 :]
+    tail = _tail(step.program, decoder, cut)
     wanted = ancestors(tail)
     data = set(data_nodes(main, decoder.tokens))
     step.values[decoder.tokens] = step.call(aten.narrow.default, step.tokens, 1, 0, 1)

@@ -97,6 +97,10 @@ class LayerSkip(Pass):
             raise PassError(f"pass {self.name}: warmup={self.warmup} layers run at every step, which n_min={self.n_min} does not hold")
         if self.level_of_step is not None and self.levels is None:
             raise PassError(f"pass {self.name}: level_of_step needs levels, {_TABLE}")
+        counted = next((name for name in ("n_max", "n_min", "horizon") if getattr(self, name) is not None), None)
+        if counted is not None and (self.levels is not None or self.mode == "speculative"):
+            instead = "levels are a table of their own" if self.levels is not None else "a draft has the layers draft="
+            raise PassError(f"pass {self.name}: {counted} has no effect, since {instead}: leave one of them out")
 
     @property
     def contract(self) -> Contract:
@@ -106,6 +110,10 @@ class LayerSkip(Pass):
         if rewriter.function.name != "main":
             return Outcome()
         program = rewriter.program
+        if SCHEDULE in program.schedules:
+            raise PassError(
+                "layer-skip: the program has a schedule of layers already, whose functions would be in the way: start from one without"
+            )
         decoder = find_decoder(program, rewriter.function)
         if isinstance(decoder, NoMatch):
             raise PassError(f"layer-skip: main is no decoder any more: {decoder.reason}")
@@ -150,7 +158,7 @@ class LayerSkip(Pass):
             levels = tuple(tuple(sorted(set(level))) for level in self.levels)
             return Schedule(levels, self.level_of_step or tuple(range(len(levels))))
         n_max = total if self.n_max is None else self.n_max
-        n_min = total if self.n_min is None else self.n_min
+        n_min = n_max if self.n_min is None else self.n_min
         if n_max > total or n_min > n_max:
             raise PassError(f"layer-skip: n_min={n_min}, n_max={n_max} do not fit {total} {self.unit}s: 1 <= n_min <= n_max <= {total}")
         if n_min < n_max and self.decay != "constant" and self.horizon is None:
@@ -172,7 +180,8 @@ class LayerSkip(Pass):
     def _profile(self, program: Program, decoder: Decoder, units: Sequence[Unit], tell: Tell | None) -> Profile | None:
         if self.calibration is None:
             return None
-        batches = tuple(_tokens(number, item, decoder) for number, item in enumerate(self.calibration))
+        longest = next((s.high for s in program.used_symbols() if s.name == program.symbols.text(decoder.length)), 0)
+        batches = tuple(_tokens(number, item, decoder, longest) for number, item in enumerate(self.calibration))
         if not batches:
             raise PassError("layer-skip: calibration has no items: give at least one tensor of tokens [B, T]")
         return Profile(program, decoder, units, Calibration(batches), tell)
@@ -216,6 +225,8 @@ class LayerSkip(Pass):
     ) -> Outcome:
         program, total = rewriter.program, len(units)
         size = max(total // 2, 1)
+        if self.draft is None and ranking is None and self.warmup > size:
+            raise PassError(f"layer-skip: warmup={self.warmup} layers are more than the {size} of a draft: name its layers with draft=")
         sets = top_sets(total, self.warmup) if ranking is None else ranked_sets(ranking)
         layers = tuple(sorted(set(self.draft))) if self.draft is not None else sets[size - 1]
         if not layers or set(layers) - set(range(total)):
@@ -253,8 +264,13 @@ def _is_layers(value: Any) -> bool:
     return not isinstance(value, str) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 
-def _tokens(number: int, item: Any, decoder: Decoder) -> torch.Tensor:
+def _tokens(number: int, item: Any, decoder: Decoder, longest: int) -> torch.Tensor:
     value = item[0] if isinstance(item, tuple) and len(item) == 1 else item
     if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.dtype not in (torch.int64, torch.int32) or value.shape[1] < 2:
         raise PassError(f"layer-skip: calibration item {number} is no tensor of tokens [B, T] with at least 2 of them in each row")
+    vocabulary = int(decoder.logits.meta["val"].size(2))
+    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+        raise PassError(f"layer-skip: calibration item {number} has tokens beyond 0 to {vocabulary - 1}")
+    if value.shape[1] > longest:
+        raise PassError(f"layer-skip: calibration item {number} has rows of {value.shape[1]} tokens, and the model takes {longest}")
     return value.to(decoder.tokens.meta["val"].device, torch.int64)

@@ -34,6 +34,8 @@ class Schedule:
                 raise PassError(f"layer-skip: level {list(lower)} is given twice: each level has fewer layers than the one before")
         if any(not level for level in self.levels):
             raise PassError("layer-skip: a level has no layers: at least one must run")
+        if not self.level_of_step or set(self.level_of_step) != set(range(len(self.levels))):
+            raise PassError("layer-skip: level_of_step names each level once or more, from 0 on")
         for step, (before, after) in enumerate(zip(self.level_of_step, self.level_of_step[1:], strict=False)):
             if after < before:
                 back = sorted(set(self.levels[after]) - set(self.levels[before]))
@@ -41,8 +43,6 @@ class Schedule:
                     f"layer-skip: step {step + 1} runs layers {', '.join(map(str, back))} again, which step {step} left out: their keys "
                     "and values of that position are missing; the level of a step is never above that of the step before"
                 )
-        if not self.level_of_step or set(self.level_of_step) != set(range(len(self.levels))):
-            raise PassError("layer-skip: level_of_step names each level once or more, from 0 on")
 
     def layers_at(self, step: int) -> tuple[int, ...]:
         """The layers that run at decode step `step`, from 0."""

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ir.errors import StateError
+from ...ir.errors import InputError, StateError
+from ...ir.liveness import format_bytes
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,15 @@ class CacheType:
 class Caches:
     """`tensors` has one cache for each of `types`; a step may put another in its place. `lengths` i64[layers, rows] counts the positions
     of each row that a layer has seen, from the first on. Behind the rows is a `spare` one, for what pads a step; a single row has no need
-    of it."""
+    of it.
+
+    Raises:
+        InputError: there is no memory for so many rows and slots.
+    """
 
     def __init__(self, types: Sequence[CacheType], rows: int, capacity: int):
         self.spare = rows
-        self.tensors = [unwritten(rows + (rows > 1), capacity, each) for each in types]
+        self.tensors = _allocated(types, rows + (rows > 1), capacity)
         self.lengths = np.zeros((1 + max(each.layer for each in types), rows), np.int64)
         self._columns: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -68,6 +73,17 @@ class Caches:
         if layers not in self._columns:
             self._columns[layers] = np.array(layers, np.int64).reshape(-1, 1)
         return self._columns[layers]
+
+
+def _allocated(types: Sequence[CacheType], rows: int, capacity: int) -> list[Tensor]:
+    try:
+        return [unwritten(rows, capacity, each) for each in types]
+    except (RuntimeError, TypeError) as error:  # a TypeError: the capacity is no int64
+        needed = rows * capacity * sum(each.heads * each.width * each.dtype.itemsize for each in types)
+        raise InputError(
+            f"caches of {rows} rows x {capacity} slots take {format_bytes(needed)}, which {types[0].device} does not have: "
+            "lower capacity, max_new_tokens, or batch"
+        ) from error
 
 
 def unwritten(rows: int, capacity: int, each: CacheType) -> Tensor:

@@ -36,7 +36,7 @@ def generate(
     check_flags(stream, speculative)
     sampler = checked_sampler(temperature, top_k, top_p, seed)
     checked = checked_prompts(prompts, decoder.vocabulary)
-    limits = checked_limits(checked, max_new_tokens, chunk, capacity, batch, eos, decoder.vocabulary)
+    limits = checked_limits(checked, max_new_tokens, chunk, capacity, batch, eos, decoder.vocabulary, decoder.max_positions)
     schedule = choose_schedule(decoder.schedules, speculative)
     _check_functions(decoder, schedule)
     # A burst may write as many slots behind a row's last one as it drafts.

@@ -30,7 +30,7 @@ def checked_prompts(prompts: Any, vocabulary: int) -> list[np.ndarray]:
         InputError: they are no sequences of tokens, one is empty, or a token is none of the vocabulary.
     """
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | torch.Tensor | np.ndarray):
-        raise InputError(f"prompts is a list of token sequences or a tensor [B, T], not a {type(prompts).__name__}")
+        raise InputError(f"prompts is a list of token sequences or a tensor [B, T], not {_kind(prompts)}")
     if isinstance(prompts, torch.Tensor | np.ndarray) and prompts.ndim != 2:
         raise InputError(f"prompts is a tensor [B, T], not one of {prompts.ndim} dims: write prompt[None] for a single one")
     return [_checked_prompt(prompt, number, vocabulary) for number, prompt in enumerate(prompts)]
@@ -40,7 +40,9 @@ def _checked_prompt(prompt: Any, number: int, vocabulary: int) -> np.ndarray:
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.detach().cpu().numpy() if not prompt.dtype.is_floating_point else prompt.detach().cpu().double().numpy()
     if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence | np.ndarray):
-        raise InputError(f"prompt {number} is a sequence of tokens, not a {type(prompt).__name__}: write [prompt] for a single one")
+        raise InputError(f"prompt {number} is a sequence of tokens, not {_kind(prompt)}: write [[1, 2, 3]] for a single one")
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 0:  # a list of a tensor's elements has such
+        raise InputError(f"prompt {number} is a sequence of tokens, not a tensor of 0 dims: write [[1, 2, 3]] for a single one")
     if len(prompt) == 0:
         raise InputError(f"prompt {number} is empty: give it at least the token that begins a text")
     try:
@@ -56,9 +58,21 @@ def _checked_prompt(prompt: Any, number: int, vocabulary: int) -> np.ndarray:
 
 
 def checked_limits(
-    prompts: Sequence[np.ndarray], max_new_tokens: Any, chunk: Any, capacity: Any, batch: Any, eos: Any, vocabulary: int
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: Any,
+    chunk: Any,
+    capacity: Any,
+    batch: Any,
+    eos: Any,
+    vocabulary: int,
+    positions: int | None,
 ) -> Limits:
-    """Raises InputError where one is of a wrong type or out of range, or a row has no room for its tokens."""
+    """For a model of `positions` (None: any number), behind which no slot is of use: not to the padding of chunks either, which a table of
+    positions has no entry for.
+
+    Raises:
+        InputError: one is of a wrong type or out of range, or a row has no room for its tokens.
+    """
     _check_integer("max_new_tokens", max_new_tokens, 0)
     for name, value in (("chunk", chunk), ("capacity", capacity), ("batch", batch)):
         if value is not None:
@@ -74,7 +88,9 @@ def checked_limits(
             f"{max_new_tokens} new tokens need capacity={needed[row]}"
         )
     rows = len(prompts) if batch is None else min(batch, len(prompts))
-    return Limits(max_new_tokens, chunk, capacity or max(needed, default=1), rows, _end_tokens(eos, vocabulary))
+    slots = capacity or max(needed, default=1)
+    slots = slots if positions is None else min(slots, positions)
+    return Limits(max_new_tokens, chunk, slots, rows, _end_tokens(eos, vocabulary))
 
 
 def check_positions(prompts: Sequence[np.ndarray], max_new_tokens: int, gamma: int, most: int | None) -> None:
@@ -114,6 +130,8 @@ def check_flags(stream: Any, speculative: Any) -> None:
 def _end_tokens(eos: Any, vocabulary: int) -> frozenset[int]:
     if eos is None:
         return frozenset()
+    if isinstance(eos, torch.Tensor | np.ndarray):
+        eos = eos.tolist()
     tokens = list(eos) if isinstance(eos, Iterable) and not isinstance(eos, str | bytes) else [eos]
     for token in tokens:
         if not _is_integer(token) or not 0 <= token < vocabulary:
@@ -124,6 +142,11 @@ def _end_tokens(eos: Any, vocabulary: int) -> frozenset[int]:
 def _check_integer(name: str, value: Any, least: int) -> None:
     if not _is_integer(value) or value < least:
         raise InputError(f"{name} is an integer from {least} on, not {value!r}")
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _is_integer(value: Any) -> bool:

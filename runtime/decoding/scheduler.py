@@ -58,7 +58,7 @@ class Scheduler:
         if not rows:
             return
         begin = self._dispatch.clock()
-        # Rows are padded to the longest chunk, and padding needs slots too.
+        # Rows are padded to the longest chunk, and padding needs slots and positions too.
         room = self._limits.capacity - max(row.position for row in rows)
         longest = min(self._limits.chunk or room, room)
         chunks = [row.prompt[row.position : row.position + longest] for row in rows]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...attention.cached import append_by_aten
+from ...attention.cached import append_by_aten, are_of_one_append, are_of_one_step
 from ..targets import Target, target_of
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,10 +47,10 @@ def splits_of(programs: int, capacity: int, tile: Tile, target: Target) -> int:
     return max(1, min(2 * target.multiprocessors // programs, capacity // (4 * tile.s), 64))
 
 
-def is_fit(q: Tensor, cache_k: Tensor, cache_v: Tensor) -> bool:
-    """Whether the kernels have the types and layouts."""
-    typed = q.dtype in _TYPES and cache_k.dtype == cache_v.dtype == q.dtype and q.size(1) % cache_k.size(1) == 0
-    return typed and all(x.stride(3) == 1 for x in (cache_k, cache_v)) and max(q.size(3), cache_v.size(3)) <= _MAX_WIDTH
+def is_fit(q: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, rows: Tensor, window: int) -> bool:
+    """Whether the kernels have the types, sizes and layouts."""
+    is_typed = q.dtype in _TYPES and cache_k.dtype == cache_v.dtype == q.dtype and cache_k.stride(3) == cache_v.stride(3) == 1
+    return is_typed and max(q.size(3), cache_v.size(3)) <= _MAX_WIDTH and are_of_one_step(q, cache_k, cache_v, position, rows, window)
 
 
 def cached_attention(
@@ -59,7 +59,7 @@ def cached_attention(
     """`gw.cached_attention`, by its body where the kernels have no form for the operands."""
     batch, heads, queries, depth = q.shape
     width, kv_heads = cache_v.size(3), cache_k.size(1)
-    if not is_fit(q, cache_k, cache_v) or q.numel() == 0:
+    if not is_fit(q, cache_k, cache_v, position, rows, window) or q.numel() == 0:
         return torch.ops.gw.cached_attention.default(q, cache_k, cache_v, position, rows, scale=scale, window=window, softcap=softcap)
     from . import kernels
 
@@ -88,7 +88,7 @@ def cached_attention(
 def append_in_place(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, position: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """`gw.kv_append` where nobody reads the old caches any more: they are written to, and are the result. By ATen where the kernel has no
     form for the operands."""
-    if k.numel() == 0 or any(cache.stride(3) != 1 or cache.dtype != new.dtype for cache, new in ((cache_k, k), (cache_v, v))):
+    if k.numel() == 0 or not are_of_one_append(cache_k, cache_v, k, v, position, rows):
         return append_by_aten(cache_k, cache_v, k, v, position, rows)
     from . import kernels
 
