@@ -194,7 +194,7 @@ def test_levels_take_the_caches_of_their_layers_and_read_one_weight_table() -> N
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_cached_decoding_is_what_a_nested_table_means(data: Any) -> None:
-    family = data.draw(st.sampled_from(["zoo", "gemma2"]))
+    family = data.draw(st.sampled_from(["zoo", "mistral"]))  # which cast nothing to float32 in between, as Gemma's softmax does
     unit = data.draw(st.sampled_from(["layer", "sublayer"]))
     total = (2 if family == "zoo" else LAYERS) * (2 if unit == "sublayer" else 1)
     ranking = data.draw(st.permutations(range(total)))
