@@ -15,6 +15,7 @@ from torch import fx
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import name_of
+from .derive import ancestors
 from .errors import GraphwrightError, InputError
 from .infer import InferenceError, fake_like
 from .pattern import named_arguments
@@ -126,12 +127,7 @@ def _pick(values: Callable[[], list[torch.Tensor]], index: int) -> torch.Tensor:
 
 def _part(program: Program, nodes: list[Node]) -> Program:
     """The program without inputs that returns `nodes`, each of which depends on weights and literals alone."""
-    needed, pending = set(nodes), list(nodes)
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in needed:
-                needed.add(source)
-                pending.append(source)
+    needed = ancestors(nodes)
     graph = fx.Graph()
     copies: dict[Node, Node] = {}
     for node in nodes[0].graph.nodes:

@@ -101,6 +101,13 @@ class SymbolTable:
         """The declaration of `name`. Raises KeyError for an unknown name."""
         return self._symbols[name]
 
+    def highest(self, size: "int | torch.SymInt") -> int:
+        """The most that a size can be that is a number or a symbol; UNBOUNDED for others, which are computed of several."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        name = self.text(size)
+        return self._symbols[name].high if name in self._symbols else UNBOUNDED
+
     def text(self, size: "int | torch.SymInt | torch.SymFloat | torch.SymBool") -> str:
         """The size as an expression over symbol names with `+ - * // %`."""
         if not isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):

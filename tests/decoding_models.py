@@ -3,16 +3,28 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import graphwright.ir.ops  # noqa: F401
+from graphwright.runtime.decoding import caches as caches_module
 from graphwright.runtime.decoding.caches import CacheType
 from graphwright.runtime.decoding.sampler import Sampler
 
 VOCABULARY, DIM, HEADS, KV_HEADS, WIDTH = 11, 12, 4, 2, 4
 GREEDY = Sampler()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_caches(monkeypatch):
+    """Of every test in a file that imports this: what no step wrote is NaN, which reaches the logits of whoever reads it."""
+
+    def poison(rows, capacity, each):
+        return torch.full((rows, each.heads, capacity, each.width), torch.nan, dtype=each.dtype)
+
+    monkeypatch.setattr(caches_module, "unwritten", poison)
 
 
 class Layer(nn.Module):

@@ -8,24 +8,19 @@ from hypothesis import strategies as st
 
 import graphwright as gw
 from graphwright.ir.errors import InputError, StateError
-from graphwright.runtime.decoding import caches as caches_module
 from graphwright.runtime.decoding.caches import Caches, CacheType
 from graphwright.runtime.decoding.generate import generate
 from graphwright.runtime.decoding.sampler import Sampler
-from graphwright.tests.decoding_models import VOCABULARY, plain_decoder, random_prompts, skipping_decoder
+from graphwright.tests.decoding_models import (
+    VOCABULARY,
+    plain_decoder,
+    poisoned_caches,  # noqa: F401  (pytest finds it here)
+    random_prompts,
+    skipping_decoder,
+)
 
 lengths = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 maybe_small = st.none() | st.integers(1, 5)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_caches(monkeypatch):
-    """What no step wrote is NaN, which reaches the logits of whoever reads it."""
-
-    def poison(rows, capacity, each):
-        return torch.full((rows, each.heads, capacity, each.width), torch.nan, dtype=each.dtype)
-
-    monkeypatch.setattr(caches_module, "unwritten", poison)
 
 
 @st.composite

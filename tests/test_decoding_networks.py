@@ -15,23 +15,13 @@ from graphwright.ir.run import run
 from graphwright.passes.kv_cache.decoder import find_decoder
 from graphwright.passes.layer_skip.reference import SkipReference
 from graphwright.passes.layer_skip.units import find_units
-from graphwright.runtime.decoding import caches as caches_module
 from graphwright.runtime.decoding.steps import ProgramDecoder
 from graphwright.runtime.executor import Executor
 from graphwright.runtime.probe import Probe
 from graphwright.tests import decoders
+from graphwright.tests.decoding_models import poisoned_caches  # noqa: F401  (pytest finds it here)
 
 FAMILIES = ["zoo", "llama", "gemma2", "gpt2", "mixtral"]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_caches(monkeypatch):
-    """What no step wrote is NaN, which reaches the logits of whoever reads it."""
-
-    def poison(rows, capacity, each):
-        return torch.full((rows, each.heads, capacity, each.width), torch.nan, dtype=each.dtype)
-
-    monkeypatch.setattr(caches_module, "unwritten", poison)
 
 
 @functools.cache

@@ -2,29 +2,22 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphwright.ir.errors import InputError
-from graphwright.runtime.decoding import caches as caches_module
 from graphwright.runtime.decoding.generate import generate
 from graphwright.runtime.decoding.sampler import Sampler
-from graphwright.tests.decoding_models import VOCABULARY, drafting_decoder, random_prompts
+from graphwright.tests.decoding_models import (
+    VOCABULARY,
+    drafting_decoder,
+    poisoned_caches,  # noqa: F401  (pytest finds it here)
+    random_prompts,
+)
 
 prompt_lengths = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 drafts = st.sets(st.integers(0, 3), min_size=1).map(lambda layers: tuple(sorted(layers)))
 EVERYTHING = (0, 1, 2, 3)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_caches(monkeypatch):
-    """What no step wrote is NaN, which reaches the logits of whoever reads it."""
-
-    def poison(rows, capacity, each):
-        return torch.full((rows, each.heads, capacity, each.width), torch.nan, dtype=each.dtype)
-
-    monkeypatch.setattr(caches_module, "unwritten", poison)
 
 
 @given(drafts, st.integers(1, 5), prompt_lengths, st.integers(1, 9), st.none() | st.integers(1, 3), st.integers(0, 9), st.integers(0, 9))

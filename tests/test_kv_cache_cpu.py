@@ -2,7 +2,6 @@
 result, and caches that are written where they lie."""
 
 import functools
-import platform
 from dataclasses import dataclass
 
 import pytest
@@ -15,12 +14,12 @@ import graphwright as gw
 from graphwright.codegen import cpu_kernels
 from graphwright.codegen.attention import cached
 from graphwright.codegen.attention.library import library
-from graphwright.codegen.native import library as native_library
 from graphwright.ir.appends import plan_appends
 from graphwright.ir.run import run as reference_run
 from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.executor import Executor
 from graphwright.tests import decoders
+from graphwright.tests.native_targets import TARGETS, library_for
 
 needs_compiler = pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
 attention, append = torch.ops.gw.cached_attention.default, torch.ops.gw.kv_append.default
@@ -92,17 +91,10 @@ def assert_close(step, y):
     assert ((y.double() - exact).abs() <= slack + tiny).all()
 
 
-TARGETS = {"native": native_library.TARGETS}
-if platform.machine() == "x86_64":
-    TARGETS |= {"AVX2": (("-march=haswell", "-fopenmp"),), "plain": (("-march=x86-64", "-fopenmp"),)}
-
-
 @pytest.fixture(params=TARGETS)
 def kernel(request, monkeypatch):
     """The kernels for this machine, and for older ones that this can play."""
-    native = library(targets=TARGETS[request.param])
-    if native is None:
-        pytest.skip("no C++ compiler: install g++")
+    native = library_for(library, request.param)
     monkeypatch.setattr(cached, "library", lambda: native)
     monkeypatch.setattr(cached, "reference", None)  # is not what is tested
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import graphwright as gw
 from graphwright.ir.run import run
-from graphwright.passes.kv_cache.agreement import empty_caches
 from graphwright.passes.kv_cache.decoder import Decoder, find_decoder
+from graphwright.passes.kv_cache.stepping import empty_caches
 from graphwright.passes.layer_skip.ranking import Calibration, Profile
 from graphwright.passes.layer_skip.reference import SkipReference
 from graphwright.passes.layer_skip.schedule import Schedule, counts, of_counts, ranked_sets, top_sets

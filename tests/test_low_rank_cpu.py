@@ -1,6 +1,5 @@
 """`gw.lowrank_linear` on CPUs: the kernel in C++ against the operator's body in float64, and its place in every backend."""
 
-import platform
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from graphwright.runtime.backend import has_cpp_compiler
 from graphwright.runtime.cache_key import native_environment
 from graphwright.runtime.code_cache import Shelf
 from graphwright.runtime.segments import Segment
+from graphwright.tests.native_targets import TARGETS, library_for
 
 needs_compiler = pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler: install g++")
 op = torch.ops.gw.lowrank_linear.default
@@ -93,17 +93,10 @@ def assert_close(layer, x, y):
     assert ((y.double().reshape(exact.shape) - exact).abs() <= 4 * torch.finfo(x.dtype).eps * bound).all()
 
 
-TARGETS = {"native": native_library.TARGETS}
-if platform.machine() == "x86_64":
-    TARGETS |= {"AVX2": (("-march=haswell", "-fopenmp"),), "plain": (("-march=x86-64", "-fopenmp"),)}
-
-
 @pytest.fixture(params=TARGETS)
 def kernel(request, monkeypatch):
     """The kernel for this machine, and for older ones that this can play."""
-    native = library(targets=TARGETS[request.param])
-    if native is None:
-        pytest.skip("no C++ compiler: install g++")
+    native = library_for(library, request.param)
     monkeypatch.setattr(linear, "library", lambda: native)
     monkeypatch.setattr(linear, "_body", None)  # is not what is tested
     return linear.lowrank_linear

@@ -4,8 +4,6 @@ Compiling needs a process in which triton was imported to compile, so this file 
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -44,10 +42,9 @@ def main():
 
 @pytest.fixture(scope="module")
 def table():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    from graphwright.tests.ahead_of_time import figures_of
+
+    return figures_of(__file__)
 
 
 @pytest.mark.parametrize("family", list(families()))

@@ -1,1 +1,1 @@
-"""Kernels in C++ as shared libraries: what all of them share. `vectors.h` is for their sources, `library.py` makes and loads them."""
+"""Kernels in C++ as shared libraries: what all of them share. The headers are for their sources, `library.py` makes and loads them."""

@@ -12,10 +12,10 @@ from ...ir import Program
 from ...ir.errors import PassError
 from ...ir.float64 import NoFloat64, to_float64
 from ...ir.run import run
-from ...ir.symbols import hint
 from ..inputs import random_inputs
 from ..verdict import PROMISE, Verdict
 from .decoder import Decoder, find_decoder
+from .stepping import Stepping, largest_difference
 
 ROWS, LENGTH, STEPS = 2, 6, 2
 # Of a sound decoder the two differ by rounding alone; of one whose tokens meet elsewhere by the size of the logits.
@@ -30,16 +30,13 @@ def check_agreement(program: Program, decoder: Decoder) -> None:
     """
     if any(w.tensor is None or w.tensor.device.type == "meta" for w in program.weights.values()):
         return
-    table = random_inputs(program)
-    leaves = [node for node in program.main.placeholders if node.meta.get("role", "input") == "input"]
-    highest = int(table[leaves.index(decoder.tokens)].max()) + 1
-    generator = torch.Generator().manual_seed(0)
-    longest = next((s.high for s in program.used_symbols() if program.symbols.text(decoder.length) == s.name), LENGTH)
-    if longest <= STEPS:
+    length = min(LENGTH, program.symbols.highest(decoder.length))
+    if length <= STEPS:
         return
-    tokens = torch.randint(0, highest, (ROWS, min(LENGTH, longest)), generator=generator).to(decoder.tokens.meta["val"].device)
-    inputs = _whole(program, decoder, tokens)
-    worst = max(_differences(program, decoder, inputs, tokens))
+    highest = int(random_inputs(program)[program.main.placeholders.index(decoder.tokens)].max()) + 1
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, highest, (ROWS, length), generator=generator).to(decoder.tokens.meta["val"].device)
+    worst = max(_differences(program, decoder, tokens))
     if not worst <= COARSE.get(decoder.logits.meta["val"].dtype, 0.3):
         raise PassError(
             f"kv-cache: prefill and decode differ from the whole by {worst:.1e} of the logits: tokens meet elsewhere than in attentions, "
@@ -49,6 +46,20 @@ def check_agreement(program: Program, decoder: Decoder) -> None:
 
 def judge_steps(program: Program, inputs: list[Any]) -> Verdict:
     """The exact contract of the functions of one step on the inputs of `main`: 1e-10 of the logits in float64."""
+    found = in_float64(program, inputs)
+    if isinstance(found, Verdict):
+        return found
+    wide, decoder, tokens = found
+    if tokens.shape[1] < STEPS + 1:
+        return Verdict("inconclusive", f"the example has {tokens.shape[1]} tokens, too few to be taken in parts")
+    worst = max(_differences(wide, decoder, tokens))
+    if not worst <= PROMISE:
+        return Verdict("wrong", f"prefill and decode differ from the whole by {worst:.1e} of the logits in float64", rewrite_error=worst)
+    return Verdict("right", rewrite_error=worst)
+
+
+def in_float64(program: Program, inputs: list[Any]) -> tuple[Program, Decoder, torch.Tensor] | Verdict:
+    """The float64 program, the decoder that its `main` is, and the tokens among the `inputs` of that; a verdict where there is none."""
     try:
         wide = to_float64(program)
     except NoFloat64 as error:
@@ -56,59 +67,19 @@ def judge_steps(program: Program, inputs: list[Any]) -> Verdict:
     decoder = find_decoder(wide, wide.main)
     if not isinstance(decoder, Decoder):
         return Verdict("wrong", f"main is no decoder any more: {decoder.reason}")
-    leaves = [node for node in program.main.placeholders if node.meta.get("role", "input") == "input"]
-    names = [str(node.target) for node in leaves]
-    tokens = inputs[names.index(str(decoder.tokens.target))]
-    if tokens.shape[1] < STEPS + 1:
-        return Verdict("inconclusive", f"the example has {tokens.shape[1]} tokens, too few to be taken in parts")
-    worst = max(_differences(wide, decoder, _whole(wide, decoder, tokens), tokens))
-    if not worst <= PROMISE:
-        return Verdict("wrong", f"prefill and decode differ from the whole by {worst:.1e} of the logits in float64", rewrite_error=worst)
-    return Verdict("right", rewrite_error=worst)
+    return wide, decoder, inputs[wide.main.placeholders.index(decoder.tokens)].to(torch.int64)
 
 
-def _whole(program: Program, decoder: Decoder, tokens: torch.Tensor) -> list[Any]:
-    places = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
-
-    def value(node: Any) -> Any:
-        if node is decoder.tokens:
-            return tokens.to(node.meta["val"].dtype)
-        return places.to(node.meta["val"].dtype) if node is decoder.positions else node.meta["val"]
-
-    return [value(node) for node in program.main.placeholders]
-
-
-def _differences(program: Program, decoder: Decoder, inputs: list[Any], tokens: torch.Tensor) -> list[float]:
+def _differences(program: Program, decoder: Decoder, tokens: torch.Tensor) -> list[float]:
     """Largest differences of logits from those of the whole, relative to the largest of these: prefill, each decode, verify."""
     index = [leaf is decoder.logits for leaf in program.main.outputs].index(True)
-    whole = run(program, inputs)[0][index]
+    whole = run(program, decoder.inputs(program, tokens))[0][index]
     batch, length = tokens.shape
-    tokens = tokens.to(torch.int64)
-    at = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
-    rows = torch.arange(batch, device=tokens.device).flip(0)
-    scale = float(whole.abs().max())
-    results = []
-
-    def take(function: str, part: torch.Tensor, start: int, caches: dict[str, torch.Tensor], expected: torch.Tensor, *more: Any) -> None:
-        outputs, new = run(program, [part, at + start, rows, *more, *caches.values()], function=function)
-        caches.update({name.removeprefix("input:"): value for name, value in new.items()})
-        results.append(float((outputs[0] - expected).abs().max()) / scale if scale else 0.0)
-
-    caches = empty_caches(program, batch, length)
-    prompt = length - STEPS
+    rows, scale, prompt = torch.arange(batch, device=tokens.device).flip(0), float(whole.abs().max()), length - STEPS
+    step = Stepping(program, rows, length)
     # A token more than the prompt has, to see that padding does nothing.
-    take("prefill", tokens[:, : prompt + 1], 0, caches, whole[:, prompt - 1], at + prompt)
-    for step in range(prompt, length):
-        take("decode", tokens[:, step : step + 1], step, caches, whole[:, step])
-    take("verify", tokens, 0, empty_caches(program, batch, length), whole)
-    return results
-
-
-def empty_caches(program: Program, rows: int, capacity: int) -> dict[str, torch.Tensor]:
-    """Slots that hold NaN: what was never written is never read."""
-    named = {str(node.target): node.meta["val"] for node in program.functions["decode"].placeholders}
-    return {
-        name: torch.full((rows, hint(v.size(1)), capacity, hint(v.size(3))), float("nan"), dtype=v.dtype, device=v.device)
-        for name, v in named.items()
-        if name.startswith("cache_")
-    }
+    got = [step("prefill", tokens[:, : prompt + 1], 0, torch.full_like(rows, prompt))]
+    got += [step("decode", tokens[:, place : place + 1], place) for place in range(prompt, length)]
+    verified = Stepping(program, rows, length)("verify", tokens, 0)
+    differences = [largest_difference(logits, whole[:, place], scale) for place, logits in enumerate(got, prompt - 1)]
+    return [*differences, largest_difference(verified, whole, scale)]

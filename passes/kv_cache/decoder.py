@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,6 +26,13 @@ class Decoder:
     logits: Node
     attentions: tuple[SelfAttention, ...]
     visible: tuple[Visible, ...]
+
+    def inputs(self, program: Program, tokens: torch.Tensor) -> list[Any]:
+        """What `main` of `program` takes for `tokens` i[B, T] at positions 0, 1, ..: one value a leaf, constants included."""
+        places = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+        given = {self.tokens: tokens, self.positions: places}
+        values = [(node, node.meta["val"]) for node in program.main.placeholders]
+        return [given[node].to(value.dtype) if node in given else value for node, value in values]
 
     @property
     def batch(self) -> torch.SymInt:

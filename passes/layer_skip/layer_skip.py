@@ -180,7 +180,7 @@ class LayerSkip(Pass):
     def _profile(self, program: Program, decoder: Decoder, units: Sequence[Unit], tell: Tell | None) -> Profile | None:
         if self.calibration is None:
             return None
-        longest = next((s.high for s in program.used_symbols() if s.name == program.symbols.text(decoder.length)), 0)
+        longest = program.symbols.highest(decoder.length)
         batches = tuple(_tokens(number, item, decoder, longest) for number, item in enumerate(self.calibration))
         if not batches:
             raise PassError("layer-skip: calibration has no items: give at least one tensor of tokens [B, T]")

@@ -107,9 +107,7 @@ class Profile:
                 seen[node] = value
             return value
 
-        places = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
-        given = {self.decoder.tokens: tokens, self.decoder.positions: places}
-        run(self.program, [given.get(node, node.meta["val"]) for node in self.program.main.placeholders], observe=keep)
+        run(self.program, self.decoder.inputs(self.program, tokens), observe=keep)
         return seen
 
 

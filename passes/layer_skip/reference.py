@@ -23,13 +23,12 @@ class SkipReference:
     """`logits(tokens, active)`: tokens i64[B, T], active[t] the layers that run at position t -> logits [B, T, V]."""
 
     def __init__(self, program: Program, decoder: Decoder, units: Sequence[Unit]):
-        self.units, self.decoder = units, decoder
+        self.units, self.decoder, self._whole = units, decoder, program
         self._program = _masked(program, decoder, units)
 
     def logits(self, tokens: torch.Tensor, active: Sequence[Sequence[int]]) -> torch.Tensor:
         on = torch.tensor([[unit.index in layers for layers in active] for unit in self.units], device=tokens.device)
-        places = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
-        inputs = [tokens, places][: len(self._program.main.placeholders) - 1]
+        inputs = [value for value in self.decoder.inputs(self._whole, tokens) if isinstance(value, torch.Tensor)]
         return run(self._program, [*inputs, on])[0][0]
 
 
@@ -37,10 +36,8 @@ def _masked(program: Program, decoder: Decoder, units: Sequence[Unit]) -> Progra
     made = Derivation(program)
     for node in program.main.placeholders:
         value = node.meta["val"]
-        made.values[node] = value
-        if node in (decoder.tokens, decoder.positions):
-            source = made.input(str(node.target), torch.int64, value.shape, value.device)
-            made.values[node] = source if value.dtype == torch.int64 else made.call(aten._to_copy.default, source, dtype=value.dtype)
+        is_tensor = isinstance(value, torch.Tensor)
+        made.values[node] = made.input(str(node.target), value.dtype, value.shape, value.device) if is_tensor else value
     on = made.input("on", torch.bool, (len(units), decoder.length), decoder.tokens.meta["val"].device)
     by_result = {unit.result: unit for unit in units}
     for node in program.main.calls:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...ir import Program, SymbolTable
+from ...ir import Program
 from ...ir.errors import InputError
 from ...ir.symbols import UNBOUNDED
 from ..executor import Executor
@@ -84,7 +84,9 @@ class ProgramDecoder:
         self.device = self.cache_types[0].device
         prefill = program.functions["prefill"].signature()
         self.vocabulary = int(prefill.outputs[0].shape[-1])
-        self.max_positions = _highest(program.symbols, prefill.inputs[0].value.shape[1])
+        # The most tokens that the model was captured for: it may hold a table of so many positions.
+        longest = program.symbols.highest(prefill.inputs[0].value.shape[1])
+        self.max_positions = longest if longest < UNBOUNDED else None
         self.schedules = program.schedules
 
     def __contains__(self, name: str) -> bool:
@@ -145,14 +147,6 @@ class ProgramStep:
                         {name: size for name, size in zip(self._symbols, sizes or (), strict=False) if name}
                     )
         return self._executors[sizes]
-
-
-def _highest(symbols: SymbolTable, length: Any) -> int | None:
-    """The most tokens that the model was captured for: it may hold a table of so many positions."""
-    if not isinstance(length, torch.SymInt):
-        return int(length)
-    name = symbols.text(length)
-    return symbols.symbol(name).high if name in symbols and symbols.symbol(name).high < UNBOUNDED else None
 
 
 def _cache_type(name: str, value: Tensor) -> CacheType:

@@ -6,19 +6,9 @@
 // read. Chunks and blocks lie at fixed slots and every sum is in the order of slots or of depth, so that the result of a query depends
 // neither on the queries and rows beside it nor on the number of threads.
 #include "attend.h"
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace {
-
-inline int thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 template <class Element>
 void attention(const Call& c) {

@@ -12,19 +12,9 @@
 #include "call.h"
 #include "panels.h"
 #include "products.h"
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace {
-
-inline int thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // y = value + branch @ up + bias for `rows` rows from `row` on, columns n .. n + kCols.
 template <int rows>
