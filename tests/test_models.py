@@ -10,14 +10,14 @@ from torch.utils._pytree import tree_map_only
 
 from graphwright import models
 from graphwright.ir.errors import InputError
-from graphwright.models import decoder, video_unet, video_unet_svd
+from graphwright.models import decoder, moe_dlm, video_unet, video_unet_svd
 from graphwright.models.random_weights import draw_weights
 
 MILLION = 1_000_000
 
 # What a published checkpoint of each holds, in millions: AnimateDiff on Stable Diffusion 1.5, Stable Video Diffusion, DiT-XL/2,
-# Llama 3.2 1B, ViT-B/16.
-BASE_MILLIONS = {"video_unet": 1313, "video_unet_svd": 1525, "dit": 675, "decoder": 1236, "vit": 87}
+# Llama 3.2 1B, ViT-B/16, LLaDA-MoE 7B-A1B.
+BASE_MILLIONS = {"video_unet": 1313, "video_unet_svd": 1525, "dit": 675, "decoder": 1236, "vit": 87, "moe_dlm": 7357}
 
 
 def count_parameters(module):
@@ -94,7 +94,12 @@ def test_half_precision_stays_half(name, dtype):
 
 
 BATCH = {0: Dim("batch", max=64)}
-DYNAMIC_SHAPES = {"decoder": ({0: Dim("batch", max=64), 1: Dim("length", max=4096)},), "vit": (BATCH,), "dit": (BATCH,) * 3}
+DYNAMIC_SHAPES = {
+    "decoder": ({0: Dim("batch", max=64), 1: Dim("length", max=4096)},),
+    "moe_dlm": (BATCH,),
+    "vit": (BATCH,),
+    "dit": (BATCH,) * 3,
+}
 
 
 @functools.cache  # an export takes seconds
@@ -119,7 +124,8 @@ def test_export_keeps_composites_whole_and_mutates_nothing(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("network", "other_sizes"), [("decoder", {"batch": 5, "length": 23}), ("vit", {"batch": 5}), ("dit", {"batch": 5})]
+    ("network", "other_sizes"),
+    [("decoder", {"batch": 5, "length": 23}), ("vit", {"batch": 5}), ("dit", {"batch": 5}), ("moe_dlm", {"batch": 5})],
 )
 def test_dynamic_dims_serve_other_sizes(network, other_sizes):
     module, args, _ = models.load(network, "tiny", **other_sizes)
@@ -152,6 +158,7 @@ def test_base_is_the_published_size(name):
         ("dit", {"length": 24, "batch": 3}, (3, 8, 8, 12)),
         ("decoder", {"length": 7, "batch": 3}, (3, 7, 256)),
         ("vit", {"height": 16, "width": 40, "batch": 3}, (3, 10)),
+        ("moe_dlm", {"length": 7, "batch": 3}, (3, 7, 256)),
     ],
 )
 @torch.no_grad()
@@ -191,10 +198,28 @@ def test_layers_that_a_decoder_does_not_have_are_refused(index):
         decoder.with_layers(models.load("decoder", "tiny")[0], [0, index])
 
 
+@torch.no_grad()
+def test_the_masked_diffusion_network_looks_both_ways():
+    module, (ids,), _ = models.load("moe_dlm", "tiny")
+    for place, seen_from in ((-1, 0), (0, -1)):
+        changed = ids.clone()
+        changed[:, place] = (changed[:, place] + 1) % 255
+        assert (module(ids) - module(changed))[:, seen_from].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_masked_diffusion_network_does_not_see_padding():
+    module, (ids,), _ = models.load("moe_dlm", "tiny")
+    mask = torch.ones(2, 21, dtype=torch.int64)
+    mask[:, 16:] = 0
+    padded = torch.cat([ids, torch.zeros(2, 5, dtype=ids.dtype)], 1)
+    torch.testing.assert_close(module(padded, mask)[:, :16], module(ids))
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        ({"name": "resnet"}, "video_unet, video_unet_svd, dit, decoder, vit"),
+        ({"name": "resnet"}, "video_unet, video_unet_svd, dit, decoder, vit, moe_dlm"),
         ({"name": "vit", "size": "huge"}, "tiny, small, base"),
         ({"name": "vit", "size": "tiny", "length": 4}, "batch, height, width"),
         ({"name": "vit", "size": "tiny", "height": 33}, "multiples of the patch, 8"),
@@ -283,3 +308,20 @@ def test_decoder_is_llama():
     state = {key if key.startswith("lm_head") else f"model.{key}": tensor for key, tensor in module.state_dict().items()}
     reference.load_state_dict(state)
     assert_agrees(module, reference, args, kwargs, {"return_dict": False})
+
+
+@torch.no_grad()
+def test_experts_of_moe_dlm_are_those_of_mixtral():
+    transformers = pytest.importorskip("transformers", reason="compares with transformers: pip install transformers")
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = dataclasses.replace(moe_dlm.SIZES["tiny"], norm_topk_prob=True)  # Mixtral's weights have a sum of 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = moe_dlm.MixtureOfExperts(config).eval()
+        draw_weights(block)
+        x = torch.randn(2, 9, config.dim)
+    shape = {"hidden_size": config.dim, "intermediate_size": config.hidden, "num_local_experts": config.experts}
+    reference = MixtralSparseMoeBlock(transformers.MixtralConfig(**shape, num_experts_per_tok=config.chosen))
+    reference.load_state_dict(block.state_dict())
+    torch.testing.assert_close(block(x), reference.eval()(x), rtol=1e-5, atol=1e-5)
