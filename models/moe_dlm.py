@@ -76,17 +76,31 @@ class Router(nn.Linear):
 
 
 class Experts(nn.Module):
-    """E gated layers down(silu(gate(x)) * up(x)), all of them on every token, weighted: x [T, dim], weight [T, E] -> [T, dim]."""
+    """sum_j weight[t, j] down_e(silu(gate_e(x[t])) * up_e(x[t])) with e = index[t, j]: x [T, dim], index and weight [T, k] -> [T, dim]."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(config.experts, 2 * config.hidden, config.dim))
         self.down_proj = nn.Parameter(torch.empty(config.experts, config.dim, config.hidden))
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        dense = weight.new_zeros(len(x), len(self.down_proj)).scatter(1, index, weight)  # [T, E]
+        return self._each_on_its_own(x, index, dense) if self.training else self._all_on_all(x, dense)
+
+    def _all_on_all(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What can be exported: E / k times the work."""
         gate, up = torch.matmul(x.unsqueeze(0), self.gate_up_proj.transpose(1, 2)).chunk(2, -1)  # [E, T, hidden]
         each = torch.matmul(F.silu(gate) * up, self.down_proj.transpose(1, 2))  # [E, T, dim]
         return (each * weight.t().unsqueeze(-1)).sum(0).to(x.dtype)
+
+    def _each_on_its_own(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The same at half the time of a training step: how many tokens an expert has depends on data."""
+        result = torch.zeros_like(x, dtype=weight.dtype)
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+            tokens = (index == expert).any(1).nonzero().squeeze(1)
+            gate, up = F.linear(x[tokens], gate_up).chunk(2, -1)
+            result = result.index_add(0, tokens, F.linear(F.silu(gate) * up, down) * weight[tokens, expert, None])
+        return result.to(x.dtype)
 
 
 class MixtureOfExperts(nn.Module):
@@ -103,11 +117,10 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        probabilities = self.gate(tokens).softmax(-1)
-        weight, index = probabilities.topk(self.chosen, -1)
+        weight, index = self.gate(tokens).softmax(-1).topk(self.chosen, -1)
         if self.normalized:
             weight = weight / weight.sum(-1, keepdim=True)
-        return self.experts(tokens, torch.zeros_like(probabilities).scatter(1, index, weight)).reshape(x.shape)
+        return self.experts(tokens, index, weight).reshape(x.shape)
 
 
 class Layer(nn.Module):

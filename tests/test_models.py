@@ -325,3 +325,9 @@ def test_experts_of_moe_dlm_are_those_of_mixtral():
     reference = MixtralSparseMoeBlock(transformers.MixtralConfig(**shape, num_experts_per_tok=config.chosen))
     reference.load_state_dict(block.state_dict())
     torch.testing.assert_close(block(x), reference.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_of_moe_dlm_give_the_same_in_training_as_they_are_exported():
+    module, (ids,), _ = models.load("moe_dlm", "tiny")
+    exported = module.double()(ids)
+    torch.testing.assert_close(module.train()(ids), exported, rtol=1e-10, atol=1e-10)
