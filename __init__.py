@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from .passes import CLEANUPS as CLEANUPS
     from .passes import AbsorbOutliers as AbsorbOutliers
     from .passes import AppendLoRA as AppendLoRA
+    from .passes import CapacitySchedule as CapacitySchedule
     from .passes import Contract as Contract
+    from .passes import ExpertChoice as ExpertChoice
     from .passes import FoldBatchNorm as FoldBatchNorm
     from .passes import FoldConstants as FoldConstants
     from .passes import KVCache as KVCache
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
     from .runtime.compiled import CompiledModel as CompiledModel
     from .runtime.decoding.generated import Generated as Generated
     from .runtime.decoding.generated import Token as Token
+    from .runtime.denoising.generate import Denoised as Denoised
+    from .runtime.denoising.generate import masked_diffusion_generate as masked_diffusion_generate
     from .runtime.memory import Measurement as Measurement
     from .runtime.memory import measure_peak as measure_peak
 
@@ -64,14 +68,15 @@ _HOMES = {
         "StateError", "TargetError", "VerifyError",
     ),
     ".passes": (
-        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "LayerSkip", "Pass",
-        "PassManager", "Quantize", "RegroupExperts",
+        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "CapacitySchedule", "Contract", "ExpertChoice", "FoldBatchNorm", "FoldConstants",
+        "KVCache", "LayerSkip", "Pass", "PassManager", "Quantize", "RegroupExperts",
         "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
         "all_passes",
     ),
     ".runtime.cache": ("Cache",),
     ".runtime.compiled": ("CompiledModel",),
     ".runtime.decoding.generated": ("Generated", "Token"),
+    ".runtime.denoising.generate": ("Denoised", "masked_diffusion_generate"),
     ".runtime.memory": ("Measurement", "measure_peak"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

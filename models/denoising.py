@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..ir.errors import InputError
 
-LENGTH = 128  # tokens of a window of the zoo's trained network
+LENGTH = 64  # tokens of a window of the zoo's trained network
 
 
 def masked(ids: Tensor, counts: Tensor, mask_id: int, draw: torch.Generator | None = None) -> Tensor:

@@ -41,7 +41,7 @@ class Config:
 SIZES = {
     "tiny": Config(vocabulary=256, dim=64, depth=2, num_heads=4, experts=8, chosen=2, hidden=32, tied=True, length=16, batch=2),
     # trained on text of the standard library (`text`): its 2048 byte pairs and the mask
-    "text": Config(vocabulary=2049, dim=128, depth=4, num_heads=4, experts=16, chosen=4, hidden=64, tied=True, length=128),
+    "text": Config(vocabulary=2049, dim=128, depth=4, num_heads=4, experts=16, chosen=4, hidden=64, tied=True, length=64),
     "small": Config(vocabulary=8192, dim=256, depth=4, num_heads=8, experts=64, chosen=8, hidden=128, tied=False, length=256),
     # the sizes of LLaDA-MoE 7B-A1B
     "base": Config(vocabulary=157184, dim=2048, depth=16, num_heads=16, experts=64, chosen=8, hidden=1024, tied=False, length=4096),
@@ -84,7 +84,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(config.experts, config.dim, config.hidden))
 
     def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        dense = weight.new_zeros(len(x), len(self.down_proj)).scatter(1, index, weight)  # [T, E]
+        dense = weight.new_zeros(x.shape[0], self.down_proj.shape[0]).scatter(1, index, weight)  # [T, E]
         return self._each_on_its_own(x, index, dense) if self.training else self._all_on_all(x, dense)
 
     def _all_on_all(self, x: Tensor, weight: Tensor) -> Tensor:

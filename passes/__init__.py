@@ -4,7 +4,7 @@ from .base import LeftAlone, Outcome, Pass
 from .check import Reference, check_exact
 from .cleanups import CLEANUPS
 from .contract import Contract
-from .experts import RegroupExperts
+from .experts import CapacitySchedule, ExpertChoice, RegroupExperts
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .inputs import random_inputs
@@ -25,7 +25,9 @@ __all__ = [
     "AbsorbOutliers",
     "AppendLoRA",
     "CLEANUPS",
+    "CapacitySchedule",
     "Contract",
+    "ExpertChoice",
     "FoldBatchNorm",
     "FoldConstants",
     "KVCache",

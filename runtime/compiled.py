@@ -25,6 +25,7 @@ from .cache import Cache
 from .decoding.generate import generate
 from .decoding.generated import Generated, Token
 from .decoding.steps import ProgramDecoder
+from .denoising.ratio import ARGUMENT, RowsByRatio, schedule_of
 from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
 from .packing import Packs
@@ -73,11 +74,13 @@ class CompiledModel(nn.Module):
         self._on_threads: Threads | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, nested as the original's.
+        """The model's output, nested as the original's. One whose experts choose by a schedule takes `mask_ratio=(masked, valid)` as well,
+        numbers of positions, for all rows or a list with one for each.
 
         Raises:
-            InputError: the arguments do not fit what was captured; or a weight that passes folded into others was written to, or
-                replaced in its submodule, since (what is written through its `.data` is not seen, and has no effect).
+            InputError: the arguments do not fit what was captured, or do not say how much is masked; or a weight that passes folded into
+                others was written to, or replaced in its submodule, since (what is written through its `.data` is not seen, and has no
+                effect).
         """
         runner = self._runner or self._compile_for(args, kwargs)
         return runner(args, kwargs)
@@ -275,6 +278,8 @@ class _Runner:
         self.call = Call(program, main, compilation.parameters)
         self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
         self._updates = _updates(signature)
+        schedule = schedule_of(program)
+        self._by_ratio = None if schedule is None else RowsByRatio(program, schedule, self._executor_named)
         self._out_spec = main.out_tree.to_spec()
         # Two calls at once would lose one update.
         self._folded = _folded(compilation)
@@ -284,8 +289,13 @@ class _Runner:
         self.buffers = {name: tensor for name, kind, tensor in tensors if kind == "buffer"} | self.states
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        ratio = None
+        if self._by_ratio is not None:
+            ratio, kwargs = kwargs.get(ARGUMENT), {name: value for name, value in kwargs.items() if name != ARGUMENT}
         inputs, given = self.call.bind(args, kwargs)
         self.check_weights()
+        if self._by_ratio is not None:
+            return unflatten(self._out_spec, self._by_ratio(inputs, ratio))
         with self._turn:
             leaves, new_states = self.executor(inputs, self.states)
             if new_states:
@@ -312,6 +322,9 @@ class _Runner:
         executor = Executor(program, function, compiled.backend, compiled.cache, self._packs)
         self._executors.append(executor)
         return executor
+
+    def _executor_named(self, function: str) -> Executor:
+        return self.executor if function == "main" else self._executor_of(function, {})
 
     def packed(self) -> tuple[int, int]:
         """How many weights are held in a second layout by the functions that have run, and the bytes of these copies."""

@@ -49,6 +49,8 @@ class KVCache(Pass):
         program = rewriter.program
         if "decode" in program.functions:
             return Outcome((LeftAlone("main", "its functions of one step are there already"),))
+        if program.schedules.get("expert-choice", {}).get("leaks_future"):
+            raise PassError("kv-cache: experts of this model choose among all positions, so what a token gets depends on later ones")
         decoder = find_decoder(program, rewriter.function)
         if isinstance(decoder, NoMatch):
             raise PassError(_refusal(decoder))

@@ -68,6 +68,11 @@ class ProgramDecoder:
     """
 
     def __init__(self, program: Program, executor_of: ExecutorOf, *, fixed: bool):
+        if program.schedules.get("expert-choice", {}).get("leaks_future"):
+            raise InputError(
+                "experts of this model choose among all positions, so what a token gets depends on later ones, which are not there when "
+                "tokens come one by one: compile it without expert-choice"
+            )
         if "prefill" not in program.functions:
             raise InputError("this model has no functions that decode: make it with compile_decoder, or compile it with passes='kv-cache'")
         self._program, self._executor_of, self._fixed = program, executor_of, fixed
