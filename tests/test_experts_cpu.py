@@ -28,7 +28,7 @@ dtypes = st.sampled_from(list(CLOSE))
 @st.composite
 def calls(draw, dtype):
     """Operands of a call at random: experts without tokens, one token, sizes that fit no vector."""
-    tokens, k, experts, depth, inner = (draw(st.integers(1, high)) for high in (40, 3, 9, 37, 21))
+    tokens, k, experts, depth, inner = (draw(st.integers(1, high)) for high in (90, 3, 9, 37, 21))
     chance = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     chosen = torch.randint(0, draw(st.integers(1, experts)), (tokens, k), generator=chance)
     x, weight, gate_up, down = (
