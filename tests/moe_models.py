@@ -66,6 +66,33 @@ class Dense(nn.Module):
         return (each * gates.t().unsqueeze(-1)).sum(0).to(x.dtype).reshape(x.shape)
 
 
+class Listed(nn.Module):
+    """Experts as modules in a list, each run on the tokens that chose it, as models of transformers 4 have them."""
+
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(Listed.Expert() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        weight, index = self.router(tokens).softmax(-1).topk(CHOSEN, -1)
+        hits = F.one_hot(index, EXPERTS).permute(2, 1, 0)
+        y = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            choice, rows = torch.where(hits[number])
+            y.index_add_(0, rows, expert(tokens[rows]) * weight[rows, choice, None])
+        return y.reshape(x.shape)
+
+
 class Written(nn.Module):
     """A network of residual blocks around mixtures."""
 

@@ -5,9 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import graphwright as gw
+from graphwright.codegen import cpu_packed
 from graphwright.codegen.cpu_kernels import KERNELS
+from graphwright.codegen.experts.packed import PackedExperts, packed_experts
 from graphwright.ir.ops.experts import ACTIVATIONS
+from graphwright.runtime.probe import Probe
 from graphwright.tests import expert_oracles
+from graphwright.tests.moe_models import WRITTEN, tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 moe, grouped = torch.ops.gw.token_choice_moe.default, torch.ops.gw.grouped_mm.default
@@ -23,7 +28,7 @@ dtypes = st.sampled_from(list(CLOSE))
 @st.composite
 def calls(draw, dtype):
     """Operands of a call at random: experts without tokens, one token, sizes that fit no vector."""
-    tokens, k, experts, depth, inner = (draw(st.integers(1, high)) for high in (40, 3, 9, 37, 21))
+    tokens, k, experts, depth, inner = (draw(st.integers(1, high)) for high in (90, 3, 9, 37, 21))
     chance = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     chosen = torch.randint(0, draw(st.integers(1, experts)), (tokens, k), generator=chance)
     x, weight, gate_up, down = (
@@ -90,3 +95,60 @@ def test_grouped_products_are_their_body_and_the_loop_over_rows(data, dtype):
     torch.testing.assert_close(grouped(x.double(), weight.double(), ends), expected, **CLOSE[torch.float64])
     for y in (grouped(x, weight, ends), KERNELS[grouped](x, weight, ends)):
         torch.testing.assert_close(y.double(), expected, atol=8 * CLOSE[dtype]["atol"], rtol=CLOSE[dtype]["rtol"])  # sums of 17 products
+
+
+# --- packed weights ------------------------------------------------------------------------------------------------------------------
+
+needs_onednn = pytest.mark.skipif(not cpu_packed.is_available(), reason="this torch has no oneDNN")
+
+
+@needs_onednn
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]), activation=st.sampled_from(list(ACTIVATIONS)))
+@settings(max_examples=40)
+def test_experts_on_packed_weights_are_the_body_in_float64(data, dtype, activation):
+    x, index, weight, gate_up, down = data.draw(calls(dtype))
+    call = PackedExperts(data.draw(st.integers(1, 40)), activation, torch.float32, index.shape[1], down.shape[2])
+    call.both = tuple(cpu_packed.Pack(each, call.lay_out) for each in (gate_up, down))
+    wide = [each.double() if each.is_floating_point() else each for each in (x, index, weight, gate_up, down)]
+    body = moe(*wide, activation=activation, combine_dtype=torch.float64)
+    torch.testing.assert_close(call(x, index, weight, gate_up, down).double(), body, **CLOSE[dtype])
+
+
+@pytest.fixture
+def onednn_wins(monkeypatch):
+    """Every question that is asked has the last way for an answer."""
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: list(ways)[-1])
+
+
+@needs_onednn
+def test_a_tuned_model_packs_its_experts_and_follows_writes_to_their_weights(onednn_wins):
+    model, tokens = WRITTEN["matmul"](), tokens_of()
+    compiled = gw.compile(model, "regroup-experts", example_inputs=(tokens,), backend="tuned", cache=False)
+
+    def agrees():
+        # float32 sums in another order, through two layers
+        torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+
+    agrees()
+    calls = [node.target for node in compiled._present.executor._lowered.nodes if isinstance(node.target, PackedExperts)]
+    assert len(calls) == 2
+    weight = model.blocks[0].down
+    assert {pack.nbytes for call in calls for pack in call.packs} == {weight.nbytes, 2 * weight.nbytes}
+    with torch.no_grad():
+        weight.mul_(2)
+    agrees()
+
+
+@pytest.mark.parametrize("backend", ["inductor", "tuned"])
+def test_a_regrouped_model_runs_on_every_backend_as_it_did(backend):
+    model = WRITTEN["matmul"]()
+    for tokens in (tokens_of(), tokens_of(1, 1)):
+        compiled = gw.compile(model, "regroup-experts", example_inputs=(tokens,), backend=backend, cache=False)
+        torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+
+
+@needs_onednn
+def test_what_has_no_packed_form_is_left_to_its_kernel():
+    program = gw.capture(WRITTEN["matmul"](torch.float64), (tokens_of(),))
+    made = gw.PassManager([gw.RegroupExperts()]).run(program).program
+    assert [packed_experts(node) for node in made.main.calls if node.target is moe] == [None, None]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import graphwright as gw
 from graphwright.ir.run import run
 from graphwright.tests import moe_models
-from graphwright.tests.moe_models import CHOSEN, EXPERTS, INNER, LAYERS, TRANSFORMERS, WIDTH, WRITTEN, Dense, tokens_of
+from graphwright.tests.moe_models import CHOSEN, EXPERTS, INNER, LAYERS, TRANSFORMERS, WIDTH, WRITTEN, Dense, Listed, tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = tokens_of()
@@ -252,6 +252,15 @@ def test_what_is_refused_is_named_and_stays_as_it_was(name: str) -> None:
 def test_sentinels_of_experts_on_other_machines_are_part_of_the_choice_which_is_the_routers() -> None:
     program = capture_block(with_sentinels, *weights_of())
     assert len(calls_of(regrouped(program, [torch.randn(10, WIDTH)]).program)) == 1
+
+
+def test_experts_in_a_list_are_named_with_what_to_do() -> None:
+    result = regrouped(gw.capture(moe_models.Written(Listed, torch.float32), (TOKENS,)))
+    assert calls_of(result.program) == []
+    assert len(result.reports[-1].left) == LAYERS
+    for left in result.reports[-1].left:
+        assert left.reason.startswith(f"its {EXPERTS} experts are layers of their own that a loop runs one by one: stack their weights")
+        assert "moe_models.py" in left.where
 
 
 def test_a_sum_that_is_not_converted_back_is_refused() -> None:

@@ -1,10 +1,20 @@
-"""`gw.token_choice_moe` on CPUs: pairs of token and expert are sorted by expert, and each expert that has some multiplies them at once,
-into their place in one result; a token's results are then weighted and summed."""
+"""`gw.token_choice_moe` on CPUs: pairs of token and expert are sorted by expert, and each expert that has some multiplies them at once; a
+token's results are then weighted and summed. One token needs no sorting.
+
+64 experts [512, 256], 8 of them for each of 512 tokens, float32, two threads of an AMD Zen 4: products 34 ms by `mm`, 24 on packed weights,
+all else 3.3.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...ir.ops.experts import ACTIVATIONS
+
+Runs = Sequence[tuple[int, int]]  # (expert, how many rows in sequence are its)
+Product = Callable[[Tensor, Runs], Tensor]  # rows [N, K] -> [N, M], each by the matrix of its expert
 
 _body = torch.ops.gw.token_choice_moe.default
 
@@ -17,40 +27,47 @@ def token_choice_moe(
     Raises:
         IndexError: an index lies outside of the experts.
     """
-    if x.device.type != "cpu" or activation not in ACTIVATIONS:
+    if x.device.type != "cpu" or activation not in ACTIVATIONS or index.numel() == 0:
         return _body(x, index, weight, gate_up, down, activation=activation, combine_dtype=combine_dtype)
-    k = index.size(1)
-    flat = index.reshape(-1)
-    _check_range(flat, gate_up.size(0))
-    counts = torch.bincount(flat, minlength=gate_up.size(0)).tolist()
-    order = flat.argsort(stable=True)
-    both = _by_expert(x[order // k], gate_up, counts)
-    gates, up = both.chunk(2, -1)
-    sorted_results = _by_expert(ACTIVATIONS[activation](gates).mul_(up), down, counts)
-    results = torch.empty_like(sorted_results)
-    results[order] = sorted_results  # [T k, D], a token's together
-    return _combined(results.unflatten(0, (-1, k)), weight, combine_dtype).to(x.dtype)
+    check_range(index, gate_up.size(0))
+
+    def product(matrices: Tensor) -> Product:
+        return lambda rows, runs: _products(rows, matrices, runs)
+
+    return by_expert(x, index, weight, product(gate_up), product(down), activation, combine_dtype)
 
 
-def _by_expert(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """x[N, K], rows sorted by expert, times weight[E, M, K] transposed -> [N, M]."""
-    y = torch.empty(x.size(0), weight.size(1), dtype=x.dtype)
-    start = 0
-    for matrix, count in zip(weight.unbind(0), counts, strict=True):
-        if count:
-            torch.mm(x[start : start + count], matrix.t(), out=y[start : start + count])
-            start += count
-    return y
+def by_expert(x: Tensor, index: Tensor, weight: Tensor, up: Product, down: Product, activation: str, combine_dtype: torch.dtype) -> Tensor:
+    """The sum over a token's experts, with what multiplies rows by expert given. `index` is checked."""
+    tokens, k = index.shape
+    if tokens == 1:
+        results = _ffn(x.expand(k, -1), [(expert, 1) for expert in index[0].tolist()], up, down, activation)
+        return torch.mm(weight.to(combine_dtype), results.to(combine_dtype)).to(x.dtype)
+    chosen = index.reshape(-1)
+    runs = [(expert, count) for expert, count in enumerate(torch.bincount(chosen).tolist()) if count]
+    order = chosen.argsort(stable=True)
+    results = _ffn(x.index_select(0, order.div(k, rounding_mode="floor")), runs, up, down, activation)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k)).view(tokens, k)
+    # Gathers, weights and sums in one call. Its sums are float32 whatever the dtype.
+    return F.embedding_bag(places, results.to(combine_dtype), per_sample_weights=weight.to(combine_dtype), mode="sum").to(x.dtype)
 
 
-def _combined(results: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_j weight[t, j] results[t, j]: [T, k, D] -> [T, D]."""
-    return torch.bmm(weight.to(dtype).unsqueeze(1), results.to(dtype)).squeeze(1)
-
-
-def _check_range(flat: Tensor, experts: int) -> None:
-    if flat.numel() == 0:
-        return
-    low, high = flat.aminmax()
+def check_range(index: Tensor, experts: int) -> None:
+    """Raises IndexError where an index lies outside of the experts."""
+    low, high = map(int, index.aminmax())
     if low < 0 or high >= experts:
-        raise IndexError(f"a token chose expert {int(low) if low < 0 else int(high)} of {experts}")
+        raise IndexError(f"a token chose expert {low if low < 0 else high} of {experts}")
+
+
+def _ffn(rows: Tensor, runs: Runs, up: Product, down: Product, activation: str) -> Tensor:
+    gates, values = up(rows, runs).chunk(2, -1)
+    return down(ACTIVATIONS[activation](gates).mul_(values), runs)
+
+
+def _products(rows: Tensor, matrices: Tensor, runs: Runs) -> Tensor:
+    """Each product into its place in the result."""
+    y = torch.empty(rows.size(0), matrices.size(1), dtype=rows.dtype)
+    counts = [count for _, count in runs]
+    for (expert, _), part, place in zip(runs, rows.split(counts), y.split(counts), strict=True):
+        torch.mm(part, matrices[expert].t(), out=place)
+    return y

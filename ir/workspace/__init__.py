@@ -12,6 +12,7 @@ from ..pattern import named_arguments
 from ..program import Node
 from .attention import attention, causal_attention
 from .convolution import convolution, transposed_convolution
+from .experts import grouped_mm, token_choice_moe
 from .kernels import RULES as KERNEL_RULES
 from .kernels import upsample_nearest
 from .kv_cache import cached_attention
@@ -37,7 +38,13 @@ _RULES_OF_SLICES: dict[str, Callable[[dict[str, Any], Node, int, Part], Workspac
     "gw::cached_attention": cached_attention,
 }
 
-_RULES: dict[str, Callable[..., Workspace]] = {**KERNEL_RULES, **_RULES_OF_SLICES, "gw::lowrank_linear": lowrank_linear}
+_RULES: dict[str, Callable[..., Workspace]] = {
+    **KERNEL_RULES,
+    **_RULES_OF_SLICES,
+    "gw::lowrank_linear": lowrank_linear,
+    "gw::token_choice_moe": token_choice_moe,
+    "gw::grouped_mm": grouped_mm,
+}
 
 
 def workspace(node: Node, threads: int = NOMINAL_THREADS) -> Workspace:

@@ -54,7 +54,7 @@ def find_blocks(function: Function) -> tuple[list[MoEBlock], list[NoMatch]]:
     """The blocks of a function, in order, and why other products by expert belong to none."""
     found = [(node, product_of(node)) for node in function.calls]
     products = {product.result: product for _, product in found if isinstance(product, ExpertProduct)}
-    failures = [product for _, product in found if isinstance(product, NoMatch)]
+    failures = [product for _, product in found if isinstance(product, NoMatch)] + _loops(function)
     blocks = []
     for product in products.values():
         if is_gated(product) or _takes_tokens(product):
@@ -65,6 +65,28 @@ def find_blocks(function: Function) -> tuple[list[MoEBlock], list[NoMatch]]:
         else:
             blocks.append(block)
     return blocks, failures
+
+
+def _loops(function: Function) -> list[NoMatch]:
+    """Experts that are layers of their own, in a list: each adds what it makes of its tokens to the results of those before."""
+    failures = []
+    for last in function.calls:
+        if last.target is not aten.index_add.default or any(user.target is aten.index_add.default for user in last.users):
+            continue
+        count, node = 0, last
+        while operation(node) is aten.index_add.default and _is_expert(node):
+            count, node = count + 1, _first(node)
+        if count > 1:
+            advice = "stack their weights into [experts, 2 * inner, width] and [experts, width, inner], and multiply as transformers 5 does"
+            failures.append(NoMatch(f"its {count} experts are layers of their own that a loop runs one by one: {advice}", last))
+    return failures
+
+
+def _is_expert(added: Node) -> bool:
+    """Whether what is added to rows is the result of a layer, weighted."""
+    value: Any = added.args[3]
+    value = _first(value) if operation(value) is aten._to_copy.default else value
+    return operation(value) is aten.mul.Tensor and any(operation(factor) is aten.linear.default for factor in value.args)
 
 
 def _block(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> MoEBlock | NoMatch:
