@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from .passes import Smooth as Smooth
     from .passes import SplitLowRank as SplitLowRank
     from .passes import all_passes as all_passes
+    from .passes.experts import RoutingStatistics as RoutingStatistics
+    from .passes.experts import routing_statistics as routing_statistics
     from .runtime.cache import Cache as Cache
     from .runtime.compiled import CompiledModel as CompiledModel
     from .runtime.decoding.generated import Generated as Generated
@@ -73,6 +75,7 @@ _HOMES = {
         "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
         "all_passes",
     ),
+    ".passes.experts": ("RoutingStatistics", "routing_statistics"),
     ".runtime.cache": ("Cache",),
     ".runtime.compiled": ("CompiledModel",),
     ".runtime.decoding.generated": ("Generated", "Token"),

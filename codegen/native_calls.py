@@ -13,7 +13,7 @@ from .low_rank.library import library as low_rank
 from .native.library import NativeLibrary
 
 _ON_CACHES = (torch.ops.gw.kv_append.default, torch.ops.gw.cached_attention.default)
-_OF_EXPERTS = (torch.ops.gw.token_choice_moe.default, torch.ops.gw.grouped_mm.default)
+_OF_EXPERTS = tuple(getattr(torch.ops.gw, name).default for name in ("token_choice_moe", "grouped_mm", "expert_choice", "expert_mlp"))
 
 
 def has_kernel(node: Node) -> bool:

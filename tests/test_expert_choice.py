@@ -226,6 +226,39 @@ def test_padding_is_read_off_the_input_that_is_named():
         chosen(program, valid="pad")
 
 
+# --- statistics ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, EXPERTS), st.integers(0, 99))
+@settings(max_examples=10)
+def test_every_expert_has_as_many_tokens_and_the_counts_agree(k, seed):
+    (counted,) = gw.routing_statistics(chosen(captured(), k=k).program, [tokens(seed=seed)])
+    capacity = LENGTH * k // EXPERTS
+    assert counted.load == (2 * capacity,) * EXPERTS and counted.void == 0
+    assert sum(counted.experts_per_token) == 2 * LENGTH
+    assert sum(n * count for n, count in enumerate(counted.experts_per_token)) == sum(counted.load)
+    assert counted.untouched == counted.experts_per_token[0] / (2 * LENGTH)
+
+
+def test_padding_leaves_slots_empty_and_masked_tokens_are_told_apart():
+    program = chosen(captured(padded=True)).program
+    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+    mask[1, 6:] = 0
+    (counted,) = gw.routing_statistics(program, [tokens(), mask], masked=mask == 0)
+    assert counted.load == (5 + 3,) * EXPERTS and counted.void == 2 * EXPERTS  # a half of 10 tokens, and of 6
+    assert counted.untouched_masked == 1.0
+    assert counted.untouched_others == pytest.approx((counted.untouched * 20 - 4) / 16)
+    assert "100.0% of masked" in str(counted) and "8 empty slots" in str(counted)
+    with pytest.raises(InputError, match="masked has 3 elements for 20 tokens"):
+        gw.routing_statistics(program, [tokens(), mask], masked=torch.ones(3, dtype=torch.bool))
+
+
+def test_tokens_that_choose_have_k_experts_each():
+    (counted,) = gw.routing_statistics(captured(), [tokens()])
+    assert counted.experts_per_token == (0, 0, 2 * LENGTH, 0, 0) and sum(counted.load) == 2 * LENGTH * CHOSEN
+    assert counted.untouched == 0.0 and counted.untouched_masked is None
+
+
 # --- schedules -------------------------------------------------------------------------------------------------------------
 
 

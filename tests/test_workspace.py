@@ -184,6 +184,23 @@ def test_experts_of_the_tokens_that_chose_them() -> None:
     assert_foreseen(Call(experts), (torch.randn(700, 64), index, torch.rand(700, 3), torch.randn(8, 96, 64), torch.randn(8, 64, 48)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_choose_tokens(dtype: torch.dtype) -> None:
+    def experts(x: Tensor, index: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return torch.ops.gw.expert_mlp(x, index, gate, gate_up, down, activation="silu")
+
+    index = torch.rand(2, 8, 700).argsort(-1)[..., :300].contiguous()
+    floats = [torch.randn(*shape).to(dtype) for shape in ((2, 700, 64), (8, 96, 64), (8, 64, 48))]
+    assert_foreseen(Call(experts), (floats[0], index, torch.rand(2, 8, 300), *floats[1:]))
+
+
+def test_choices_of_experts() -> None:
+    def choice(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.gw.expert_choice(logits, None, None, capacity=64, rule="orig")
+
+    assert_foreseen(Call(choice), (torch.randn(4, 512, 64),))
+
+
 @pytest.mark.parametrize("layout", [torch.clone, strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize(
     ("attend", "shapes"),

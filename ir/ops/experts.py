@@ -63,6 +63,19 @@ def expert_choice(
     Raises:
         ValueError: rule or key is unknown, or the capacity is none of the sequence.
     """
+    return choice_by(_stable_picks, logits, valid, capacity_rows, capacity, rule, key)
+
+
+def choice_by(
+    pick: Callable[[Tensor, int], Tensor],
+    logits: Tensor,
+    valid: Tensor | None,
+    capacity_rows: Tensor | None,
+    capacity: int,
+    rule: str,
+    key: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`gw.expert_choice`, where pick(keys [B, E, S], C) gives the places [B, E, C] of the largest, in order, ties to the lowest."""
     _check_routing(rule, key, capacity, logits)
     scores = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)  # [B, S, E]
     if valid is not None:
@@ -70,8 +83,7 @@ def expert_choice(
     keys = scores.softmax(-1) if (key or RULES[rule]) == "prob" else scores
     if valid is not None:
         keys = keys.masked_fill(~valid.unsqueeze(-1), float("-inf"))
-    # topk leaves open which of equal keys it takes.
-    picks = keys.detach().transpose(1, 2).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, capacity)  # [B, E, C]
+    picks = pick(keys.detach().transpose(1, 2), capacity)  # [B, E, C]
     live = torch.ones_like(picks, dtype=torch.bool)
     if valid is not None:
         live = valid.unsqueeze(1).expand(-1, picks.size(1), -1).gather(-1, picks)
@@ -80,6 +92,11 @@ def expert_choice(
     taken = torch.zeros_like(scores, dtype=torch.bool).transpose(1, 2).scatter(-1, picks, live).transpose(1, 2)
     gates = _gates(scores, taken, rule).transpose(1, 2).gather(-1, picks)
     return picks.masked_fill(~live, -1), gates.masked_fill(~live, 0.0)
+
+
+def _stable_picks(keys: Tensor, capacity: int) -> Tensor:
+    # topk leaves open which of equal keys it takes.
+    return keys.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, capacity)
 
 
 @op("expert_mlp")
