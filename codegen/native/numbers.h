@@ -1,6 +1,6 @@
 // float32, bfloat16 and float16 as they lie in memory, and the functions of a softmax, kLanes at a time.
 #pragma once
-#include <vectors.h>
+#include "vectors.h"
 
 namespace {
 
