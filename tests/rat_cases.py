@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import strategies as st
 
+import graphwright.ir.ops  # noqa: F401  (registers the operators)
+
 attention, cached = torch.ops.gw.rat_attention.default, torch.ops.gw.rat_cached_attention.default
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAN = float("nan")
