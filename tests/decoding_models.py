@@ -168,14 +168,14 @@ def plain_decoder(depth=3, seed=0):
     return SmallDecoder({"prefill": everything, "decode": everything}, depth, seed)
 
 
-def skipping_decoder(levels, level_of_step, *, depth=4, prefill="full", merge="never", seed=0):
+def skipping_decoder(levels, level_of_step, *, depth=4, prefill="full", merge="never", clock="step", seed=0):
     """Layers by a schedule."""
     names = [f"decode_{level}" for level in range(len(levels))]
     first = tuple(range(depth)) if prefill == "full" else levels[0]
     functions = {"prefill": first, **dict(zip(names, levels, strict=True))}
     table = {
         "levels": levels, "level_of_step": level_of_step, "functions": names, "prefill": prefill, "mode": "schedule", "gamma": 4,
-        "draft": "draft", "merge": merge,
+        "draft": "draft", "merge": merge, "clock": clock,
     }  # fmt: skip
     return SmallDecoder(functions, depth, seed, {"layer-skip": table})
 

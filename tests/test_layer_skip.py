@@ -103,6 +103,8 @@ def test_tables_that_are_not_nested_are_refused(levels: Any, steps: Any, message
         ({"mode": "both"}, 'mode is .both., but must be "schedule" or "speculative"'),
         ({"levels": [[0]], "n_min": 1}, "n_min has no effect, since levels are a table"),
         ({"mode": "speculative", "horizon": 4}, "horizon has no effect, since a draft has the layers draft="),
+        ({"clock": "day"}, 'clock is .day., but must be "step" or "position"'),
+        ({"mode": "speculative", "clock": "position"}, "clock=position has no effect, since a draft has the same layers throughout"),
         ({"rank": "best"}, 'rank is .best., but must be "top", one of output_kl'),
     ],
 )
@@ -288,6 +290,12 @@ def test_the_report_says_what_a_schedule_does() -> None:
     text = str(gw.PassManager([gw.LayerSkip(n_min=1, horizon=3)]).run(cached()))
     assert "from step 1: 2 of 3 (decode_1): 0, 2" in text and "2.0 of 3 in the mean of 3 steps: at most" in text
     assert "published schedules were fine-tuned" in text and "its quality is unmeasured" in text
+
+
+def test_a_schedule_by_position_says_so() -> None:
+    result = gw.PassManager([gw.LayerSkip(n_min=1, horizon=3, clock="position")]).run(cached())
+    assert result.program.schedules["layer-skip"]["clock"] == "position"
+    assert "from position 1: 2 of 3" in str(result) and "rows of prompts of different lengths are on different levels" in str(result)
 
 
 def test_the_pass_as_text() -> None:

@@ -46,6 +46,8 @@ class LayerSkip(Pass):
     warmup, rank: which layers n are: "top" keeps the `warmup` lowest and the highest others; a metric ("output_kl", "block_influence",
         "relative", "cosine") keeps those that matter most on `calibration`; a list is the ranking itself, those that matter most first.
     levels, level_of_step: a table of ones own in place of all these.
+    clock: what a step's index in the schedule counts: "step" the tokens that were generated, "position" those of the prompt too, so that
+        rows of prompts of different lengths are on different levels and run apart.
     prefill: "full" runs the prompt on all layers, "first" on those of the first level.
     unit: "layer", or "sublayer" for each attention and MLP by itself.
     calibration: batches of tokens i64[B, T]; with them the KL of each level is measured, and levels beyond `max_kl` nats are left out.
@@ -73,6 +75,7 @@ class LayerSkip(Pass):
     )
     levels: Any = option(None, _TABLE, lambda v: v is None or all(_is_layers(level) for level in v))
     level_of_step: Any = option(None, "a list of levels, one for each step", lambda v: v is None or _is_layers(v))
+    clock: str = option("step", '"step" or "position"', one_of(("step", "position")))
     prefill: str = option("full", '"full" or "first"', one_of(("full", "first")))
     unit: str = option("layer", '"layer" or "sublayer"', one_of(("layer", "sublayer")))
     calibration: Any = option(None, "an iterable of tokens [B, T]", lambda v: v is None or isinstance(v, Iterable), spelled=False)
@@ -101,6 +104,8 @@ class LayerSkip(Pass):
         if counted is not None and (self.levels is not None or self.mode == "speculative"):
             instead = "levels are a table of their own" if self.levels is not None else "a draft has the layers draft="
             raise PassError(f"pass {self.name}: {counted} has no effect, since {instead}: leave one of them out")
+        if self.clock == "position" and self.mode == "speculative":
+            raise PassError(f"pass {self.name}: clock=position has no effect, since a draft has the same layers throughout: leave it out")
 
     @property
     def contract(self) -> Contract:
@@ -133,12 +138,13 @@ class LayerSkip(Pass):
                     "levels": [list(level) for level in schedule.levels],
                     "level_of_step": list(schedule.level_of_step),
                     "functions": functions,
+                    "clock": self.clock,
                     "prefill": self.prefill,
                     "merge": self.merge,
                     **self._origin(units, kls),
                 },
             )
-        return Outcome(lines=described(program, units, schedule, functions, kls), data={"kl_of_level": kls})
+        return Outcome(lines=described(program, units, schedule, functions, kls, self.clock), data={"kl_of_level": kls})
 
     def check(self, reference: Reference, after: Program) -> Verdict:
         """`main` stays; the functions of all levels together give what the schedule means, in float64 to 1e-10."""

@@ -27,7 +27,7 @@ class PlainDecoding:
         return [each for _, group in by_level for each in self._step(list(group))]
 
     def _set_levels(self, rows: Sequence[Row]) -> None:
-        levels = scheduled = [self._schedule.level(len(row.tokens) - 1) for row in rows]
+        levels = scheduled = [self._schedule.level_of(row) for row in rows]
         if self._schedule.merges:
             smallest = max(*scheduled, *[row.least_level for row in rows])
             levels = [smallest] * len(rows)

@@ -1,27 +1,32 @@
-"""Which function a row's next step runs: by how many tokens it has generated, as the program's schedule says."""
+"""Which function a row's next step runs: by how many tokens it has generated, or by its position, as the program's schedule says."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...ir.errors import InputError
+from .rows import Row
 
 
 @dataclass(frozen=True)
 class Schedule:
     """`functions[level]` has the layers of that level, fewer for each next one; decode step i runs level `level_of_step[i]`, those behind
-    the table the last. With `merges` all rows of a step run the smallest set that one of them has reached.
+    the table the last. With `by_position` i is the position of the token that is fed, prompt included, so rows of different prompts are on
+    different levels. With `merges` all rows of a step run the smallest set that one of them has reached.
 
     A speculative one drafts `gamma` tokens with function `draft`, and the levels are of no matter.
     """
 
     functions: tuple[str, ...] = ("decode",)
     level_of_step: tuple[int, ...] = (0,)
+    by_position: bool = False
     merges: bool = False
     gamma: int = 0
     draft: str = ""
 
-    def level(self, step: int) -> int:
+    def level_of(self, row: Row) -> int:
+        """Of the row's next step."""
+        step = row.position if self.by_position else len(row.tokens) - 1
         return self.level_of_step[min(step, len(self.level_of_step) - 1)]
 
     @property
@@ -43,4 +48,5 @@ def choose_schedule(schedules: Mapping[str, Any], speculative: bool | None) -> S
         return Schedule(gamma=table["gamma"], draft=table["draft"])
     if table is None or drafts:
         return Schedule()
-    return Schedule(tuple(table["functions"]), tuple(table["level_of_step"]), table["merge"] == "down")
+    by_position = table.get("clock", "step") == "position"  # programs of before have no clock
+    return Schedule(tuple(table["functions"]), tuple(table["level_of_step"]), by_position, table["merge"] == "down")
