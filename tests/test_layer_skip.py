@@ -15,6 +15,7 @@ import graphwright as gw
 from graphwright.ir.run import run
 from graphwright.passes.kv_cache.decoder import Decoder, find_decoder
 from graphwright.passes.kv_cache.stepping import empty_caches
+from graphwright.passes.layer_skip.effects import LogitLens, depth_score, effects
 from graphwright.passes.layer_skip.ranking import Calibration, Profile
 from graphwright.passes.layer_skip.reference import SkipReference
 from graphwright.passes.layer_skip.schedule import Schedule, counts, of_counts, ranked_sets, top_sets
@@ -256,10 +257,67 @@ def test_every_metric_ranks_a_layer_that_does_nothing_last() -> None:
     profile = _profile(model)
     assert profile.kl([0, 1, 2]) == 0.0, "nothing left out costs nothing"
     assert profile.kl([0, 2]) == pytest.approx(0.0, abs=1e-9)
-    for metric in ("output_kl", "block_influence", "relative"):
+    for metric in ("output_kl", "block_influence", "relative", "causal", "future", "logit_lens"):
         assert profile.ranking(metric, 1, "greedy")[-1] == 1, metric
     assert profile.ranking("output_kl", 1, "one_shot")[-1] == 1
     assert profile.kl([0]) > 0 and sorted(profile.ranking("output_kl", 1, "greedy")) == [0, 1, 2]
+
+
+def _eager_hidden(model: nn.Module, tokens: torch.Tensor, left_out: int | None = None, until: int | None = None) -> list[torch.Tensor]:
+    """h_0, .., h_N of a Llama-like module, whose layer `left_out` does nothing at the positions before `until`, and its logits."""
+    hidden: list[torch.Tensor] = []
+
+    def keep(index: int, args: Any, output: torch.Tensor) -> torch.Tensor:
+        skips = (torch.arange(tokens.shape[1]) < (until or tokens.shape[1])).reshape(1, -1, 1) & (index == left_out)
+        hidden.extend(() if hidden else (args[0],))
+        hidden.append(torch.where(skips, args[0], output))
+        return hidden[-1]
+
+    hooks = [layer.register_forward_hook(lambda _, args, out, n=n: keep(n, args, out)) for n, layer in enumerate(model.model.layers)]
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return [*hidden, logits]
+
+
+def test_diagnostics_are_those_of_the_eager_model() -> None:
+    model, program, tokens = decoders.FAMILIES["mistral"]().double(), cached("mistral", torch.float64), tokens_of(2, 9)
+    decoder = decoder_of(program)
+    reference = SkipReference(program, decoder, find_units(program, decoder, "layer"))
+    *whole, logits = _eager_hidden(model, tokens)
+    for prompt in (None, 4):
+        got = effects(reference, tokens, prompt)
+        assert got.shape == (LAYERS, 2) and not got[-1].any()
+        for left_out in range(LAYERS - 1):
+            changed = _eager_hidden(model, tokens, left_out, prompt)
+            ratios = []
+            for n in range(left_out + 1, LAYERS):
+                before, after = (h[n + 1] - h[n] for h in (whole, changed))
+                ratios.append(((before - after).norm(dim=-1) / before.norm(dim=-1))[:, prompt or 0 :].amax(1))
+            torch.testing.assert_close(got[left_out], torch.stack(ratios).mean(0), rtol=1e-10, atol=0.0)
+    lens = LogitLens.of(reference, [tokens[:1], tokens[1:]])
+    assert lens.kl[-1] == 0.0 and lens.overlap[-1] == 1.0
+    with torch.no_grad():
+        for depth, hidden in enumerate(whole[:-1]):
+            seen, output = (each.log_softmax(-1) for each in (model.lm_head(model.model.norm(hidden)), logits))
+            assert lens.kl[depth] == pytest.approx(
+                float(F.kl_div(seen, output, log_target=True, reduction="none").sum(-1).mean()), rel=1e-10
+            )
+            pairs = zip(*(each.topk(5).indices.flatten(0, 1).tolist() for each in (seen, output)), strict=True)
+            assert lens.overlap[depth] == pytest.approx(sum(len(set(a) & set(b)) for a, b in pairs) / (5 * tokens.numel()))
+
+
+def test_the_depth_score_is_the_mean_layer_weighted_by_effect() -> None:
+    assert depth_score({0: 1.0, 1: 1.0, 2: 2.0}) == 1.25
+    assert depth_score({0: 0.0, 1: 0.0}) == 0.0
+    assert LogitLens((3.0, 2.5, 0.0), (0.1, 0.2, 1.0)).scores == {0: 0.5, 1: 2.5}
+
+
+def test_the_report_says_what_layers_were_ranked_by() -> None:
+    text = str(gw.PassManager([gw.LayerSkip(n_max=2, rank="logit_lens", calibration=[tokens_of(2, 8)])]).run(cached()))
+    assert "logit_lens by layer: 0: " in text and "logit lens before each layer: KL " in text
+    assert "the same five likeliest tokens: " in text and "depth score " in text
 
 
 def test_levels_beyond_the_budget_are_left_out() -> None:

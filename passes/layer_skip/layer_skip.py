@@ -44,7 +44,8 @@ class LayerSkip(Pass):
     decay, n_max, n_min, horizon, alpha: layers at decode step i, from n_max (None: all) to n_min over `horizon` tokens: "linear", "power"
         (n_max * alpha^i) or "constant" (n_min at once).
     warmup, rank: which layers n are: "top" keeps the `warmup` lowest and the highest others; a metric ("output_kl", "block_influence",
-        "relative", "cosine") keeps those that matter most on `calibration`; a list is the ranking itself, those that matter most first.
+        "relative", "cosine", "causal", "future", "logit_lens") keeps those that matter most on `calibration`; a list is the ranking itself,
+        those that matter most first.
     levels, level_of_step: a table of ones own in place of all these.
     clock: what a step's index in the schedule counts: "step" the tokens that were generated, "position" those of the prompt too, so that
         rows of prompts of different lengths are on different levels and run apart.
@@ -144,7 +145,8 @@ class LayerSkip(Pass):
                     **self._origin(units, kls),
                 },
             )
-        return Outcome(lines=described(program, units, schedule, functions, kls, self.clock), data={"kl_of_level": kls})
+        lines = (*described(program, units, schedule, functions, kls, self.clock), *self._measured(profile))
+        return Outcome(lines=lines, data={"kl_of_level": kls})
 
     def check(self, reference: Reference, after: Program) -> Verdict:
         """`main` stays; the functions of all levels together give what the schedule means, in float64 to 1e-10."""
@@ -182,6 +184,9 @@ class LayerSkip(Pass):
         if sorted(self.rank) != list(range(len(units))):
             raise PassError(f"layer-skip: rank must name each of the {len(units)} {self.unit}s once, those that matter most first")
         return list(self.rank)
+
+    def _measured(self, profile: Profile | None) -> list[str]:
+        return profile.lines(self.rank) if profile is not None and self.rank in METRICS else []
 
     def _profile(self, program: Program, decoder: Decoder, units: Sequence[Unit], tell: Tell | None) -> Profile | None:
         if self.calibration is None:
@@ -259,7 +264,7 @@ class LayerSkip(Pass):
             )
         shown = f"drafts {self.gamma} tokens with {len(layers)} of {total} {self.unit}s: {', '.join(map(str, layers))}"
         lines = [shown] + [f"KL of the draft: {kl:.3g} nats a token" for kl in kls]
-        return Outcome(lines=tuple(lines), data={"kl_of_level": kls})
+        return Outcome(lines=(*lines, *self._measured(profile)), data={"kl_of_level": kls})
 
 
 def _skipped(units: Sequence[Unit], level: Sequence[int]) -> dict[Any, Any]:
