@@ -22,7 +22,7 @@ from ...ir import Program
 from ..kv_cache.decoder import Decoder
 from .effects import LogitLens, effects, kl_divergence, log_softmax
 from .reference import SkipReference
-from .units import Unit
+from .units import Unit, scaled
 
 METRICS = ("output_kl", "block_influence", "relative", "cosine", "causal", "future", "logit_lens")
 Tell = Callable[[int, int], None]  # told the passes over the calibration set that are done, and all
@@ -40,16 +40,32 @@ class Calibration:
 
 
 class Profile:
-    """Measures layers of one decoder on one calibration set; the outputs of the whole network are computed once."""
+    """Measures layers of one decoder on one calibration set; the outputs of the whole network are computed once.
 
-    def __init__(self, program: Program, decoder: Decoder, units: Sequence[Unit], calibration: Calibration, tell: Tell | None = None):
+    With `compensates`, `units` have scales, mean |h_{l+1}| / |h_l|, by which what they read is multiplied where they are left out
+    (AdaSkip): the KL is that of the network so made, the other metrics are of the network as it is.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        decoder: Decoder,
+        units: Sequence[Unit],
+        calibration: Calibration,
+        tell: Tell | None = None,
+        *,
+        compensates: bool = False,
+    ):
         self.units, self.calibration = units, calibration
-        self._reference = SkipReference(program, decoder, units)
+        self._reference = self._unscaled = SkipReference(program, decoder, units)
         self._tell = tell
         everything = [unit.index for unit in units]
         self._expected = [self._log_probabilities(tokens, everything) for tokens in calibration.batches]
         self._known: dict[frozenset[int], float] = {}
         self._scores: dict[str, dict[int, float]] = {}
+        if compensates:
+            self.units = scaled(units, [float(f"{scale:.6g}") for scale in self.scores("growth").values()])
+            self._reference = SkipReference(program, decoder, self.units)
 
     def kl(self, kept: Sequence[int]) -> float:
         """Mean KL(p, p') in nats over the tokens behind the prompts, p' of the network with `kept` layers there."""
@@ -107,13 +123,13 @@ class Profile:
 
     @cached_property
     def lens(self) -> LogitLens:
-        return LogitLens.of(self._reference, self.calibration.batches)
+        return LogitLens.of(self._unscaled, self.calibration.batches)
 
     def _scored(self, metric: str, tokens: torch.Tensor) -> torch.Tensor:
         """Of each layer and row, [N, B]."""
         if metric in ("causal", "future"):
-            return effects(self._reference, tokens, Calibration.prompt(tokens) if metric == "future" else None)
-        hidden = self._reference.hidden(tokens, [range(len(self.units))] * tokens.shape[1])
+            return effects(self._unscaled, tokens, Calibration.prompt(tokens) if metric == "future" else None)
+        hidden = self._unscaled.hidden(tokens, [range(len(self.units))] * tokens.shape[1])
         return torch.stack([_score(metric, before, after).mean(1).cpu().double() for before, after in pairwise(hidden)])
 
     def lines(self, metric: str) -> list[str]:
@@ -125,8 +141,17 @@ class Profile:
 
 
 def _score(metric: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """[B, T]"""
     if metric == "block_influence":
         return 1 - F.cosine_similarity(before, after, dim=-1)
+    if metric == "growth":
+        return _times(after, before, 1.0)
     if metric == "relative":
-        return (after - before).norm(dim=-1) / before.norm(dim=-1)
+        return _times(after - before, before, 0.0)
     return F.cosine_similarity(after - before, before, dim=-1)
+
+
+def _times(what: torch.Tensor, of: torch.Tensor, otherwise: float) -> torch.Tensor:
+    """|what| / |of|, or `otherwise` where nothing is read: the embedding of padding may be zero."""
+    size = of.norm(dim=-1)
+    return torch.where(size > 0, what.norm(dim=-1) / size, otherwise)

@@ -1,6 +1,6 @@
 """A decoder with layers left out at some positions, in one pass over all of a sequence and without caches: the meaning of a schedule.
 
-    h_{l+1} = where(on[l, t], h_l + f_l(h_l), h_l)      f_l with causal attention over all positions
+    h_{l+1} = where(on[l, t], h_l + f_l(h_l), s_l h_l)      f_l with causal attention over all positions, s_l = 1 but with compensation
 
 Source: specs/layer_skip.md, section 2 (skip_reference).
 """
@@ -60,7 +60,9 @@ def _masked(program: Program, decoder: Decoder, units: Sequence[Unit]) -> tuple[
         if node in by_result:
             unit = by_result[node]
             mask: Any = made.call(aten.unsqueeze.default, made.call(aten.select.int, on, 0, unit.index), 1)
-            made.values[node] = made.call(aten.where.self, mask, value, made.values[unit.source], like=node)
+            source = made.values[unit.source]
+            instead = source if unit.scale == 1.0 else made.call(aten.mul.Tensor, source, unit.scale, like=node)
+            made.values[node] = made.call(aten.where.self, mask, value, instead, like=node)
     main = made.finish("main", [made.values[decoder.logits]], {})
     streams = [made.values[node] for node in (units[0].source, *(unit.result for unit in units))]
     return Program([main], program.weights, program.symbols), streams
