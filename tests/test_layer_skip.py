@@ -441,17 +441,17 @@ def test_the_pass_as_text() -> None:
 
 
 class Stack(nn.Module):
-    """A decoder of four layers, `post_norm`: without an identity bypass; `shared`: keys of layer 0 for all."""
+    """A decoder of four layers and 12 places, `post_norm`: without an identity bypass; `shared`: keys of layer 0 for all."""
 
     def __init__(self, *, post_norm: bool = False, shared: bool = False):
         super().__init__()
         self.post_norm, self.shared = post_norm, shared
-        self.table = nn.Embedding(16, 8)
+        self.table, self.places = nn.Embedding(16, 8), nn.Embedding(12, 8)
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
         self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(4))
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        x = self.table(input_ids)
+        x = self.table(input_ids) + self.places(position_ids)
         first = None
         for layer, norm in zip(self.layers, self.norms, strict=True):
             q = layer(x if self.post_norm else norm(x)).unsqueeze(1)
@@ -469,6 +469,12 @@ def test_layers_without_a_bypass_are_refused_by_name() -> None:
 def test_keys_shared_across_layers_are_refused() -> None:
     with pytest.raises(gw.PassError, match="no layers repeat.*share keys and values"):
         gw.compile_decoder(Stack(shared=True).eval(), "layer-skip", backend="aten", cache=False)
+
+
+def test_calibration_beyond_a_table_of_places_is_refused() -> None:
+    passes = [gw.LayerSkip(calibration=[torch.zeros(1, 13, dtype=torch.int64)])]
+    with pytest.raises(gw.PassError, match="calibration item 0 has rows of 13 tokens, and the model takes 12"):
+        gw.compile_decoder(Stack().eval(), passes, backend="aten", cache=False)
 
 
 def test_schedules_are_data() -> None:

@@ -22,25 +22,23 @@ _WORTH = 1.05  # what another number of drafts must gain: steps have to be made 
 
 
 class Seconds:
-    """Of one kind of step. The first is slow for reasons of its own, and does not count."""
+    """Of one kind of step, and their `median`, None without any. The first is slow for reasons of its own, and does not count."""
 
     def __init__(self) -> None:
         self._last: deque[float] | None = None
+        self.median: float | None = None  # which is asked for more often than it changes
 
     def add(self, seconds: float) -> None:
         if self._last is None:
             self._last = deque(maxlen=_SAMPLES)
-        else:
-            self._last.append(seconds)
+            return
+        self._last.append(seconds)
+        self.median = median(self._last)
 
     @property
     def is_known(self) -> bool:
         """Whether there are enough not to be one that something else held up."""
         return self._last is not None and len(self._last) >= _ENOUGH
-
-    @property
-    def median(self) -> float | None:
-        return median(self._last) if self._last else None
 
 
 class Gain:
@@ -83,11 +81,12 @@ class Gain:
     def verify_cost(self, drafts: int) -> float:
         """v(g); 1 before anything is known."""
         full = self.full.median
-        known = {g: each.median for g, each in self.verify.items() if each.median is not None}
+        found = {g: each.median for g, each in list(self.verify.items())}  # a list, since other threads generate too
+        known = {g: seconds for g, seconds in found.items() if seconds is not None}
         if not full or not known:
             return 1.0
         nearest = min(known, key=lambda g: (abs(g - drafts), g))
-        cost = known[nearest] / full  # type: ignore[operator]
+        cost = known[nearest] / full
         return cost + max(cost - 1.0, 0.0) * (drafts - nearest) / nearest
 
     def cost(self, drafts: int) -> float:
