@@ -163,8 +163,8 @@ void attend(const Call& c, const Plan& p, const Unit& u, int64_t chunk, const Bu
   part.clear(p);
   for (int64_t at = first / kBlock * kBlock; at < end; at += kBlock) {
     const int64_t from = std::max(first - at, int64_t(0)), to = std::min(end - at, kBlock);
-    const Element* k = reinterpret_cast<const Element*>(c.k) + row * c.k_row + u.head * c.k_head + at * c.k_slot;
-    const Element* v = reinterpret_cast<const Element*>(c.v) + row * c.v_row + u.head * c.v_head + at * c.v_slot;
+    const Element* k = reinterpret_cast<const Element*>(c.k) + row * c.k_row + u.head * c.k_head + c.slot(at) * c.k_slot;
+    const Element* v = reinterpret_cast<const Element*>(c.v) + row * c.v_row + u.head * c.v_head + c.slot(at) * c.v_slot;
     prefetch(v, from, to, c.v_slot, c.width);
     transpose_keys(c, p, k, from, to, own.rows, own.keys);
     prefetch(k, kBlock, std::min(end - at, 2 * kBlock), c.k_slot, c.depth);
