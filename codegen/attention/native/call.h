@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "numbers.h"
+#include "exponentials.h"
 
 namespace {
 
