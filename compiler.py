@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from .ir import Program, capture, from_exported
 from .ir.calling import Call, parameters_of
-from .ir.decoder_example import decoder_example, plain_experts
+from .ir.decoder_example import decoder_example
 from .ir.errors import ArtifactError, GraphwrightError, InputError
 from .ir.onnx import from_onnx
 from .passes import CLEANUPS, Contract, KVCache, PassManager, parse_pipeline
@@ -109,9 +109,8 @@ def compile_decoder(model: nn.Module, passes: Pipeline = (), **options: Any) -> 
     if all(each.name != KVCache.name for each in pipeline):
         place = next((n for n, each in enumerate(pipeline) if each.name not in KVCache.after), len(pipeline))
         pipeline.insert(place, KVCache())
-    with plain_experts(model):
-        shapes = example.dynamic_shapes
-        return compile(model, pipeline, example_inputs=(), example_kwargs=example.kwargs, dynamic_shapes=shapes, **options)
+    shapes = example.dynamic_shapes
+    return compile(model, pipeline, example_inputs=(), example_kwargs=example.kwargs, dynamic_shapes=shapes, **options)
 
 
 def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, cache: CacheChoice = True) -> CompiledModel:
