@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import fx
 
+from ..codegen.cpu_kernels import IN_PLACE
 from ..codegen.cpu_packed import PackedCall
 from ..codegen.cpu_rows import is_row_product
 from ..codegen.few_rows.linear import FewRowsLinear
@@ -32,7 +33,7 @@ Bound = Callable[[Node], torch.Tensor]  # gives the values of a weight
 class TunedLowering:
     """Lowers `graph`, whose weights are `bound`; compiled code and verdicts may come from `code`, packed weights from `packs`."""
 
-    append_in_place = staticmethod(AtenLowering.append_in_place)
+    in_place = IN_PLACE
 
     def __init__(self, graph: fx.Graph, symbols: SymbolTable, bound: Bound, code: CodeCache | None, packs: Packs):
         self.code: CodeCache | None = None  # which pieces are left depends on what the probe finds

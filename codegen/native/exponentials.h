@@ -1,6 +1,6 @@
 // The functions of a softmax, kLanes at a time.
 #pragma once
-#include <floats.h>
+#include "floats.h"
 
 namespace {
 
