@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .ir.errors import StateError as StateError
     from .ir.errors import TargetError as TargetError
     from .ir.errors import VerifyError as VerifyError
+    from .ir.onnx import from_onnx as from_onnx
     from .ir.op import op as op
     from .passes import CLEANUPS as CLEANUPS
     from .passes import AbsorbOutliers as AbsorbOutliers
@@ -63,6 +64,7 @@ _HOMES = {
         "ArtifactError", "BudgetError", "CaptureError", "ContractError", "GraphwrightError", "InputError", "ParseError", "PassError",
         "StateError", "TargetError", "VerifyError",
     ),
+    ".ir.onnx": ("from_onnx",),
     ".passes": (
         "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "LayerSkip", "Pass",
         "PassManager", "Quantize", "RegroupExperts",

@@ -15,6 +15,7 @@ from .ir import Program, capture, from_exported
 from .ir.calling import Call, parameters_of
 from .ir.decoder_example import decoder_example
 from .ir.errors import ArtifactError, GraphwrightError, InputError
+from .ir.onnx import from_onnx
 from .passes import CLEANUPS, Contract, KVCache, PassManager, parse_pipeline
 from .passes.pipeline import Pipeline
 from .runtime import artifact
@@ -153,8 +154,10 @@ def _saved(model: Any, trusted: bool, cache: Cache | None) -> Saved:
 def _read(path: Path, trusted: bool, cache: Cache | None) -> Saved:
     if path.suffix == ".gw":
         return artifact.load(path, cache=cache)
+    if path.suffix == ".onnx":
+        return Saved(from_onnx(path))
     if path.suffix != ".pt2":
-        raise InputError(f"{path} is no model file: compile reads .gw and .pt2")
+        raise InputError(f"{path} is no model file: compile reads .gw, .onnx and .pt2")
     if not trusted:
         raise ArtifactError(
             f"{path} can run code when it is read: pass trusted=True if you made it, or turn it into a .gw where it was made, "

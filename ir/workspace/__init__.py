@@ -18,6 +18,7 @@ from .kernels import upsample_nearest
 from .kv_cache import cached_attention
 from .low_rank import lowrank_linear
 from .operands import Part, Workspace
+from .rat import rat_attention, rat_cached_attention
 
 __all__ = ["NOMINAL_THREADS", "Workspace", "slice_workspace", "workspace"]
 
@@ -44,6 +45,8 @@ _RULES: dict[str, Callable[..., Workspace]] = {
     "gw::lowrank_linear": lowrank_linear,
     "gw::token_choice_moe": token_choice_moe,
     "gw::grouped_mm": grouped_mm,
+    "gw::rat_attention": rat_attention,
+    "gw::rat_cached_attention": rat_cached_attention,
 }
 
 
