@@ -93,7 +93,9 @@ class Executor:
 
     def packs(self) -> set[Pack]:
         """The weights that are held in a second layout."""
-        return {node.target.pack for graph in self._graphs() for node in graph.nodes if isinstance(node.target, PackedCall)}
+        return {
+            pack for graph in self._graphs() for node in graph.nodes if isinstance(node.target, PackedCall) for pack in node.target.packs
+        }
 
     def _graphs(self) -> list[fx.Graph]:
         """The graph that runs, and the bodies of its regions."""

@@ -176,6 +176,14 @@ def test_attention_over_full_caches(batch: int, queries: int, window: int, width
     assert_foreseen(Call(attend), (torch.randn(batch, 6, queries, 64), *caches, position, torch.arange(batch)))
 
 
+def test_experts_of_the_tokens_that_chose_them() -> None:
+    def experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return torch.ops.gw.token_choice_moe(x, index, weight, gate_up, down, activation="silu", combine_dtype=torch.float32)
+
+    index = torch.rand(700, 8).argsort(1)[:, :3].contiguous()
+    assert_foreseen(Call(experts), (torch.randn(700, 64), index, torch.rand(700, 3), torch.randn(8, 96, 64), torch.randn(8, 64, 48)))
+
+
 @pytest.mark.parametrize("local", ["state", "raw"])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1500), (3, 40)])
 def test_attention_over_a_chunked_recurrence_has_nothing_for_each_two_tokens(batch: int, tokens: int, local: str) -> None:

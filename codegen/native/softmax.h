@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "numbers.h"
+#include "exponentials.h"
 
 namespace {
 

@@ -12,6 +12,7 @@ from ..pattern import named_arguments
 from ..program import Node
 from .attention import attention, causal_attention
 from .convolution import convolution, transposed_convolution
+from .experts import grouped_mm, token_choice_moe
 from .kernels import RULES as KERNEL_RULES
 from .kernels import upsample_nearest
 from .kv_cache import cached_attention
@@ -42,6 +43,8 @@ _RULES: dict[str, Callable[..., Workspace]] = {
     **KERNEL_RULES,
     **_RULES_OF_SLICES,
     "gw::lowrank_linear": lowrank_linear,
+    "gw::token_choice_moe": token_choice_moe,
+    "gw::grouped_mm": grouped_mm,
     "gw::rat_attention": rat_attention,
     "gw::rat_cached_attention": rat_cached_attention,
 }

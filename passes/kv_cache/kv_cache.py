@@ -7,22 +7,23 @@
 
     attention(q, k, v, causal)  ->  cache = kv_append(cache, k, v, position, rows); cached_attention(q, cache, position, rows)
 
+Where attention has a window its caches are rings, which keep the last positions alone.
+
 All functions read one weight table. Source: specs/layer_skip.md, section 3.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from ...ir import Program, Rewriter, Symbol
+from ...ir import Program, Rewriter
 from ...ir.errors import PassError
 from ...ir.pattern import NoMatch
-from ...ir.symbols import UNBOUNDED, SymbolTable, hint
 from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
 from ..verdict import Verdict
 from . import steps
 from .agreement import check_agreement, judge_steps
+from .cache_sizes import cache_sizes
 from .decoder import Decoder, find_decoder
 
 
@@ -38,7 +39,9 @@ class KVCache(Pass):
     name = "kv-cache"
     contract = Contract.EXACT
     ensures = frozenset({"explicit-caches"})
-    after = frozenset({"smooth", "split-low-rank", "quantize", "absorb-outliers", "append-lora", "fold-batch-norm", "fold-constants"})
+    after = frozenset(
+        {"smooth", "split-low-rank", "quantize", "absorb-outliers", "append-lora", "fold-batch-norm", "fold-constants", "regroup-experts"}
+    )
     before = frozenset({"slice-groups"})
 
     def run(self, rewriter: Rewriter) -> Outcome:
@@ -69,18 +72,9 @@ def _refusal(reason: NoMatch) -> str:
     return f"kv-cache needs a causal decoder of tokens: {reason.reason}" + (f" (at {where})" if where else "")
 
 
-def cache_sizes(symbols: SymbolTable, decoder: Decoder) -> tuple[Any, Any]:
-    """How many rows the caches have, and slots for positions: symbols, since the runtime chooses."""
-    hints = {"cache_rows": hint(decoder.batch) + 1, "capacity": 2 * hint(decoder.length) + 1}
-    for name, size in hints.items():
-        if name not in symbols:
-            symbols.declare(Symbol(name, 1, UNBOUNDED, size))
-    return symbols.size("cache_rows"), symbols.size("capacity")
-
-
 def _described(program: Program, decoder: Decoder) -> str:
     windows = sorted({seen.window for seen in decoder.visible} - {0})
     caches = [node.meta["val"] for node in program.functions["decode"].placeholders if str(node.target).startswith("cache_")]
     per_token = sum(cache.size(1) * cache.size(3) * cache.dtype.itemsize for cache in caches)
-    shown = f"; windows of {', '.join(map(str, windows))}" if windows else ""
+    shown = f"; rings of caches for windows of {', '.join(map(str, windows))}" if windows else ""
     return f"{len(decoder.attentions)} attentions with caches, {per_token} bytes a token and row{shown}"

@@ -14,30 +14,41 @@ from torch import Tensor
 from ...ir.errors import InputError, StateError
 from ...ir.liveness import format_bytes
 
+RING_BLOCK = 64  # slots, as codegen/attention/native reads them
+
 
 @dataclass(frozen=True)
 class CacheType:
-    """One layer's keys or values: [rows, heads, capacity, width]."""
+    """One layer's keys or values: [rows, heads, capacity, width]; with a `window` (not 0) a ring of as many slots as a step can see."""
 
     layer: int
     heads: int
     width: int
     dtype: torch.dtype
     device: torch.device
+    window: int = 0
+
+    def slots(self, capacity: int, most_tokens: int) -> int:
+        """For steps of so many tokens at most. Kernels read whole blocks where they go around; a ring that holds the capacity does not."""
+        needed = -(-(self.window + most_tokens - 1) // RING_BLOCK) * RING_BLOCK
+        return min(capacity, needed) if self.window else capacity
+
+    def nbytes(self, rows: int, capacity: int, most_tokens: int) -> int:
+        return rows * self.heads * self.slots(capacity, most_tokens) * self.width * self.dtype.itemsize
 
 
 class Caches:
-    """`tensors` has one cache for each of `types`; a step may put another in its place. `lengths` i64[layers, rows] counts the positions
-    of each row that a layer has seen, from the first on. Behind the rows is a `spare` one, for what pads a step; a single row has no need
-    of it.
+    """For steps of `most_tokens` of a row at most. `tensors` has one cache for each of `types`; a step may put another in its place.
+    `lengths` i64[layers, rows] counts the positions of each row that a layer has seen, from the first on. Behind the rows is a `spare` one,
+    for what pads a step; a single row has no need of it.
 
     Raises:
         InputError: there is no memory for so many rows and slots.
     """
 
-    def __init__(self, types: Sequence[CacheType], rows: int, capacity: int):
+    def __init__(self, types: Sequence[CacheType], rows: int, capacity: int, most_tokens: int = 1):
         self.spare = rows
-        self.tensors = _allocated(types, rows + (rows > 1), capacity)
+        self.tensors = _allocated(types, rows + (rows > 1), capacity, most_tokens)
         self.lengths = np.zeros((1 + max(each.layer for each in types), rows), np.int64)
         self._columns: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -60,9 +71,10 @@ class Caches:
         """`layers` have now the positions before `end` i64[B] of `rows` i64[B]."""
         self.lengths[self._column(layers), rows] = end
 
-    def rewind(self, rows: np.ndarray, end: np.ndarray) -> None:
-        """Forgets what any layer has of `rows` i64[B] from `end` i64[B] on."""
-        self.lengths[:, rows] = np.minimum(self.lengths[:, rows], end)
+    def rewind(self, rows: np.ndarray, end: np.ndarray, layers: tuple[int, ...] | None = None) -> None:
+        """Forgets what `layers` (None: any) have of `rows` i64[B] from `end` i64[B] on."""
+        chosen = slice(None) if layers is None else self._column(layers)
+        self.lengths[chosen, rows] = np.minimum(self.lengths[chosen, rows], end)
 
     def clear(self, row: int) -> None:
         """Forgets all of a row, for the next prompt."""
@@ -75,11 +87,11 @@ class Caches:
         return self._columns[layers]
 
 
-def _allocated(types: Sequence[CacheType], rows: int, capacity: int) -> list[Tensor]:
+def _allocated(types: Sequence[CacheType], rows: int, capacity: int, most_tokens: int) -> list[Tensor]:
     try:
-        return [unwritten(rows, capacity, each) for each in types]
+        return [unwritten(rows, each.slots(capacity, most_tokens), each) for each in types]
     except (RuntimeError, TypeError) as error:  # a TypeError: the capacity is no int64
-        needed = rows * capacity * sum(each.heads * each.width * each.dtype.itemsize for each in types)
+        needed = sum(each.nbytes(rows, capacity, most_tokens) for each in types)
         raise InputError(
             f"caches of {rows} rows x {capacity} slots take {format_bytes(needed)}, which {types[0].device} does not have: "
             "lower capacity, max_new_tokens, or batch"

@@ -25,8 +25,8 @@ void attend(const Call& c, const Plan& p, const Unit& u, int64_t chunk, const Bu
   part.clear(p);
   for (int64_t at = first / kBlock * kBlock; at < end; at += kBlock) {
     const int64_t from = std::max(first - at, int64_t(0)), to = std::min(end - at, kBlock);
-    const Element* k = reinterpret_cast<const Element*>(c.k) + row * c.k_row + u.head * c.k_head + at * c.k_slot;
-    const Element* v = reinterpret_cast<const Element*>(c.v) + row * c.v_row + u.head * c.v_head + at * c.v_slot;
+    const Element* k = reinterpret_cast<const Element*>(c.k) + row * c.k_row + u.head * c.k_head + c.slot(at) * c.k_slot;
+    const Element* v = reinterpret_cast<const Element*>(c.v) + row * c.v_row + u.head * c.v_head + c.slot(at) * c.v_slot;
     const Keys<Element> block = {k, v, c.k_slot, c.v_slot, c.depth, c.width, from, to};
     const auto visible = [&](int64_t r) {
       const int64_t last = position + r / p.group - at;

@@ -1,17 +1,22 @@
 // What one call computes, as Python hands it over, and how it is cut into pieces.
 #pragma once
+#include <algorithm>
+#include <cstdint>
+
 #include <softmax.h>
 
 namespace {
 
 enum Type : int64_t { kFloat32, kBFloat16, kFloat16 };
 
-// to[rows[b], h, position[b] + i] = from[b, h, i]. All fields are 8 bytes, in the order of `_APPEND` in cached.py; strides in elements.
+// to[rows[b], h, position[b] + i] = from[b, h, i], in a ring slot (position[b] + i) % capacity. All fields are 8 bytes, in the order of `_APPEND` in cached.py; strides in elements.
 struct Append {
   int64_t to, from, itemsize;
   int64_t to_row, to_head, to_slot, from_row, from_head, from_slot;
   int64_t position, rows;                          // int64 [batch]
-  int64_t batch, heads, slots, depth, cache_rows, capacity, threads;
+  int64_t batch, heads, slots, depth, cache_rows, capacity, threads, ring;
+
+  bool holds(int64_t position) const { return ring ? slots <= capacity : position <= capacity - slots; }
 };
 
 // y [batch, queries, heads, width]. All fields are 8 bytes, in the order of `_CALL` in cached.py; strides in elements.
@@ -20,18 +25,22 @@ struct Call {
   int64_t q_row, q_head, q_query, k_row, k_head, k_slot, v_row, v_head, v_slot;
   int64_t position, rows;                          // int64 [batch]
   int64_t batch, heads, kv_heads, queries, depth, width, cache_rows, capacity;
-  int64_t window, threads, scratch;
+  int64_t window, threads, ring, scratch;
   double scale, softcap;
+
+  bool holds(int64_t position) const { return position <= capacity - queries || (ring && capacity >= window + queries - 1); }
+  // Where a block of positions begins: a ring whose blocks are not whole holds no more positions than slots.
+  int64_t slot(int64_t position) const { return ring ? position % capacity : position; }
 };
 
 inline const int64_t* integers(int64_t address) { return reinterpret_cast<const int64_t*>(address); }
 
 // The first b whose row or slots lie outside of the cache, or -1.
 template <class Operands>
-int64_t first_outside(const Operands& c, int64_t slots) {
+int64_t first_outside(const Operands& c) {
   for (int64_t b = 0; b < c.batch; ++b) {
     const int64_t row = integers(c.rows)[b], position = integers(c.position)[b];
-    if (row < 0 || row >= c.cache_rows || position < 0 || position > c.capacity - slots) return b;
+    if (row < 0 || row >= c.cache_rows || position < 0 || !c.holds(position)) return b;
   }
   return -1;
 }
