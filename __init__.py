@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .passes import Pass as Pass
     from .passes import PassManager as PassManager
     from .passes import Quantize as Quantize
+    from .passes import RatRecurrence as RatRecurrence
     from .passes import RemoveDeadCode as RemoveDeadCode
     from .passes import RemoveNoOps as RemoveNoOps
     from .passes import RemoveProvenAssertions as RemoveProvenAssertions
@@ -64,7 +65,7 @@ _HOMES = {
     ),
     ".passes": (
         "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "LayerSkip", "Pass",
-        "PassManager", "Quantize",
+        "PassManager", "Quantize", "RatRecurrence",
         "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
         "all_passes",
     ),

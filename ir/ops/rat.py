@@ -20,6 +20,11 @@ _LOCALS = ("state", "raw")
 _ROPE_STYLES = ("half", "interleaved")
 
 
+def ring_of(chunk: int, window: int, local: str) -> int:
+    """The most tokens that are near a query and no sinks, which is how many a cache keeps."""
+    return window + (1 if local == "state" else chunk)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Which tokens a query sees. L = chunk, W = window."""
@@ -39,8 +44,7 @@ class _Layout:
 
     @property
     def ring(self) -> int:
-        """The most tokens that are near a query and no sinks, which is how many a cache keeps."""
-        return self.window + (1 if self.local == "state" else self.chunk)
+        return ring_of(self.chunk, self.window, self.local)
 
     def is_summary(self, j: Tensor, t: Tensor) -> Tensor:
         """Whether the state at time j stands for its chunk to a query at time t."""

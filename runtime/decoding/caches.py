@@ -1,29 +1,18 @@
-"""Keys and values of the rows in flight, and for how many positions each layer has them.
+"""Keys, values and states of the rows in flight, and for how many positions each layer has them.
 
 A layer that a row skipped at some position has nothing there, and no later step may run it for that row: `check` says so before a step
 runs, since what attention would read is whatever the memory held.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...ir.caches import CacheType
 from ...ir.errors import InputError, StateError
 from ...ir.liveness import format_bytes
-
-
-@dataclass(frozen=True)
-class CacheType:
-    """One layer's keys or values: [rows, heads, capacity, width]."""
-
-    layer: int
-    heads: int
-    width: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 class Caches:
@@ -79,13 +68,13 @@ def _allocated(types: Sequence[CacheType], rows: int, capacity: int) -> list[Ten
     try:
         return [unwritten(rows, capacity, each) for each in types]
     except (RuntimeError, TypeError) as error:  # a TypeError: the capacity is no int64
-        needed = rows * capacity * sum(each.heads * each.width * each.dtype.itemsize for each in types)
+        needed = sum(each.nbytes(rows, capacity) for each in types)
         raise InputError(
-            f"caches of {rows} rows x {capacity} slots take {format_bytes(needed)}, which {types[0].device} does not have: "
+            f"caches of {rows} rows x {capacity} positions take {format_bytes(needed)}, which {types[0].device} does not have: "
             "lower capacity, max_new_tokens, or batch"
         ) from error
 
 
 def unwritten(rows: int, capacity: int, each: CacheType) -> Tensor:
     """Memory for a cache, holding anything: no step reads what no step wrote."""
-    return torch.empty(rows, each.heads, capacity, each.width, dtype=each.dtype, device=each.device)
+    return torch.empty(each.shape(rows, capacity), dtype=each.dtype, device=each.device)

@@ -2,10 +2,9 @@
 
 A step's operands are by name: `tokens` i64[B, T], `position` i64[B] (the slot of each row's first token), `rows` i64[B] (its place in the
 caches), in prefill `lengths` i64[B] (how many of its T tokens are real, the rest is padding on the right), then the caches
-`cache_k_0`, `cache_v_0`, ... of the layers that the function runs.
+`cache_k_0`, `cache_v_0`, ... and states of the layers that the function runs (`ir/caches.py`).
 """
 
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,18 +15,16 @@ import torch
 from torch import Tensor
 
 from ...ir import Program
+from ...ir.caches import CacheType, cache_types
 from ...ir.errors import InputError
 from ...ir.symbols import UNBOUNDED
 from ..executor import Executor
-from .caches import CacheType
 
 # Of a row or a few, products are bound by reading weights, and a step made for just so many takes half the time of one for any number.
 FIXED_ROWS = (1, 2, 4, 8)
 FIXED_TOKENS = 8
 
 ExecutorOf = Callable[[str, Mapping[str, int]], Executor]
-
-_CACHE = re.compile(r"cache_([kv])_(\d+)")
 
 
 class Step(Protocol):
@@ -73,12 +70,7 @@ class ProgramDecoder:
         self._program, self._executor_of, self._fixed = program, executor_of, fixed
         self._steps: dict[str, ProgramStep] = {}
         self._lock = threading.Lock()
-        types = {
-            argument.name: _cache_type(argument.name, argument.value)
-            for function in program.functions.values()
-            for argument in function.signature().inputs
-            if _CACHE.fullmatch(argument.name)
-        }
+        types = {name: each for function in program.functions.values() for name, each in cache_types(function).items()}
         self._places = {name: place for place, name in enumerate(sorted(types, key=lambda name: (types[name].layer, name)))}
         self.cache_types = tuple(types[name] for name in self._places)
         self.device = self.cache_types[0].device
@@ -147,8 +139,3 @@ class ProgramStep:
                         {name: size for name, size in zip(self._symbols, sizes or (), strict=False) if name}
                     )
         return self._executors[sizes]
-
-
-def _cache_type(name: str, value: Tensor) -> CacheType:
-    _, heads, _, width = value.shape
-    return CacheType(int(name.rsplit("_", 1)[1]), int(heads), int(width), value.dtype, value.device)
