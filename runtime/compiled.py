@@ -118,7 +118,8 @@ class CompiledModel(nn.Module):
         else all at the end with what they cost. At most `chunk` tokens of a prompt are read between two steps of the rows that decode.
         `batch` prompts run at once, all by default; the next takes the place of one that has ended. `capacity` is the slots of a row in the
         caches, those for the longest prompt by default. `speculative` says whether to draft tokens with few layers and have all layers
-        judge them; by default as the pass `layer-skip` was told.
+        judge them, at all events (True) or not (False). By default a model that `layer-skip` made for it does so, and switches to plain
+        decoding in calls that are greedy as soon as what it measures says that drafts gain nothing; the result tells.
 
         Raises:
             InputError: the model cannot decode; an argument is of a wrong type or out of range, a prompt is empty or has tokens that the

@@ -49,9 +49,10 @@ def launches(case, target):
         caches = [empty(batch, kv_heads, capacity, depth) for _ in range(2)]
         at = [torch.empty(batch, dtype=torch.int64, device="meta") for _ in range(2)]
         launch.cached_attention(
-            empty(batch, queries, heads, depth).transpose(1, 2), *caches, *at, scale=0.1, window=window, softcap=softcap
+            empty(batch, queries, heads, depth).transpose(1, 2), *caches, *at, scale=0.1, window=window, softcap=softcap, ring=window > 0
         )
-        launch.append_in_place(*caches, *(empty(batch, queries, kv_heads, depth).transpose(1, 2) for _ in range(2)), *at)
+        new = [empty(batch, queries, kv_heads, depth).transpose(1, 2) for _ in range(2)]
+        launch.append_in_place(*caches, *new, *at, ring=window > 0)
     finally:
         for name, function in functions.items():
             setattr(kernels, name, function)

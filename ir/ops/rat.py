@@ -176,7 +176,7 @@ def rat_cached_attention(
 
     old_k, old_v = key_slots.index_select(0, rows), value_slots.index_select(0, rows)
     held = _slot_times(layout, summaries, start)  # [B, S], -1 where a slot holds nothing
-    empty = (held < 0).reshape(held.size(0), 1, -1, 1)
+    empty = (held < 0).reshape(held.size(0), 1, held.size(1), 1)
     turned, turned_raw = rotate(states_k), rotate(raw_k)
     near_k, near_v = (turned, states_v) if local == "state" else (turned_raw, raw_v)
     keys = [old_k.to(wide).masked_fill(empty, 0.0), turned, *([near_k] if local == "raw" else [])]
@@ -299,13 +299,13 @@ def _slot_times(layout: _Layout, summaries: int, end: Tensor) -> Tensor:
 def _kept(old: Tensor, layout: _Layout, after: Tensor, start: Tensor, states: Tensor, near: Tensor) -> Tensor:
     """The slots [B, Hk, S, E] with what these tokens [B, Hk, T, E] put there: slots hold tokens of times `after`, old before `start`."""
     is_new = (after >= start) & (after >= 0)
-    place = torch.where(is_new, after - start, 0).reshape(after.size(0), 1, -1, 1).expand(-1, old.size(1), -1, old.size(3))
+    place = torch.where(is_new, after - start, 0).reshape(after.size(0), 1, after.size(1), 1).expand(-1, old.size(1), -1, old.size(3))
     slot = torch.arange(after.size(1), device=after.device)
     in_summaries = (slot >= layout.sinks) & (slot < after.size(1) - layout.ring)
     fresh = (
         near.gather(2, place) if near is states else torch.where(in_summaries.unsqueeze(1), states.gather(2, place), near.gather(2, place))
     )
-    return torch.where(is_new.reshape(after.size(0), 1, -1, 1), fresh.to(old.dtype), old)
+    return torch.where(is_new.reshape(after.size(0), 1, after.size(1), 1), fresh.to(old.dtype), old)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:

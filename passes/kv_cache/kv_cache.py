@@ -8,23 +8,24 @@
     attention(q, k, v, causal)  ->  cache = kv_append(cache, k, v, position, rows); cached_attention(q, cache, position, rows)
     rat_attention(q, k, v, ..)  ->  rat_cached_attention(q, k, v, .., caches, states, position, rows, lengths), and no verify
 
+Where attention has a window its caches are rings, which keep the last positions alone.
+
 All functions read one weight table. Source: specs/layer_skip.md, section 3.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from ...ir import Program, Rewriter, Symbol
+from ...ir import Program, Rewriter
 from ...ir.errors import PassError
 from ...ir.pattern import NoMatch
-from ...ir.symbols import UNBOUNDED, SymbolTable, hint
 from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
 from ..verdict import Verdict
 from . import steps
 from .agreement import check_agreement, judge_steps
-from .decoder import Decoder, find_decoder
+from .cache_sizes import cache_sizes
+from .decoder import find_decoder
 from .recurrence import Recurrence
 from .report import described
 
@@ -43,7 +44,8 @@ class KVCache(Pass):
     contract = Contract.EXACT
     ensures = frozenset({"explicit-caches"})
     after = frozenset(
-        {"smooth", "split-low-rank", "quantize", "absorb-outliers", "append-lora", "fold-batch-norm", "fold-constants", "rat-recurrence"}
+        {"smooth", "split-low-rank", "quantize", "absorb-outliers", "append-lora", "fold-batch-norm", "fold-constants", "regroup-experts"}
+        | {"rat-recurrence"}
     )
     before = frozenset({"slice-groups"})
 
@@ -76,15 +78,6 @@ class KVCache(Pass):
 def _refusal(reason: NoMatch) -> str:
     where = str(reason.node.meta.get("where") or "") if reason.node is not None else ""
     return f"kv-cache needs a causal decoder of tokens: {reason.reason}" + (f" (at {where})" if where else "")
-
-
-def cache_sizes(symbols: SymbolTable, decoder: Decoder) -> tuple[Any, Any]:
-    """How many rows the caches have, and slots for positions: symbols, since the runtime chooses."""
-    hints = {"cache_rows": hint(decoder.batch) + 1, "capacity": 2 * hint(decoder.length) + 1}
-    for name, size in hints.items():
-        if name not in symbols:
-            symbols.declare(Symbol(name, 1, UNBOUNDED, size))
-    return symbols.size("cache_rows"), symbols.size("capacity")
 
 
 _NO_WAY_BACK = "a chunked recurrence forgets what left its window, so that drafted tokens could not be taken back: nothing is drafted here"

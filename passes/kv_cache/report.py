@@ -13,7 +13,7 @@ def described(program: Program, decoder: Decoder) -> tuple[str, ...]:
     types = cache_types(program.functions["decode"]).values()
     recurring = {n for n, each in enumerate(decoder.attentions) if isinstance(each, Recurrence)}
     windows = sorted({seen.window for seen in decoder.visible} - {0})
-    shown = f"; windows of {', '.join(map(str, windows))}" if windows else ""
+    shown = f"; rings of caches for windows of {', '.join(map(str, windows))}" if windows else ""
     per_token = sum(each.nbytes(1, 1) for each in types if each.layer not in recurring)
     lines = [f"{len(decoder.attentions) - len(recurring)} attentions with caches, {per_token} bytes a token and row{shown}"]
     if not recurring:

@@ -21,18 +21,22 @@ class Stepping:
         self.caches = empty_caches(program, len(rows), capacity)
 
     def __call__(self, function: str, tokens: torch.Tensor, start: int, *more: Any) -> torch.Tensor:
+        return self.outputs(function, tokens, start, *more)[0]
+
+    def outputs(self, function: str, tokens: torch.Tensor, start: int, *more: Any) -> list[torch.Tensor]:
+        """All that it gives beside new caches; `more` are operands that stand before these."""
         names = [str(node.target) for node in self.program.functions[function].placeholders]
         held = [self.caches[name] for name in names if name in self.caches]
         position = torch.full_like(self.rows, start)
         outputs, new = run(self.program, [tokens, position, self.rows, *more, *held], function=function)
         self.caches |= {name.removeprefix("input:"): value for name, value in new.items()}
-        return outputs[0]
+        return outputs
 
 
 def empty_caches(program: Program, rows: int, capacity: int) -> dict[str, torch.Tensor]:
     """Slots that hold NaN: what was never written is never read."""
     return {
-        name: torch.full(each.shape(rows, capacity), float("nan"), dtype=each.dtype, device=each.device)
+        name: torch.full(each.shape(rows, each.slots(capacity, capacity)), float("nan"), dtype=each.dtype, device=each.device)
         for name, each in cache_types(program.functions["decode"]).items()
     }
 

@@ -16,17 +16,17 @@ from ...ir.liveness import format_bytes
 
 
 class Caches:
-    """`tensors` has one cache for each of `types`; a step may put another in its place. `lengths` i64[layers, rows] counts the positions
-    of each row that a layer has seen, from the first on. Behind the rows is a `spare` one, for what pads a step; a single row has no need
-    of it.
+    """For steps of `most_tokens` of a row at most. `tensors` has one cache for each of `types`; a step may put another in its place.
+    `lengths` i64[layers, rows] counts the positions of each row that a layer has seen, from the first on. Behind the rows is a `spare` one,
+    for what pads a step; a single row has no need of it.
 
     Raises:
         InputError: there is no memory for so many rows and slots.
     """
 
-    def __init__(self, types: Sequence[CacheType], rows: int, capacity: int):
+    def __init__(self, types: Sequence[CacheType], rows: int, capacity: int, most_tokens: int = 1):
         self.spare = rows
-        self.tensors = _allocated(types, rows + (rows > 1), capacity)
+        self.tensors = _allocated(types, rows + (rows > 1), capacity, most_tokens)
         self.lengths = np.zeros((1 + max(each.layer for each in types), rows), np.int64)
         self._columns: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -49,9 +49,10 @@ class Caches:
         """`layers` have now the positions before `end` i64[B] of `rows` i64[B]."""
         self.lengths[self._column(layers), rows] = end
 
-    def rewind(self, rows: np.ndarray, end: np.ndarray) -> None:
-        """Forgets what any layer has of `rows` i64[B] from `end` i64[B] on."""
-        self.lengths[:, rows] = np.minimum(self.lengths[:, rows], end)
+    def rewind(self, rows: np.ndarray, end: np.ndarray, layers: tuple[int, ...] | None = None) -> None:
+        """Forgets what `layers` (None: any) have of `rows` i64[B] from `end` i64[B] on."""
+        chosen = slice(None) if layers is None else self._column(layers)
+        self.lengths[chosen, rows] = np.minimum(self.lengths[chosen, rows], end)
 
     def clear(self, row: int) -> None:
         """Forgets all of a row, for the next prompt."""
@@ -64,17 +65,17 @@ class Caches:
         return self._columns[layers]
 
 
-def _allocated(types: Sequence[CacheType], rows: int, capacity: int) -> list[Tensor]:
+def _allocated(types: Sequence[CacheType], rows: int, capacity: int, most_tokens: int) -> list[Tensor]:
     try:
-        return [unwritten(rows, capacity, each) for each in types]
+        return [unwritten(rows, each.slots(capacity, most_tokens), each) for each in types]
     except (RuntimeError, TypeError) as error:  # a TypeError: the capacity is no int64
-        needed = sum(each.nbytes(rows, capacity) for each in types)
+        needed = sum(each.nbytes(rows, capacity, most_tokens) for each in types)
         raise InputError(
             f"caches of {rows} rows x {capacity} positions take {format_bytes(needed)}, which {types[0].device} does not have: "
             "lower capacity, max_new_tokens, or batch"
         ) from error
 
 
-def unwritten(rows: int, capacity: int, each: CacheType) -> Tensor:
+def unwritten(rows: int, slots: int, each: CacheType) -> Tensor:
     """Memory for a cache, holding anything: no step reads what no step wrote."""
-    return torch.empty(each.shape(rows, capacity), dtype=each.dtype, device=each.device)
+    return torch.empty(each.shape(rows, slots), dtype=each.dtype, device=each.device)
