@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .passes import Pass as Pass
     from .passes import PassManager as PassManager
     from .passes import Quantize as Quantize
+    from .passes import RatRecurrence as RatRecurrence
     from .passes import RegroupExperts as RegroupExperts
     from .passes import RemoveDeadCode as RemoveDeadCode
     from .passes import RemoveNoOps as RemoveNoOps
@@ -67,7 +68,7 @@ _HOMES = {
     ".ir.onnx": ("from_onnx",),
     ".passes": (
         "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "LayerSkip", "Pass",
-        "PassManager", "Quantize", "RegroupExperts",
+        "PassManager", "Quantize", "RatRecurrence", "RegroupExperts",
         "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
         "all_passes",
     ),

@@ -1,5 +1,5 @@
 """Trains networks of the zoo: `python -m graphwright.models.train dit` makes the weights that `load("dit", "digits")` reads,
-`decoder` those of `load("decoder", "text")`.
+`decoder` those of `load("decoder", "text")`; `rat` trains the network `rat` of size "text", whose weights come with no package yet.
 
 One seed gives one network on one machine with one number of threads; sums are taken in other orders with another.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ir.errors import GraphwrightError
-from . import decoder, digits, dit, text
+from . import decoder, digits, dit, rat_lm, text
 from .sampling import TRAIN_STEPS, noised
 from .trained_weights import write_weights
 
@@ -69,20 +69,38 @@ def train_decoder(steps: int, seed: int = 0, tell: Tell | None = None) -> nn.Mod
 
     Each step drops whole layers, the deeper the likelier (`_drawn_layers`), so that the network does without them later too.
     """
-    ids = torch.tensor(text.encode(text.training()))
-    batch_size, window = 4, torch.arange(text.CONTEXT + 1)
+    draw = _windows_of_text()
 
     def loss(network: nn.Module) -> Tensor:
-        start = torch.randint(len(ids) - text.CONTEXT, (batch_size, 1))
-        tokens = ids[start + window]
-        logits = decoder.with_layers(network, _drawn_layers(len(network.layers)))(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return next_token_loss(decoder.with_layers(network, _drawn_layers(len(network.layers))), draw())
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = decoder.Decoder(decoder.SIZES["text"])
         _start_near_identity(network)
         return fit(network, loss, steps, tell, peak_rate=2e-3)
+
+
+def train_rat(steps: int, seed: int = 0, tell: Tell | None = None) -> nn.Module:
+    """The network `rat` of size "text", trained as `train_decoder` says, all layers at every step."""
+    draw = _windows_of_text()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = rat_lm.RatLM(rat_lm.SIZES["text"])
+        _start_near_identity(network)
+        return fit(network, lambda network: next_token_loss(network, draw()), steps, tell, peak_rate=2e-3)
+
+
+def _windows_of_text(batch_size: int = 4) -> Callable[[], Tensor]:
+    """Draws ids [batch_size, CONTEXT + 1] from `text.training()`, each row from a place of its own."""
+    ids = torch.tensor(text.encode(text.training()))
+    window = torch.arange(text.CONTEXT + 1)
+    return lambda: ids[torch.randint(len(ids) - text.CONTEXT, (batch_size, 1)) + window]
+
+
+def next_token_loss(network: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """The mean of -log p of each next token of ids [B, L + 1], in nats."""
+    return F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 DROPPED_AT_MOST = 0.5  # how often a step goes without the last layer
@@ -98,7 +116,7 @@ def _drawn_layers(depth: int) -> list[int]:
     return [layer for layer in range(depth) if not dropped[layer]]
 
 
-def _start_near_identity(network: decoder.Decoder) -> None:
+def _start_near_identity(network: decoder.Decoder | rat_lm.RatLM) -> None:
     """Every product keeps the size of what it reads, but for what the layers add, which together is as large as the embedding's."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):  # a tied head is the embedding, whose rows it reads
@@ -155,7 +173,11 @@ class Recipe:
     steps: int
 
 
-RECIPES = {"dit": Recipe("digits", train_dit, steps=3000), "decoder": Recipe("text", train_decoder, steps=4000)}
+RECIPES = {
+    "dit": Recipe("digits", train_dit, steps=3000),
+    "decoder": Recipe("text", train_decoder, steps=4000),
+    "rat": Recipe("text", train_rat, steps=2400),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

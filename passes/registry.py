@@ -13,6 +13,7 @@ from .experts import RegroupExperts
 from .kv_cache import KVCache
 from .layer_skip import LayerSkip
 from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
+from .rat import RatRecurrence
 from .slicing import SliceGroups
 
 GROUP = "graphwright.passes"
@@ -20,7 +21,10 @@ BUILT_IN: dict[str, type[Pass]] = {
     **{each.name: type(each) for each in CLEANUPS},
     **{
         each.name: each
-        for each in (SliceGroups, Smooth, SplitLowRank, Quantize, AbsorbOutliers, AppendLoRA, RegroupExperts, KVCache, LayerSkip)
+        for each in (
+            *(SliceGroups, Smooth, SplitLowRank, Quantize, AbsorbOutliers, AppendLoRA, RegroupExperts, RatRecurrence),
+            *(KVCache, LayerSkip),
+        )
     },
 }
 

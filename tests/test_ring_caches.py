@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import graphwright as gw
 from graphwright.codegen.attention import cached
 from graphwright.codegen.triton.attention import launch
+from graphwright.ir import caches as caches_module
 from graphwright.ir.errors import InputError
 from graphwright.runtime.backend import has_cpp_compiler
-from graphwright.runtime.decoding import caches as caches_module
 from graphwright.runtime.decoding.caches import Caches, CacheType
 from graphwright.tests.decoding_models import poisoned_caches  # noqa: F401  (pytest finds it here)
 from graphwright.tests.test_kv_cache_cpu import Step, append, attention

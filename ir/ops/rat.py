@@ -20,6 +20,11 @@ _LOCALS = ("state", "raw")
 _ROPE_STYLES = ("half", "interleaved")
 
 
+def ring_of(chunk: int, window: int, local: str) -> int:
+    """The most tokens that are near a query and no sinks, which is how many a cache keeps."""
+    return window + (1 if local == "state" else chunk)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Which tokens a query sees. L = chunk, W = window."""
@@ -39,8 +44,7 @@ class _Layout:
 
     @property
     def ring(self) -> int:
-        """The most tokens that are near a query and no sinks, which is how many a cache keeps."""
-        return self.window + (1 if self.local == "state" else self.chunk)
+        return ring_of(self.chunk, self.window, self.local)
 
     def is_summary(self, j: Tensor, t: Tensor) -> Tensor:
         """Whether the state at time j stands for its chunk to a query at time t."""
@@ -310,10 +314,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tens
     kv_heads, keys = k.size(1), k.size(2)
     if heads % kv_heads:
         raise ValueError(f"{heads} heads cannot share {kv_heads} of keys: the second must divide the first")
-    shared = heads // kv_heads
-    # Sizes have names throughout: of no rows or no queries, -1 says nothing.
-    grouped = q.reshape(batch * kv_heads, shared * queries, depth)  # all queries of one key head
-    scores = (torch.bmm(grouped, k.flatten(0, 1).transpose(1, 2)) * scale).reshape(batch, heads, queries, keys)
+    # Heads alone are merged with rows, and keys of fewer heads repeated for it: of queries merged with heads the strides are a minimum over
+    # products of sizes, which for a symbolic length becomes a guard.
+    k, v = (each.repeat_interleave(heads // kv_heads, 1).flatten(0, 1) for each in (k, v))
+    scores = (torch.bmm(q.reshape(batch * heads, queries, depth), k.transpose(1, 2)) * scale).reshape(batch, heads, queries, keys)
     weights = (scores + bias.unsqueeze(1)).softmax(-1)
-    sums = torch.bmm(weights.reshape(batch * kv_heads, shared * queries, keys), v.flatten(0, 1)).reshape(batch, heads, queries, v.size(3))
+    sums = torch.bmm(weights.flatten(0, 1), v).reshape(batch, heads, queries, v.size(2))
     return sums.transpose(1, 2).contiguous().transpose(1, 2)

@@ -14,6 +14,7 @@ from ...ir.layers import data_nodes, find_layers
 from .attention import SelfAttention
 from .cache_sizes import CacheSizes
 from .decoder import Decoder
+from .recurrence import Recurrence, slots_of
 
 aten, gw = torch.ops.aten, torch.ops.gw
 
@@ -40,6 +41,7 @@ class Step(Derivation):
         self.tokens = self._integers("tokens", decoder.batch, length)
         self.position, self.rows = self._integers("position", decoder.batch), self._integers("rows", decoder.batch)
         self.new_states: dict[str, Node] = {}
+        self.lengths: Node | None = None
         self._take_inputs()
 
     def _integers(self, name: str, *shape: Any) -> Node:
@@ -85,8 +87,7 @@ class Step(Derivation):
             if node in self.skipped:
                 sources = [self.skipped[node].source]
             elif node in by_root:
-                attention = self.decoder.attentions[by_root[node]]
-                sources = [attention.q, attention.k, attention.v]
+                sources = self.decoder.attentions[by_root[node]].reads
             fresh = [source for source in dict.fromkeys(sources) if source not in found]
             found.update(fresh)
             pending += fresh
@@ -98,6 +99,8 @@ class Step(Derivation):
 
     def _attend(self, index: int, like: Node) -> Node:
         attention = self.decoder.attentions[index]
+        if isinstance(attention, Recurrence):
+            return self._recur(index, attention, like)
         q, k, v = (self.values[each] for each in (attention.q, attention.k, attention.v))
         if attention.transposed:
             k = self.call(aten.transpose.int, k, 2, 3, like=like)
@@ -109,6 +112,22 @@ class Step(Derivation):
         self.new_states |= {f"input:cache_k_{index}": keys, f"input:cache_v_{index}": values}
         options = self._options(attention, index)
         return self.call(gw.cached_attention.default, q, keys, values, self.position, self.rows, like=like, **options)
+
+    def _recur(self, index: int, recurrence: Recurrence, like: Node) -> Node:
+        operands = [None if each is None else self.values[each] for each in recurrence.operands]
+        key = operands[1].meta["val"]
+        wide = torch.float64 if key.dtype == torch.float64 else torch.float32
+        slots = slots_of(self.program.symbols, recurrence, self.sizes.capacity)
+        shapes = {"cache": (self.sizes.rows, key.size(1), slots, key.size(3)), "state": (self.sizes.rows, key.size(1), key.size(3))}
+        names = [f"{kind}_{letter}_{index}" for kind in shapes for letter in "kv"]
+        caches = [
+            self.input(name, key.dtype if name.startswith("cache") else wide, shapes[name.split("_")[0]], self.device) for name in names
+        ]
+        rest = (self.position, self.rows, self.lengths)
+        stepped = self.call(gw.rat_cached_attention.default, *operands, *caches, *rest, like=like, **recurrence.stated)
+        out, *new = (self.call(GETITEM, stepped, n, like=like) for n in range(5))
+        self.new_states |= {f"input:{name}": value for name, value in zip(names, new, strict=True)}
+        return out
 
     def _options(self, attention: SelfAttention, index: int) -> dict[str, Any]:
         window = self.decoder.visible[index].window
@@ -168,7 +187,7 @@ def prefill(program: Program, decoder: Decoder, sizes: CacheSizes, *, skipped: S
     What comes behind the last attention is computed of that token alone, from the first value on through which everything passes.
     """
     step = Step(program, decoder, decoder.length, sizes, skipped)
-    lengths = step._integers("lengths", decoder.batch)
+    lengths = step.lengths = step._integers("lengths", decoder.batch)
     cut = _last_cut(program, decoder, step.skipped)
     step.body([cut])
     last = step.call(aten.sub.Tensor, lengths, 1)

@@ -137,6 +137,11 @@ class LayerSkip(Pass):
         decoder = find_decoder(program, rewriter.function)
         if isinstance(decoder, NoMatch):
             raise PassError(f"layer-skip: main is no decoder any more: {decoder.reason}")
+        if self.mode == "speculative" and "verify" not in program.functions:
+            raise PassError(
+                "layer-skip: a chunked recurrence cannot take drafted tokens back, since it forgets what left its window: "
+                "take mode=schedule, or compile without rat-recurrence"
+            )
         units = find_units(program, decoder, self.unit)
         with progress_bar("ranking layers") as bar:
             profile = self._profile(program, decoder, units, None if bar is None else lambda done, whole: bar(done, whole, None))

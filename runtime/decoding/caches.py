@@ -1,40 +1,18 @@
-"""Keys and values of the rows in flight, and for how many positions each layer has them.
+"""Keys, values and states of the rows in flight, and for how many positions each layer has them.
 
 A layer that a row skipped at some position has nothing there, and no later step may run it for that row: `check` says so before a step
 runs, since what attention would read is whatever the memory held.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...ir.caches import CacheType
 from ...ir.errors import InputError, StateError
 from ...ir.liveness import format_bytes
-
-RING_BLOCK = 64  # slots, as codegen/attention/native reads them
-
-
-@dataclass(frozen=True)
-class CacheType:
-    """One layer's keys or values: [rows, heads, capacity, width]; with a `window` (not 0) a ring of as many slots as a step can see."""
-
-    layer: int
-    heads: int
-    width: int
-    dtype: torch.dtype
-    device: torch.device
-    window: int = 0
-
-    def slots(self, capacity: int, most_tokens: int) -> int:
-        """For steps of so many tokens at most. Kernels read whole blocks where they go around; a ring that holds the capacity does not."""
-        needed = -(-(self.window + most_tokens - 1) // RING_BLOCK) * RING_BLOCK
-        return min(capacity, needed) if self.window else capacity
-
-    def nbytes(self, rows: int, capacity: int, most_tokens: int) -> int:
-        return rows * self.heads * self.slots(capacity, most_tokens) * self.width * self.dtype.itemsize
 
 
 class Caches:
@@ -93,11 +71,11 @@ def _allocated(types: Sequence[CacheType], rows: int, capacity: int, most_tokens
     except (RuntimeError, TypeError) as error:  # a TypeError: the capacity is no int64
         needed = sum(each.nbytes(rows, capacity, most_tokens) for each in types)
         raise InputError(
-            f"caches of {rows} rows x {capacity} slots take {format_bytes(needed)}, which {types[0].device} does not have: "
+            f"caches of {rows} rows x {capacity} positions take {format_bytes(needed)}, which {types[0].device} does not have: "
             "lower capacity, max_new_tokens, or batch"
         ) from error
 
 
-def unwritten(rows: int, capacity: int, each: CacheType) -> Tensor:
+def unwritten(rows: int, slots: int, each: CacheType) -> Tensor:
     """Memory for a cache, holding anything: no step reads what no step wrote."""
-    return torch.empty(rows, each.heads, capacity, each.width, dtype=each.dtype, device=each.device)
+    return torch.empty(each.shape(rows, slots), dtype=each.dtype, device=each.device)

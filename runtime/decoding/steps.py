@@ -2,10 +2,9 @@
 
 A step's operands are by name: `tokens` i64[B, T], `position` i64[B] (the slot of each row's first token), `rows` i64[B] (its place in the
 caches), in prefill `lengths` i64[B] (how many of its T tokens are real, the rest is padding on the right), in what resumes from them
-`hidden` [B, T, D], then the caches `cache_k_0`, `cache_v_0`, ... of the layers that the function runs.
+`hidden` [B, T, D], then the caches `cache_k_0`, `cache_v_0`, ... and states of the layers that the function runs (`ir/caches.py`).
 """
 
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ...ir import Function, Program
+from ...ir.caches import CacheType, cache_types
 from ...ir.errors import InputError
 from ...ir.lookups import lookup_limit
 from ...ir.symbols import UNBOUNDED
 from ..executor import Executor
-from .caches import CacheType
 from .gain import Gains
 
 # Of a row or a few, products are bound by reading weights, and a step made for just so many takes half the time of one for any number.
@@ -28,8 +27,6 @@ FIXED_ROWS = (1, 2, 4, 8)
 FIXED_TOKENS = 8
 
 ExecutorOf = Callable[[str, Mapping[str, int]], Executor]
-
-_CACHE = re.compile(r"cache_([kv])_(\d+)")
 
 
 class Step(Protocol):
@@ -79,13 +76,7 @@ class ProgramDecoder:
         self._program, self._executor_of, self._fixed = program, executor_of, fixed
         self._steps: dict[str, ProgramStep] = {}
         self._lock = threading.Lock()
-        types = {
-            argument.name: _cache_type(argument.name, argument.value, windows.get(argument.name, 0))
-            for function in program.functions.values()
-            for windows in [_rings(function)]
-            for argument in function.signature().inputs
-            if _CACHE.fullmatch(argument.name)
-        }
+        types = {name: each for function in program.functions.values() for name, each in cache_types(function).items()}
         self._places = {name: place for place, name in enumerate(sorted(types, key=lambda name: (types[name].layer, name)))}
         self.cache_types = tuple(types[name] for name in self._places)
         self.device = self.cache_types[0].device
@@ -166,18 +157,3 @@ def positions_of(function: Function) -> int | None:
     """How many positions a function of one step can look up; None where it has no table of them."""
     position = next(node for node in function.placeholders if str(node.target) == "position")
     return lookup_limit(function, position)
-
-
-def _cache_type(name: str, value: Tensor, window: int) -> CacheType:
-    _, heads, _, width = value.shape
-    return CacheType(int(name.rsplit("_", 1)[1]), int(heads), int(width), value.dtype, value.device, window)
-
-
-def _rings(function: Function) -> dict[str, int]:
-    """The window of each cache that is a ring, by name."""
-    found: dict[str, int] = {}
-    for node in function.calls:
-        if node.target is torch.ops.gw.cached_attention.default and node.kwargs.get("ring"):
-            appended = node.args[1].args[0]  # type: ignore[union-attr]
-            found |= {str(cache.target): int(node.kwargs["window"]) for cache in appended.args[:2]}  # type: ignore[union-attr, arg-type]
-    return found
