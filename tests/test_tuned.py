@@ -486,6 +486,24 @@ def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bi
 
 
 @needs_compiler
+def test_what_products_of_one_row_read_is_computed_once_and_wherever_it_lies(compiled_wins):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(48, 40), nn.Linear(48, 24)
+
+        def forward(self, x, y):
+            z = F.silu(x)
+            return self.first(z).sum() + self.second(z) + self.second(y)
+
+    net, x, y = Pair(), torch.randn(1, 48), torch.randn(48, 3)[:, 1].unsqueeze(0)
+    model = tuned(net, x, y)
+    spelled = [str(node.target) for node in with_rows_spelled_out(segments(model)[0].graph).nodes]
+    assert spelled.count("aten.as_strided.default") == 2  # of z and of y
+    assert_exact(model, net, x, y)
+
+
+@needs_compiler
 def test_expanded_operands_are_probed_as_they_are(monkeypatch):
     class Expanded(nn.Module):
         def __init__(self):
