@@ -58,7 +58,7 @@ class FewRows:
         x, weight, bias = [*values, None][:3]
         assert x is not None and weight is not None
         is_row = x.numel() == x.size(-1)
-        if not is_fit(x, weight, bias) or (is_row and (weight.nbytes < LARGE or self._loop is None)):
+        if weight.numel() == 0 or not is_fit(x, weight, bias) or (is_row and (weight.nbytes < LARGE or self._loop is None)):
             return False
         question = f"{x.dtype} {tuple(x.shape)} {x.stride()} {tuple(weight.shape)} {weight.stride()} {bias is not None}"
         verdict = self._probe.known("few rows", question)
