@@ -44,6 +44,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e .
 	touch $@
 
+# Packages whose trained ONNX models are test subjects; what they need to run, a second torch among it, is left out.
+MODELS = $(if $(filter test,$*),$(INSTALL) --no-deps rapidocr-onnxruntime silero-vad)
+
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[$*]'
+	$(MODELS)
 	touch $@ $(VENV)/installed

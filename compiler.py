@@ -13,8 +13,9 @@ from torch.export import ExportedProgram
 
 from .ir import Program, capture, from_exported
 from .ir.calling import Call, parameters_of
-from .ir.decoder_example import decoder_example, plain_experts
+from .ir.decoder_example import decoder_example
 from .ir.errors import ArtifactError, GraphwrightError, InputError
+from .ir.onnx import from_onnx
 from .passes import CLEANUPS, Contract, KVCache, PassManager, parse_pipeline
 from .passes.pipeline import Pipeline
 from .runtime import artifact
@@ -108,9 +109,8 @@ def compile_decoder(model: nn.Module, passes: Pipeline = (), **options: Any) -> 
     if all(each.name != KVCache.name for each in pipeline):
         place = next((n for n, each in enumerate(pipeline) if each.name not in KVCache.after), len(pipeline))
         pipeline.insert(place, KVCache())
-    with plain_experts(model):
-        shapes = example.dynamic_shapes
-        return compile(model, pipeline, example_inputs=(), example_kwargs=example.kwargs, dynamic_shapes=shapes, **options)
+    shapes = example.dynamic_shapes
+    return compile(model, pipeline, example_inputs=(), example_kwargs=example.kwargs, dynamic_shapes=shapes, **options)
 
 
 def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, cache: CacheChoice = True) -> CompiledModel:
@@ -154,8 +154,10 @@ def _saved(model: Any, trusted: bool, cache: Cache | None) -> Saved:
 def _read(path: Path, trusted: bool, cache: Cache | None) -> Saved:
     if path.suffix == ".gw":
         return artifact.load(path, cache=cache)
+    if path.suffix == ".onnx":
+        return Saved(from_onnx(path))
     if path.suffix != ".pt2":
-        raise InputError(f"{path} is no model file: compile reads .gw and .pt2")
+        raise InputError(f"{path} is no model file: compile reads .gw, .onnx and .pt2")
     if not trusted:
         raise ArtifactError(
             f"{path} can run code when it is read: pass trusted=True if you made it, or turn it into a .gw where it was made, "

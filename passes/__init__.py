@@ -4,6 +4,7 @@ from .base import LeftAlone, Outcome, Pass
 from .check import Reference, check_exact
 from .cleanups import CLEANUPS
 from .contract import Contract
+from .experts import RegroupExperts
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .inputs import random_inputs
@@ -37,6 +38,7 @@ __all__ = [
     "PipelineResult",
     "Quantize",
     "Reference",
+    "RegroupExperts",
     "RemoveDeadCode",
     "RemoveNoOps",
     "RemoveProvenAssertions",

@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from ..ir.errors import PassError
 from .base import Pass
 from .cleanups import CLEANUPS
+from .experts import RegroupExperts
 from .kv_cache import KVCache
 from .layer_skip import LayerSkip
 from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
@@ -17,7 +18,10 @@ from .slicing import SliceGroups
 GROUP = "graphwright.passes"
 BUILT_IN: dict[str, type[Pass]] = {
     **{each.name: type(each) for each in CLEANUPS},
-    **{each.name: each for each in (SliceGroups, Smooth, SplitLowRank, Quantize, AbsorbOutliers, AppendLoRA, KVCache, LayerSkip)},
+    **{
+        each.name: each
+        for each in (SliceGroups, Smooth, SplitLowRank, Quantize, AbsorbOutliers, AppendLoRA, RegroupExperts, KVCache, LayerSkip)
+    },
 }
 
 

@@ -10,6 +10,7 @@ import networkx
 import torch
 from torch import fx
 
+from ..codegen.cpu_kernels import IN_PLACE
 from ..codegen.triton.attention import launch as attention
 from ..ir import Function, Node, SymbolTable
 from ..ir.calls import GETITEM
@@ -38,7 +39,7 @@ class TritonLowering:
         TargetError: `interpreted`, and triton compiles in this process.
     """
 
-    append_in_place = staticmethod(attention.append_in_place)
+    in_place = IN_PLACE | {torch.ops.gw.kv_append.default: attention.append_in_place}
 
     def __init__(self, graph: fx.Graph, symbols: SymbolTable, interpreted: bool, tune: bool = False, cache: Cache | None = None):
         from ..codegen.triton.launch import require_interpreter

@@ -9,6 +9,7 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.codegen.cpu_packed import PackedCall, is_available
+from graphwright.codegen.cpu_rows import with_rows_spelled_out
 from graphwright.ir.float64 import Widening
 from graphwright.ir.run import run
 from graphwright.runtime.backend import has_cpp_compiler
@@ -450,10 +451,18 @@ def test_random_calls_keep_their_order(compiled_wins):
 
 
 @needs_compiler
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48)], ids=str)
 @pytest.mark.parametrize("form", ["linear", "addmm"])
-def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bias, shape):
+@pytest.mark.parametrize(
+    "dtype, bias, shape",
+    [
+        (torch.float32, True, (1, 48)),
+        (torch.float32, False, (1, 1, 48)),
+        (torch.bfloat16, True, (1, 1, 48)),
+        (torch.float16, False, (1, 48)),
+    ],
+    ids=str,
+)
+def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bias, shape, dtype):
     class Row(nn.Module):
         def __init__(self):
             super().__init__()
@@ -466,9 +475,10 @@ def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bi
             flat = x.view(1, 48)
             return F.silu(torch.addmm(self.bias, flat, self.weight) if bias else torch.mm(flat, self.weight))
 
-    net, x = Row(), torch.randn(shape)
+    net, x = Row().to(dtype), torch.randn(shape).to(dtype)
     model = tuned(net, x)
     assert len(segments(model)) == 1 and not packed_calls(model)
+    assert not any("linear" in str(n.target) or "mm" in str(n.target) for n in with_rows_spelled_out(segments(model)[0].graph).nodes)
     assert_exact(model, net, x)
     with torch.no_grad():
         net.weight.add_(1)  # nothing is copied, so nothing can be stale

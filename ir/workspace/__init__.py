@@ -17,6 +17,7 @@ from .kernels import upsample_nearest
 from .kv_cache import cached_attention
 from .low_rank import lowrank_linear
 from .operands import Part, Workspace
+from .rat import rat_attention, rat_cached_attention
 
 __all__ = ["NOMINAL_THREADS", "Workspace", "slice_workspace", "workspace"]
 
@@ -37,7 +38,13 @@ _RULES_OF_SLICES: dict[str, Callable[[dict[str, Any], Node, int, Part], Workspac
     "gw::cached_attention": cached_attention,
 }
 
-_RULES: dict[str, Callable[..., Workspace]] = {**KERNEL_RULES, **_RULES_OF_SLICES, "gw::lowrank_linear": lowrank_linear}
+_RULES: dict[str, Callable[..., Workspace]] = {
+    **KERNEL_RULES,
+    **_RULES_OF_SLICES,
+    "gw::lowrank_linear": lowrank_linear,
+    "gw::rat_attention": rat_attention,
+    "gw::rat_cached_attention": rat_cached_attention,
+}
 
 
 def workspace(node: Node, threads: int = NOMINAL_THREADS) -> Workspace:

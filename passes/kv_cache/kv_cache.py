@@ -39,7 +39,9 @@ class KVCache(Pass):
     name = "kv-cache"
     contract = Contract.EXACT
     ensures = frozenset({"explicit-caches"})
-    after = frozenset({"smooth", "split-low-rank", "quantize", "absorb-outliers", "append-lora", "fold-batch-norm", "fold-constants"})
+    after = frozenset(
+        {"smooth", "split-low-rank", "quantize", "absorb-outliers", "append-lora", "fold-batch-norm", "fold-constants", "regroup-experts"}
+    )
     before = frozenset({"slice-groups"})
 
     def run(self, rewriter: Rewriter) -> Outcome:

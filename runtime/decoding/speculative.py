@@ -20,7 +20,7 @@ from .dispatch import Dispatch
 from .generated import Figures
 from .plain import next_tokens
 from .rows import Row
-from .sampler import Purpose, Sampler, draw
+from .sampler import Purpose, Sampler, draw, first_of_largest
 from .schedule import Schedule
 from .steps import Decoder
 
@@ -130,7 +130,7 @@ class SpeculativeDecoding:
             logits, *hidden = self._dispatch.outputs(self._draft, slots, positions, [[token] for token in last])
             draft.hidden.extend(hidden)
             if self._sampler.is_greedy:
-                last = logits.argmax(-1).tolist()
+                last = first_of_largest(logits)
             else:
                 draft.weights.append(_normalised(self._sampler.weights(logits)))
                 last = draw(draft.weights[-1], self._sampler.uniforms(ids, [len(row.tokens) + i for row in rows]))
@@ -142,7 +142,7 @@ class SpeculativeDecoding:
     def _judged_greedily(self, rows: Sequence[Row], counts: Sequence[int], draft: _Draft, logits: Tensor) -> list[list[int]]:
         """Of each row the drafted tokens that are the full model's, and its next one."""
         bursts = []
-        for drafted, full, count in zip(draft.tokens, logits.argmax(-1).tolist(), counts, strict=True):
+        for drafted, full, count in zip(draft.tokens, first_of_largest(logits), counts, strict=True):
             taken = next((i for i in range(count) if drafted[i] != full[i]), count)
             bursts.append(full[: taken + 1])
         return bursts

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "numbers.h"
+#include <softmax.h>
 
 namespace {
 
@@ -33,12 +33,6 @@ struct Call {
   int64_t slot(int64_t position) const { return ring ? position % capacity : position; }
 };
 
-constexpr int64_t kBlock = 64;   // slots whose keys are transposed at once: [depth, 64] float32 of depth 64 is 16 KiB
-constexpr int64_t kChunk = 256;  // slots after which partial results are joined, whoever computed them
-constexpr int64_t kTile = 64;    // queries, of all heads that share keys, that meet a block of them
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 inline const int64_t* integers(int64_t address) { return reinterpret_cast<const int64_t*>(address); }
 
 // The first b whose row or slots lie outside of the cache, or -1.
@@ -52,12 +46,10 @@ int64_t first_outside(const Operands& c) {
 }
 
 // How a call is cut: a tile is `step` queries of a row and head of the cache, a unit one tile, or one chunk of slots of a tile.
-struct Plan {
-  int64_t group, step, tiles, height;  // query heads a key head; of a row and key head; queries times heads of a tile
-  int64_t depth, width;                // padded to whole vectors
-  bool is_split;                       // units are chunks
+struct Plan : Shape {
+  int64_t group, step, tiles;  // query heads a key head; of a row and key head
+  bool is_split;               // units are chunks
   int64_t units;
-  int64_t partial, own;                // floats of a partial result and of a thread's scratch
 };
 
 struct Slots {
@@ -88,8 +80,6 @@ inline Plan plan_of(const Call& c) {
     for (int64_t b = 0; b < c.batch; ++b)
       for (int64_t tile = 0; tile < p.tiles; ++tile) p.units += slots_of(c, p, b, tile).chunks() * c.kv_heads;
   }
-  p.partial = p.height * (p.width + 2);
-  p.own = round_up(p.height * (p.depth + kBlock) + kBlock * (p.depth + std::max(p.depth, p.width)) + 2 * p.partial, 16);
   return p;
 }
 

@@ -13,17 +13,17 @@ namespace {
 template <class Element>
 void attention(const Call& c) {
   const Plan p = plan_of(c);
-  float* partials = reinterpret_cast<float*>(c.scratch) + c.threads * p.own;
+  float* partials = reinterpret_cast<float*>(c.scratch) + c.threads * p.own();
 #pragma omp parallel num_threads(c.threads)
   {
-    const Buffers own(reinterpret_cast<float*>(c.scratch) + thread_index() * p.own, p);
+    const Buffers own(reinterpret_cast<float*>(c.scratch) + thread_index() * p.own(), p);
 #pragma omp for schedule(dynamic)
     for (int64_t index = 0; index < p.units; ++index) {
       const Unit u = unit_of(c, p, index);
       const Slots seen = slots_of(c, p, u.b, u.tile);
       widen_queries<Element>(c, p, u, own.q);
       if (p.is_split) {
-        attend<Element>(c, p, u, seen.chunk() + u.chunk, own, Partial::at(partials + index * p.partial, p));
+        attend<Element>(c, p, u, seen.chunk() + u.chunk, own, Partial::at(partials + index * p.partial(), p));
         continue;
       }
       own.whole.clear(p);
@@ -39,7 +39,7 @@ void attention(const Call& c) {
       if (u.chunk != 0) continue;  // the first unit of a tile joins all of its
       own.whole.clear(p);
       const int64_t chunks = slots_of(c, p, u.b, u.tile).chunks();
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) join(p, Partial::at(partials + (index + chunk) * p.partial, p), own.whole);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) join(p, Partial::at(partials + (index + chunk) * p.partial(), p), own.whole);
       finish<Element>(c, p, u, own.whole);
     }
   }
@@ -54,7 +54,7 @@ int64_t scratch_bytes(const Call* c) {
   const int64_t outside = first_outside(*c);
   if (outside >= 0) return -1 - outside;
   const Plan p = plan_of(*c);
-  return 4 * (c->threads * p.own + (p.is_split ? p.units * p.partial : 0));
+  return 4 * (c->threads * p.own() + (p.is_split ? p.units * p.partial() : 0));
 }
 
 // The call was asked for its scratch, and has been found to lie in the cache.
