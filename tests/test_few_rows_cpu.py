@@ -169,8 +169,17 @@ def test_the_kernel_is_not_taken_where_it_does_not_win(monkeypatch):
 
 
 @needs_compiler
+def test_one_row_by_a_large_weight_is_asked_about_against_a_compiled_loop(ways, monkeypatch):
+    monkeypatch.setattr("graphwright.runtime.few_rows.LARGE", 40 * 24 * 4)
+    net, x = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 20)), torch.randn(1, 24)
+    model = compiled(net, x)
+    assert len(calls_of_kernel(model)) == 1 and [names for kind, names in ways if kind == "few rows"] == [["loop", "few rows"]]
+    torch.testing.assert_close(model(x), net(x))
+
+
+@needs_compiler
 @pytest.mark.parametrize("rows", [1, 9])
-def test_one_row_and_many_are_not_asked_about(ways, rows):
+def test_one_row_by_small_weights_and_many_rows_are_not_asked_about(ways, rows):
     assert not calls_of_kernel(compiled(Gated(), torch.randn(rows, 24)))
     assert "few rows" not in [kind for kind, _ in ways]
 

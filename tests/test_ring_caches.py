@@ -118,7 +118,7 @@ def test_an_append_to_a_ring_is_that_of_the_body_bit_for_bit(function: Any, quer
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(("window", "queries", "slots"), [(5, 1, 5), (60, 5, 64), (100, 23, 130)])
+@pytest.mark.parametrize(("window", "queries", "slots"), [(5, 1, 70), (60, 5, 64), (100, 23, 130)])
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_triton_kernel_gives_the_same_on_a_ring(monkeypatch: Any, splits: int, window: int, queries: int, slots: int) -> None:
@@ -127,6 +127,12 @@ def test_the_triton_kernel_gives_the_same_on_a_ring(monkeypatch: Any, splits: in
     keys, values = ring_of(step, slots)
     got = launch.cached_attention(step.q, keys, values, step.position, step.row, ring=True, **step.options)
     assert torch.equal(got, step.attend(launch.cached_attention))
+
+
+def test_a_ring_that_a_block_would_go_around_more_than_once_is_left_to_the_body_on_gpus() -> None:
+    step = Step(window=5)
+    operands = (step.q, *ring_of(step, 5), step.position, step.row)
+    assert torch.equal(launch.cached_attention(*operands, ring=True, **step.options), attention(*operands, ring=True, **step.options))
 
 
 @pytest.mark.parametrize("compiles", [pytest.param(True, marks=needs_compiler), False], ids=["kernel", "no compiler"])

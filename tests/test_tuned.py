@@ -23,7 +23,7 @@ needs_onednn = pytest.mark.skipif(not is_available(), reason="this torch has no 
 @pytest.fixture
 def onednn_wins(monkeypatch):
     """Every question of a product or a convolution is answered with oneDNN, however fast it is here."""
-    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: list(ways)[-1])
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "onednn" if kind == "few rows" else list(ways)[-1])
 
 
 class Linear(nn.Module):
@@ -483,6 +483,24 @@ def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bi
     with torch.no_grad():
         net.weight.add_(1)  # nothing is copied, so nothing can be stale
     assert_exact(model, net, x)
+
+
+@needs_compiler
+def test_what_products_of_one_row_read_is_computed_once_and_wherever_it_lies(compiled_wins):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(48, 40), nn.Linear(48, 24)
+
+        def forward(self, x, y):
+            z = F.silu(x)
+            return self.first(z).sum() + self.second(z) + self.second(y)
+
+    net, x, y = Pair(), torch.randn(1, 48), torch.randn(48, 3)[:, 1].unsqueeze(0)
+    model = tuned(net, x, y)
+    spelled = [str(node.target) for node in with_rows_spelled_out(segments(model)[0].graph).nodes]
+    assert spelled.count("aten.as_strided.default") == 2  # of z and of y
+    assert_exact(model, net, x, y)
 
 
 @needs_compiler

@@ -64,10 +64,15 @@ def attend(
     sums = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
     keys = k_ptr + row * k_row + head * k_head
     values = v_ptr + row * v_row + head * v_head
+    at = (begin % capacity).to(tl.int32)  # the slot of a block's first position in a ring
     for start in range(begin, end, BLOCK_S):
         j = start + tl.arange(0, BLOCK_S).to(tl.int64)  # [BS]
         is_live = j < end
-        slot = j % capacity if IS_RING else j
+        slot = j
+        if IS_RING:  # which a block goes around once at most
+            slot = at + tl.arange(0, BLOCK_S)
+            slot = tl.where(slot >= capacity, slot - capacity, slot).to(tl.int64)
+            at = tl.where(at + BLOCK_S >= capacity, at + BLOCK_S - capacity, at + BLOCK_S)
         k = tl.load(keys + slot[None, :] * k_slot + d[:, None], mask=is_live[None, :] & (d < DEPTH)[:, None], other=0.0)  # [BD, BS]
         score = dot(q, k) * scale  # [BQ, BS]
         if HAS_SOFTCAP:

@@ -67,16 +67,15 @@ def cached_attention(
 ) -> Tensor:
     """`gw.cached_attention`, by its body where the kernels have no form for the operands."""
     batch, heads, queries, depth = q.shape
-    width, kv_heads = cache_v.size(3), cache_k.size(1)
-    if not is_fit(q, cache_k, cache_v, position, rows, window) or q.numel() == 0:
+    width, kv_heads, capacity = cache_v.size(3), cache_k.size(1), cache_k.size(2)
+    target, group = target_of(q.device), heads // max(kv_heads, 1)
+    tile = tile_of(queries, group, depth, width, q.element_size(), target)
+    if not is_fit(q, cache_k, cache_v, position, rows, window) or q.numel() == 0 or (ring and capacity < tile.s):
         body = torch.ops.gw.cached_attention.default
         return body(q, cache_k, cache_v, position, rows, scale=scale, window=window, softcap=softcap, ring=ring)
     from . import kernels
 
     q, position, rows = q if q.stride(3) == 1 else q.contiguous(), position.contiguous(), rows.contiguous()
-    group, capacity = heads // kv_heads, cache_k.size(2)
-    target = target_of(q.device)
-    tile = tile_of(queries, group, depth, width, q.element_size(), target)
     tiles = -(-queries * group // tile.q)
     splits = splits_of(batch * kv_heads * tiles, min(capacity, window + queries) if window else capacity, tile, target)
     y = torch.empty(batch, queries, heads, width, dtype=q.dtype, device=q.device)
