@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .ir.errors import StateError as StateError
     from .ir.errors import TargetError as TargetError
     from .ir.errors import VerifyError as VerifyError
+    from .ir.onnx import from_onnx as from_onnx
     from .ir.op import op as op
     from .passes import CLEANUPS as CLEANUPS
     from .passes import AbsorbOutliers as AbsorbOutliers
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .passes import Pass as Pass
     from .passes import PassManager as PassManager
     from .passes import Quantize as Quantize
+    from .passes import RatRecurrence as RatRecurrence
     from .passes import RegroupExperts as RegroupExperts
     from .passes import RemoveDeadCode as RemoveDeadCode
     from .passes import RemoveNoOps as RemoveNoOps
@@ -69,9 +71,10 @@ _HOMES = {
         "ArtifactError", "BudgetError", "CaptureError", "ContractError", "GraphwrightError", "InputError", "ParseError", "PassError",
         "StateError", "TargetError", "VerifyError",
     ),
+    ".ir.onnx": ("from_onnx",),
     ".passes": (
         "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "CapacitySchedule", "Contract", "ExpertChoice", "FoldBatchNorm", "FoldConstants",
-        "KVCache", "LayerSkip", "Pass", "PassManager", "Quantize", "RegroupExperts",
+        "KVCache", "LayerSkip", "Pass", "PassManager", "Quantize", "RatRecurrence", "RegroupExperts",
         "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
         "all_passes",
     ),

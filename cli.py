@@ -21,6 +21,7 @@ from .commands.result import MISTAKE, Mistake, Result
 EPILOG = """\
 MODEL is one of
   unet.gw               an artifact that graphwright wrote
+  unet.onnx             an ONNX model
   unet.pt2              a torch.export file; it can run code when it is read, so it needs --trusted
   unet.txt              a program as `graphwright dump` prints it (dump, diff and verify only)
   video_unet:tiny       a network of the zoo and its size (small when left out)

@@ -15,6 +15,7 @@ from .ir import Program, capture, from_exported
 from .ir.calling import Call, parameters_of
 from .ir.decoder_example import decoder_example
 from .ir.errors import ArtifactError, GraphwrightError, InputError
+from .ir.onnx import from_onnx
 from .passes import CLEANUPS, Contract, KVCache, PassManager, parse_pipeline
 from .passes.pipeline import Pipeline
 from .runtime import artifact
@@ -23,6 +24,7 @@ from .runtime.backend import choose_backend
 from .runtime.cache import Cache, default_cache
 from .runtime.compiled import Compilation, CompiledModel
 from .runtime.pass_cache import run_or_find
+from .runtime.training import trainable_copy
 
 Model = nn.Module | ExportedProgram | Program | str | Path
 Progress = Callable[[int, int, str], None]
@@ -40,6 +42,7 @@ def compile(
     verify: str = "structure",
     cleanups: bool = True,
     trusted: bool = False,
+    trainable: bool = False,
     progress: Progress | None = None,
     cache: CacheChoice = True,
 ) -> CompiledModel:
@@ -52,6 +55,10 @@ def compile(
     tiles). `verify` is "structure" or "numeric", which checks each pass's contract on the example. A `.pt2` file can run code when it
     is read, so it needs `trusted=True`. What passes and compilers make and measurements find is kept in `cache` for the next process:
     in the user's own (True), in that of a folder, or nowhere (False).
+
+    With `trainable` calls keep gradients for the parameters that the program still has, those that passes added included (`kind` "added"
+    in its weight table); the model then owns copies of them, and optimizers change what `generate` and `save` use too. Such calls run
+    operation by operation, by the bodies of the dialect; under `torch.no_grad()` by the backend as ever.
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.
@@ -71,7 +78,10 @@ def compile(
         result = run_or_find(PassManager(pipeline, verify=verify, inputs=inputs, progress=progress), program, kept)
         contract = Contract.weakest([captured.contract, result.contract])
         reports = (*captured.reports, *result.reports)
-        return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training, module, kept)
+        made = trainable_copy(result.program) if trainable else result.program
+        return Compilation(
+            made, backend, parameters, result.history, reports, contract, captured.training, module, kept, trainable=trainable
+        )
 
     if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
         if dynamic_shapes is not None:
@@ -153,8 +163,10 @@ def _saved(model: Any, trusted: bool, cache: Cache | None) -> Saved:
 def _read(path: Path, trusted: bool, cache: Cache | None) -> Saved:
     if path.suffix == ".gw":
         return artifact.load(path, cache=cache)
+    if path.suffix == ".onnx":
+        return Saved(from_onnx(path))
     if path.suffix != ".pt2":
-        raise InputError(f"{path} is no model file: compile reads .gw and .pt2")
+        raise InputError(f"{path} is no model file: compile reads .gw, .onnx and .pt2")
     if not trusted:
         raise ArtifactError(
             f"{path} can run code when it is read: pass trusted=True if you made it, or turn it into a .gw where it was made, "

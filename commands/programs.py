@@ -26,7 +26,7 @@ def compile_(options: argparse.Namespace) -> Result:
     passes = _parsed(options.passes)
     model = load(options.model, options.trusted)
     if isinstance(model.model, Program) and options.model.endswith(".txt"):
-        raise Mistake(f"{options.model} has no weights: compile takes a .gw or .pt2 file, a zoo name or module:factory")
+        raise Mistake(f"{options.model} has no weights: compile takes a .gw, .onnx or .pt2 file, a zoo name or module:factory")
     args, kwargs = model.example or (None, None)
     with progress() as tell:
         compiled = compile_model(

@@ -17,7 +17,7 @@ from ..compiler import compile as compile_model
 from ..ir import Program, capture, parse
 from .result import Mistake
 
-SUFFIXES = (".gw", ".pt2", ".txt")
+SUFFIXES = (".gw", ".onnx", ".pt2", ".txt")
 
 
 @dataclass(frozen=True)

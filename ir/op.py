@@ -46,3 +46,23 @@ def op(name: str) -> Callable[[Callable[..., Any]], OpDeclaration]:
         return REGISTRY[name]
 
     return declare
+
+
+def opaque_op(name: str, *, types: Callable[..., Any]) -> Callable[[Callable[..., Any]], OpDeclaration]:
+    """Declares an operator that no fake tensor can run through, since something other than torch computes it: `types` gives the types of
+    its results. It has no gradient.
+
+    Raises:
+        ValueError: the name is taken, or an annotation has no schema type.
+    """
+
+    def declare(body: Callable[..., Any]) -> OpDeclaration:
+        if name in REGISTRY:
+            raise ValueError(f"gw.{name} is declared twice")
+        _LIBRARY.define(torch.library.infer_schema(body, mutates_args=(), op_name=name))
+        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gw::{name}", types, lib=_LIBRARY)
+        REGISTRY[name] = OpDeclaration(name, body, getattr(torch.ops.gw, name).default)
+        return REGISTRY[name]
+
+    return declare

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..ir.errors import InputError
-from . import decoder, dit, moe_dlm, video_unet, video_unet_svd, vit
+from . import decoder, dit, moe_dlm, rat_lm, video_unet, video_unet_svd, vit
 from .random_weights import draw_weights
 from .trained_weights import read_weights
 
@@ -33,6 +33,7 @@ _NETWORKS = {
     "video_unet_svd": Network(video_unet_svd.VideoUNetSVD, video_unet_svd.SIZES, video_unet_svd.example_inputs),
     "dit": Network(dit.DiT, dit.SIZES, dit.example_inputs, trained=("digits",)),
     "decoder": Network(decoder.Decoder, decoder.SIZES, decoder.example_inputs, trained=("text",)),
+    "rat": Network(rat_lm.RatLM, rat_lm.SIZES, rat_lm.example_inputs),
     "vit": Network(vit.ViT, vit.SIZES, vit.example_inputs),
     "moe_dlm": Network(moe_dlm.MoEDLM, moe_dlm.SIZES, moe_dlm.example_inputs),
 }

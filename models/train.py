@@ -1,5 +1,6 @@
 """Trains networks of the zoo: `python -m graphwright.models.train dit` makes the weights that `load("dit", "digits")` reads,
-`decoder` those of `load("decoder", "text")`, `moe_dlm` those of `load("moe_dlm", "text")`.
+`decoder` those of `load("decoder", "text")`; `rat` and `moe_dlm` train networks of that size whose weights come with no
+package yet.
 
 One seed gives one network on one machine with one number of threads; sums are taken in other orders with another.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ir.errors import GraphwrightError
-from . import decoder, digits, dit, moe_dlm, text
+from . import decoder, digits, dit, moe_dlm, rat_lm, text
 from .denoising import LENGTH, denoising_loss, masked
 from .sampling import TRAIN_STEPS, noised
 from .trained_weights import write_weights
@@ -70,20 +71,38 @@ def train_decoder(steps: int, seed: int = 0, tell: Tell | None = None) -> nn.Mod
 
     Each step drops whole layers, the deeper the likelier (`_drawn_layers`), so that the network does without them later too.
     """
-    ids = torch.tensor(text.encode(text.training()))
-    batch_size, window = 4, torch.arange(text.CONTEXT + 1)
+    draw = _windows_of_text()
 
     def loss(network: nn.Module) -> Tensor:
-        start = torch.randint(len(ids) - text.CONTEXT, (batch_size, 1))
-        tokens = ids[start + window]
-        logits = decoder.with_layers(network, _drawn_layers(len(network.layers)))(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return next_token_loss(decoder.with_layers(network, _drawn_layers(len(network.layers))), draw())
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = decoder.Decoder(decoder.SIZES["text"])
         _start_near_identity(network)
         return fit(network, loss, steps, tell, peak_rate=2e-3)
+
+
+def train_rat(steps: int, seed: int = 0, tell: Tell | None = None) -> nn.Module:
+    """The network `rat` of size "text", trained as `train_decoder` says, all layers at every step."""
+    draw = _windows_of_text()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = rat_lm.RatLM(rat_lm.SIZES["text"])
+        _start_near_identity(network)
+        return fit(network, lambda network: next_token_loss(network, draw()), steps, tell, peak_rate=2e-3)
+
+
+def _windows_of_text(batch_size: int = 4) -> Callable[[], Tensor]:
+    """Draws ids [batch_size, CONTEXT + 1] from `text.training()`, each row from a place of its own."""
+    ids = torch.tensor(text.encode(text.training()))
+    window = torch.arange(text.CONTEXT + 1)
+    return lambda: ids[torch.randint(len(ids) - text.CONTEXT, (batch_size, 1)) + window]
+
+
+def next_token_loss(network: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """The mean of -log p of each next token of ids [B, L + 1], in nats."""
+    return F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 DROPPED_AT_MOST = 0.5  # how often a step goes without the last layer
@@ -99,7 +118,7 @@ def _drawn_layers(depth: int) -> list[int]:
     return [layer for layer in range(depth) if not dropped[layer]]
 
 
-def _start_near_identity(network: decoder.Decoder | moe_dlm.MoEDLM) -> None:
+def _start_near_identity(network: decoder.Decoder | rat_lm.RatLM | moe_dlm.MoEDLM) -> None:
     """Every product keeps the size of what it reads, but for what the layers add, which together is as large as the embedding's."""
     for module in network.modules():
         for each in module.parameters(recurse=False):
@@ -212,6 +231,7 @@ RECIPES = {
     "dit": Recipe("digits", train_dit, steps=3000),
     "decoder": Recipe("text", train_decoder, steps=4000),
     "moe_dlm": Recipe("text", train_moe_dlm, steps=2000),
+    "rat": Recipe("text", train_rat, steps=2400),
 }
 
 

@@ -13,6 +13,7 @@ from .layer_skip import LayerSkip
 from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
 from .manager import PassManager, PassReport, PipelineResult
 from .pipeline import parse_pipeline, spell
+from .rat import RatRecurrence
 from .registry import all_passes, pass_named
 from .remove_dead_code import RemoveDeadCode
 from .remove_no_ops import RemoveNoOps
@@ -39,6 +40,7 @@ __all__ = [
     "PassReport",
     "PipelineResult",
     "Quantize",
+    "RatRecurrence",
     "Reference",
     "RegroupExperts",
     "RemoveDeadCode",

@@ -13,6 +13,7 @@ from .experts import ExpertChoice, RegroupExperts
 from .kv_cache import KVCache
 from .layer_skip import LayerSkip
 from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
+from .rat import RatRecurrence
 from .slicing import SliceGroups
 
 GROUP = "graphwright.passes"
@@ -21,17 +22,9 @@ BUILT_IN: dict[str, type[Pass]] = {
     **{
         each.name: each
         for each in (
-            SliceGroups,
-            Smooth,
-            SplitLowRank,
-            Quantize,
-            AbsorbOutliers,
-            AppendLoRA,
-            RegroupExperts,
-            ExpertChoice,
-            KVCache,
-            LayerSkip,
-        )  # fmt: skip
+            *(SliceGroups, Smooth, SplitLowRank, Quantize, AbsorbOutliers, AppendLoRA, RegroupExperts, ExpertChoice, RatRecurrence),
+            *(KVCache, LayerSkip),
+        )
     },
 }
 

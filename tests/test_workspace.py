@@ -201,6 +201,25 @@ def test_choices_of_experts() -> None:
     assert_foreseen(Call(choice), (torch.randn(4, 512, 64),))
 
 
+@pytest.mark.parametrize("local", ["state", "raw"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1500), (3, 40)])
+def test_attention_over_a_chunked_recurrence_has_nothing_for_each_two_tokens(batch: int, tokens: int, local: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        return torch.ops.gw.rat_attention(q, k, v, gate, None, None, None, chunk=16, scale=0.1, window=64, local=local)
+
+    assert_foreseen(Call(attend), (torch.randn(batch, 6, tokens, 64), *(torch.randn(batch, 2, tokens, 64) for _ in range(3))))
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (2, 300)])
+def test_steps_over_full_caches_of_a_chunked_recurrence(batch: int, tokens: int) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *caches: Tensor) -> Tensor:
+        return torch.ops.gw.rat_cached_attention(q, k, v, gate, None, None, None, *caches, None, chunk=4, scale=0.1, window=64)[0]
+
+    caches = *(torch.randn(4, 2, 1065, 64) for _ in range(2)), *(torch.randn(4, 2, 64) for _ in range(2))
+    given = (torch.randn(batch, 6, tokens, 64), *(torch.randn(batch, 2, tokens, 64) for _ in range(3)))
+    assert_foreseen(Call(attend), (*given, *caches, torch.full((batch,), 4000 - tokens), torch.arange(batch)))
+
+
 @pytest.mark.parametrize("layout", [torch.clone, strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize(
     ("attend", "shapes"),

@@ -18,6 +18,7 @@ from .kernels import upsample_nearest
 from .kv_cache import cached_attention
 from .low_rank import lowrank_linear
 from .operands import Part, Workspace
+from .rat import rat_attention, rat_cached_attention
 
 __all__ = ["NOMINAL_THREADS", "Workspace", "slice_workspace", "workspace"]
 
@@ -46,6 +47,8 @@ _RULES: dict[str, Callable[..., Workspace]] = {
     "gw::expert_choice": expert_choice,
     "gw::expert_mlp": expert_mlp,
     "gw::grouped_mm": grouped_mm,
+    "gw::rat_attention": rat_attention,
+    "gw::rat_cached_attention": rat_cached_attention,
 }
 
 

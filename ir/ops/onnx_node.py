@@ -1,0 +1,105 @@
+"""An ONNX operator that has no form in ATen, run by onnxruntime."""
+
+import base64
+import functools
+import threading
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TargetError
+from ..op import opaque_op
+
+# TensorProto.DataType of what an opaque operator may give.
+_DTYPES = {
+    1: torch.float32, 2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
+    10: torch.float16, 11: torch.float64, 12: torch.uint32, 13: torch.uint64, 16: torch.bfloat16,
+}  # fmt: skip
+
+
+def _types(inputs: list[Tensor], sizes: list[int], *, op: str, model: str, dtypes: list[int], ranks: list[int]) -> list[Tensor]:
+    """The outputs' types: the sizes of all, one after another, -1 where only the data tell."""
+    device = inputs[0].device if inputs else torch.device("cpu")
+    results, start = [], 0
+    for dtype, rank in zip(dtypes, ranks, strict=True):
+        shape = [_size(size) for size in sizes[start : start + rank]]
+        results.append(torch.empty(shape, dtype=_DTYPES[dtype], device=device))
+        start += rank
+    return results
+
+
+def _size(size: Any) -> Any:
+    return torch.library.get_ctx().new_dynamic_size() if isinstance(size, int) and size < 0 else size
+
+
+@opaque_op("onnx_node", types=_types)
+def onnx_node(inputs: list[Tensor], sizes: list[int], *, op: str, model: str, dtypes: list[int], ranks: list[int]) -> list[Tensor]:
+    """What onnxruntime makes of `inputs` with `model`, a compressed ONNX model of one node; `op` is the node's operator, to read.
+
+    `sizes` are those of all outputs, one after another, -1 where only the data tell; `dtypes` are ONNX element types.
+
+    Raises:
+        TargetError: onnxruntime is missing, refuses the model, or fails.
+    """
+    runner = session(model)
+    names = [each.name for each in runner.get_inputs()]
+    feeds = {name: _array(tensor) for name, tensor in zip(names, inputs, strict=True)}
+    try:
+        results = runner.run(None, feeds)
+    except Exception as error:  # onnxruntime has an exception of its own for each status
+        raise TargetError(f"onnxruntime fails in {op}: {_first_line(error)}") from error
+    device = inputs[0].device if inputs else torch.device("cpu")
+    return [_tensor(result, _DTYPES[dtype]).to(device) for result, dtype in zip(results, dtypes, strict=True)]
+
+
+_LOCK = threading.Lock()
+
+
+@functools.lru_cache(maxsize=256)
+def _new_session(model: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TargetError("an operator of this program runs in onnxruntime: pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        content = zlib.decompress(base64.b85decode(model))
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise TargetError(f"onnxruntime refuses an operator of this program: {_first_line(error)}") from error
+
+
+def session(model: str) -> Any:
+    """onnxruntime's session of a model, made once.
+
+    Raises:
+        TargetError: onnxruntime is missing or refuses it.
+    """
+    with _LOCK:
+        return _new_session(model)
+
+
+def _array(tensor: Tensor) -> Any:
+    tensor = tensor.detach().to("cpu").contiguous()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
+    import numpy as np
+
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    if dtype == torch.uint64:  # which has two names in NumPy, of which torch knows one
+        return torch.from_numpy(array.view(np.int64).copy()).view(dtype)
+    return torch.from_numpy(np.array(array))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
