@@ -40,7 +40,7 @@ _KEYS = (None, "prob", "logit")
 
 @dataclass(frozen=True)
 class ExpertChoice(Pass):
-    """Mixtures of experts whose experts choose, which changes the model.
+    """Mixtures of experts whose experts choose, which changes the model: train its routers (examples/retrofit_experts.py).
 
     k: experts a token in the mean (None: as many as each chose). schedule: a `CapacitySchedule` in its place, or a list of its fields.
     rule: the weight of an expert in a token, "orig" (its probability), "post" or "sigmoid" (its share among those that took the token);
