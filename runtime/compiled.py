@@ -283,8 +283,9 @@ class _Runner:
         self.call = Call(program, main, compilation.parameters)
         self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
         self._updates = _updates(signature)
+        self._named, self._lock = {"main": self.executor}, threading.Lock()
         schedule = schedule_of(program)
-        self._by_ratio = None if schedule is None else RowsByRatio(program, schedule, self._executor_named)
+        self._by_ratio = None if schedule is None else RowsByRatio(program, schedule, self._outputs_of)
         self._out_spec = main.out_tree.to_spec()
         # Two calls at once would lose one update.
         self._folded = _folded(compilation)
@@ -330,8 +331,13 @@ class _Runner:
         self._executors.append(executor)
         return executor
 
-    def _executor_named(self, function: str) -> Executor:
-        return self.executor if function == "main" else self._executor_of(function, {})
+    def _outputs_of(self, function: str, inputs: Sequence[Any]) -> list[Any]:
+        """Of a function without states."""
+        if self.compilation.trainable and torch.is_grad_enabled():
+            return run(self.compilation.program, inputs, function=function, parameters=self.parameters)[0]
+        with self._lock:
+            executor = self._named.get(function) or self._named.setdefault(function, self._executor_of(function, {}))
+        return executor(inputs, {})[0]
 
     def packed(self) -> tuple[int, int]:
         """How many weights are held in a second layout by the functions that have run, and the bytes of these copies."""

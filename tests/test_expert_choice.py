@@ -402,10 +402,16 @@ def test_graphs_that_do_not_look_both_ways_are_refused_unless_told(attention, sa
     assert chosen(captured(attention), allow_noncausal=True).program.schedules["expert-choice"] == {"leaks_future": True}
 
 
-def test_a_mask_that_an_input_decides_is_unknown():
-    program = gw.capture(Network("mask of the user").eval(), (tokens(),), {"attention_mask": torch.ones(2, LENGTH, dtype=torch.int64)})
-    with pytest.raises(PassError, match="what it sees is unknown: a mask of attention depends on the input attention_mask"):
-        chosen(program, valid=None)
+class Segmented(Network):
+    def forward(self, tokens, segments):
+        return super().forward(tokens, segments)
+
+
+def test_a_mask_that_an_input_decides_is_unknown_unless_it_is_padding():
+    program = gw.capture(Segmented("mask of the user").eval(), (tokens(), torch.ones(2, LENGTH, dtype=torch.int64)))
+    with pytest.raises(PassError, match="what it sees is unknown: a mask of attention depends on the input segments"):
+        chosen(program)
+    assert "padding is read off the input segments" in chosen(program, valid="segments").reports[-1].lines
 
 
 @pytest.mark.parametrize("program", [lambda: captured(length=1), lambda: captured("over a cache")])

@@ -83,6 +83,18 @@ def test_functions_share_their_weights_and_an_artifact_keeps_the_schedule(schedu
     assert torch.equal(loaded(ids(3), mask_ratio=ratio), scheduled(ids(3), mask_ratio=ratio))
 
 
+def test_a_trainable_one_has_the_gradients_of_each_row_at_its_own_number_of_experts():
+    models = [compiled(gw.ExpertChoice(**options), trainable=True) for options in ({"schedule": [1, 4, "linear"]}, {"k": 1}, {"k": 4})]
+    scheduled, few, many = models
+    x = ids(3)
+    scheduled(x, mask_ratio=([0, 12, 0], LENGTH)).square().sum().backward()
+    (few(x)[[0, 2]].square().sum() + many(x)[1].square().sum()).backward()
+    parts = zip(*(dict(model.named_parameters()).values() for model in models), strict=True)
+    for got, a, b in parts:
+        expected = sum(each.grad for each in (a, b) if each.grad is not None)
+        torch.testing.assert_close(got.grad, expected, rtol=1e-4, atol=1e-3)  # float32 sums of squares of tens
+
+
 @pytest.mark.parametrize(
     ("ratio", "says"),
     [

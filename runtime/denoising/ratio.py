@@ -11,7 +11,6 @@ import torch
 from ...ir import Program
 from ...ir.errors import InputError
 from ...passes.experts.capacity import CapacitySchedule
-from ..executor import Executor
 
 SCHEDULE = "expert-choice"
 ARGUMENT = "mask_ratio"
@@ -24,13 +23,13 @@ def schedule_of(program: Program) -> CapacitySchedule | None:
 
 
 class RowsByRatio:
-    """Calls of a program with a schedule; `executor_of` makes a function ready by its name, when a row first needs it."""
+    """Calls of a program with a schedule; `run` gives the outputs of a function, by its name, on inputs."""
 
-    def __init__(self, program: Program, schedule: CapacitySchedule, executor_of: Callable[[str], Executor]):
+    def __init__(self, program: Program, schedule: CapacitySchedule, run: Callable[[str, Sequence[Any]], list[Any]]):
         self.schedule = schedule
         data = program.schedules[SCHEDULE]
         self._names = dict(zip(data["k"], data["functions"], strict=True))
-        self._executor_of, self._executors = executor_of, dict[int, Executor]()
+        self._run = run
         sizes = [argument.value.shape[0] for argument in program.main.signature().inputs if isinstance(argument.value, torch.Tensor)]
         self._fixed = sizes[0] if isinstance(sizes[0], int) else 0  # rows that a function takes, no more and no fewer; 0: any number
 
@@ -39,11 +38,13 @@ class RowsByRatio:
         batch = next(len(value) for value in inputs if isinstance(value, torch.Tensor))
         groups = self.groups(ratio, batch)
         if len(groups) == 1:
-            return self._run(next(iter(groups)), inputs)
+            return self._run(self._names[next(iter(groups))], inputs)
         results: list[Any] = []
         for k, rows in groups.items():
             index = torch.tensor([*rows, *[rows[0]] * (self._fixed - len(rows))])
-            part = self._run(k, [value[index.to(value.device)] if isinstance(value, torch.Tensor) else value for value in inputs])
+            part = self._run(
+                self._names[k], [value[index.to(value.device)] if isinstance(value, torch.Tensor) else value for value in inputs]
+            )
             results = results or [leaf.new_empty(batch, *leaf.shape[1:]) if isinstance(leaf, torch.Tensor) else leaf for leaf in part]
             for whole, leaf in zip(results, part, strict=True):
                 if isinstance(leaf, torch.Tensor):
@@ -61,11 +62,6 @@ class RowsByRatio:
         for row, counts in enumerate(zip(masked, valid, strict=True)):
             groups.setdefault(self.schedule.k(*counts), []).append(row)
         return groups
-
-    def _run(self, k: int, inputs: Sequence[Any]) -> list[Any]:
-        if k not in self._executors:
-            self._executors[k] = self._executor_of(self._names[k])
-        return self._executors[k](inputs, {})[0]
 
 
 def _pair(ratio: Any) -> tuple[Any, Any]:
