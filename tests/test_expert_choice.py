@@ -11,6 +11,7 @@ import graphwright as gw
 from graphwright.ir.errors import ContractError, InputError, PassError
 from graphwright.ir.run import run
 from graphwright.passes.experts.capacity import SHAPES, Capacity, CapacitySchedule
+from graphwright.tests import moe_models
 from graphwright.tests.expert_oracles import expert_choice, expert_mlp
 from graphwright.tests.mixtures import ATTENTIONS, CHOSEN, EXPERTS, LENGTH, Network, captured, chosen, tokens
 
@@ -419,6 +420,19 @@ def test_a_mask_that_an_input_decides_is_unknown_unless_it_is_padding():
 def test_decoding_over_a_cache_is_refused_also_when_told(program, allowed):
     with pytest.raises(PassError, match="sequences have one position|more keys than queries"):
         chosen(program(), allow_noncausal=allowed)
+
+
+@pytest.mark.parametrize("family", moe_models.TRANSFORMERS)
+def test_decoders_of_transformers_are_causal_and_rewritten_when_told(family):
+    pytest.importorskip("transformers", reason="captures mixtures of transformers: pip install transformers")
+    program = gw.capture(moe_models.TRANSFORMERS[family](), (moe_models.tokens_of(),), {"use_cache": False})
+    with pytest.raises(PassError, match="the graph is causal: 2 attentions let no position see a later one"):
+        chosen(program)
+    result = chosen(program, verify="numeric", allow_noncausal=True)
+    assert len(calls(result.program, GW.expert_choice)) == moe_models.LAYERS and not left(result)
+    assert result.reports[-1].verdict.kind == "right"
+    rules = {node.kwargs["rule"] for node in calls(result.program, GW.expert_choice)}
+    assert rules == {"post" if family in ("mixtral", "qwen3") else "orig"}
 
 
 def test_the_leak_is_there_and_reported_and_such_a_program_does_not_generate():
