@@ -1,5 +1,5 @@
 """Trains networks of the zoo: `python -m graphwright.models.train dit` makes the weights that `load("dit", "digits")` reads,
-`decoder` those of `load("decoder", "text")`; `rat` trains the network `rat` of size "text", whose weights come with no package yet.
+`decoder` and `rat` those of `load("decoder", "text")` and `load("rat", "text")`.
 
 One seed gives one network on one machine with one number of threads; sums are taken in other orders with another.
 """
