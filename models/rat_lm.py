@@ -50,7 +50,7 @@ SIZES = {
     "tiny": Config(
         vocabulary=256, dim=64, depth=2, num_heads=4, num_kv_heads=2, hidden=176, chunk=4, window=6, tied=True, length=16
     ),
-    # what `python -m graphwright.models.train rat` trains on text of the standard library (`text`)
+    # trained on text of the standard library (`text`)
     "text": Config(
         vocabulary=2048, dim=128, depth=8, num_heads=4, num_kv_heads=2, hidden=384, chunk=16, window=64, tied=True, length=256
     ),

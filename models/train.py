@@ -1,6 +1,6 @@
 """Trains networks of the zoo: `python -m graphwright.models.train dit` makes the weights that `load("dit", "digits")` reads,
-`decoder` those of `load("decoder", "text")`; `rat` and `moe_dlm` train networks of that size whose weights come with no
-package yet.
+`decoder` and `rat` those of `load("decoder", "text")` and `load("rat", "text")`; `moe_dlm` trains a network of that size whose weights
+come with no package yet.
 
 One seed gives one network on one machine with one number of threads; sums are taken in other orders with another.
 """
