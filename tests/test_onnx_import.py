@@ -262,6 +262,14 @@ def test_names_are_data(name, tmp_path):
     gw.compile(program, backend="aten").save(tmp_path / "m.gw")
 
 
+def test_inputs_whose_names_differ_in_signs_alone_stay_two():
+    model = model_of([helper.make_node("Sub", ["a.b", "a/b"], ["y"])], {"a.b": [2], "a/b": [2]}, {"y": [2]})
+    a, b = torch.randn(2), torch.randn(2)
+    compiled = gw.compile(gw.from_onnx(model), backend="aten")
+    torch.testing.assert_close(compiled(a, b), a - b)
+    assert len({str(node.target) for node in compiled.program.main.placeholders}) == 2
+
+
 # --- hostile files -------------------------------------------------------------------------------------------------------------
 
 
@@ -379,11 +387,27 @@ def relu(x, y):
         ([relu("missing", "y")], "before it is made"),
         ([relu("x", "y"), relu("x", "y")], "made twice"),
         ([helper.make_node("Relu", ["x", "x", "x"], ["y"])], "it has 3 inputs"),
+        ([helper.make_node("Gemm", ["x", "x"], ["y"], transA="no")], "attribute 'transA' is of another kind"),
     ],
 )
 def test_graphs_that_are_none(nodes, message):
     with pytest.raises(gw.ArtifactError, match=message):
         gw.from_onnx(model_of(nodes, {"x": [2]}, {"y": [2]}))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        helper.make_node("Transpose", ["x"], ["y"], perm=[7, 0]),
+        helper.make_node("Conv", ["x", "x"], ["y"], strides=[0, 0]),
+        helper.make_node("Split", ["x"], ["y"], num_outputs=0),
+        helper.make_node("GridSample", ["x", "x"], ["y"], mode="theirs"),
+    ],
+    ids=lambda node: node.op_type,
+)
+def test_attributes_that_an_operator_has_not_are_refused(node):
+    with pytest.raises(gw.CaptureError, match=f"{node.op_type} at y has no form in a program"):
+        gw.from_onnx(model_of([node], {"x": [2, 2]}, {"y": None}))
 
 
 def test_two_inputs_of_one_name():

@@ -22,7 +22,7 @@ _IR_VERSION = 10
 class Names(Protocol):
     def __getitem__(self, name: str) -> Value: ...
 
-    def has(self, name: str) -> bool: ...
+    def __contains__(self, name: str) -> bool: ...
 
 
 def opaque(
@@ -35,7 +35,7 @@ def opaque(
     """
     import onnx
 
-    captured = [name for name in _free_names(node) if names.has(name)]
+    captured = [name for name in _free_names(node) if name in names]
     operands = dict(zip([name for name in node.input if name], [v for name, v in zip(node.input, inputs) if name]))
     operands |= {name: names[name] for name in captured}
     outputs = [name for name in node.output if name]

@@ -1,0 +1,193 @@
+"""Reads nodes in order: each onto ATen by its reader, by the body that the standard gives, or as an opaque operator."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import ArtifactError, CaptureError
+from ..program import Node, Where
+from . import operators  # noqa: F401 - declares the readers
+from .builder import Builder, Unsupported, Value
+from .opaque import opaque, type_proto
+from .reading import Tensors
+from .registry import READERS, Call
+from .scope import Scope, domain_of, shown
+from .standard import body_of, known_attributes, misfit
+
+_MOST_NESTED = 64
+# What Python and torch say of attributes that are missing or of another type, as a file may have them.
+_MISFITS = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError, NotImplementedError)
+
+
+class Nodes:
+    """Adds to `builder` what nodes compute; `functions` are the model's own, by domain and name."""
+
+    def __init__(self, builder: Builder, tensors: Tensors, functions: dict[tuple[str, str], Any]):
+        self.builder, self.tensors, self.functions = builder, tensors, functions
+        self.depth = 0
+
+    def read(self, nodes: Any, scope: Scope) -> None:
+        for node in nodes:
+            before = self.builder.where
+            self.builder.where = Where(module=_printable(node.name or (node.output[0] if node.output else node.op_type)))
+            inputs = [scope[name] if name else None for name in node.input]
+            results = self._read(self._resolved(node, scope), inputs, scope)
+            for name, value in zip(node.output, results, strict=False):
+                if name in scope.values:
+                    raise ArtifactError(f"value {shown(name)} is made twice")
+                if name:
+                    scope.values[name] = value
+            self.builder.where = before
+
+    def _read(self, node: Any, inputs: list[Value], scope: Scope) -> tuple[Value, ...]:
+        domain = domain_of(node.domain)
+        local = self.functions.get((node.domain, node.op_type)) or self.functions.get((domain, node.op_type))
+        if local is not None:
+            return self._call_function(local, node, inputs, scope)
+        version = scope.opsets.get(domain, 1)
+        wrong = misfit(node, version, domain)
+        if wrong:
+            raise ArtifactError(f"{node.op_type} at {self.builder.where.module}: {wrong}")
+        reasons = []
+        mark = next(iter(reversed(self.builder.graph.nodes)), None)
+        reader = READERS.get((domain, node.op_type))
+        if reader is not None:
+            try:
+                return self._by_reader(reader, domain, self._call(node, version, scope), inputs)
+            except Unsupported as reason:
+                reasons.append(str(reason))
+        self._forget_after(mark)
+        body = body_of(node, inputs, version, domain, self._type_proto)
+        if body is not None:
+            try:
+                return self._call_function(body, node, inputs, scope)
+            except (Unsupported, CaptureError) as reason:
+                if not reasons:
+                    reasons.append(str(reason))
+            self._forget_after(mark)
+        try:
+            return opaque(self.builder, node, inputs, {**scope.opsets, domain: version}, scope, list(self.functions.values()))
+        except Unsupported as reason:
+            reasons.append(str(reason))
+        raise CaptureError(
+            f"{domain or 'ai.onnx'}.{node.op_type} at {self.builder.where.module} has no form in a program: " + "; ".join(reasons)
+        )
+
+    def _by_reader(self, reader: Any, domain: str, call: Call, inputs: list[Value]) -> tuple[Value, ...]:
+        try:
+            inspect.signature(reader).bind(call, *inputs)
+        except TypeError as error:
+            place = self.builder.where.module
+            raise ArtifactError(f"{call.op_type} at {place}: it has {len(inputs)} inputs, which it does not take") from error
+        try:
+            results = reader(call, *inputs)
+        except _MISFITS as error:
+            raise Unsupported(f"its operands or attributes are none that it has ({type(error).__name__}: {error})") from error
+        new = [name for name in call.unread() if name not in known_attributes(domain, call.op_type)]
+        if new:  # of a version that came after the readers
+            raise Unsupported(f"its attribute {', '.join(new)} is not understood")
+        return results if isinstance(results, tuple) else (results,)
+
+    def _forget_after(self, mark: Node | None) -> None:
+        """Erases calls that an attempt left behind."""
+        for node in reversed(list(_after(self.builder.graph, mark))):
+            if node.op == "call_function" and not node.users:
+                self.builder.graph.erase_node(node)
+
+    def _call(self, node: Any, version: int, scope: Scope) -> Call:
+        attributes = {each.name: self._attribute(each) for each in node.attribute}
+
+        def subgraph(graph: Any, inputs: list[Value]) -> list[Value]:
+            try:
+                return self._read_subgraph(graph, inputs, scope)
+            except CaptureError as error:  # then the whole may run in onnxruntime
+                raise Unsupported(str(error)) from error
+
+        return Call(self.builder, node.op_type, version, attributes, tuple(node.output), subgraph)
+
+    def _resolved(self, node: Any, scope: Scope) -> Any:
+        """The node with the values of attributes that it takes from the function around it."""
+        if not any(each.ref_attr_name for each in node.attribute):
+            return node
+        result = type(node)()
+        result.CopyFrom(node)
+        del result.attribute[:]
+        for each in node.attribute:
+            if not each.ref_attr_name:
+                result.attribute.append(each)
+            elif each.ref_attr_name in scope.attributes:
+                result.attribute.add().CopyFrom(scope.attributes[each.ref_attr_name])
+                result.attribute[-1].name = each.name
+        return result
+
+    def _attribute(self, proto: Any) -> Any:
+        import onnx
+
+        kinds = onnx.AttributeProto
+        if proto.type == kinds.TENSOR:
+            return self.tensors.tensor(proto.t)
+        if proto.type == kinds.STRING:
+            return proto.s.decode("utf-8", "replace")
+        if proto.type == kinds.STRINGS:
+            return [each.decode("utf-8", "replace") for each in proto.strings]
+        if proto.type == kinds.GRAPH:
+            return proto.g
+        if proto.type in (kinds.FLOAT, kinds.INT):
+            return proto.f if proto.type == kinds.FLOAT else proto.i
+        if proto.type in (kinds.FLOATS, kinds.INTS):
+            return list(proto.floats if proto.type == kinds.FLOATS else proto.ints)
+        return proto
+
+    # --- graphs inside ------------------------------------------------------------------------------------------------------------
+
+    def _read_subgraph(self, graph: Any, inputs: list[Value], outer: Scope) -> list[Value]:
+        scope = Scope(outer.opsets, outer, outer.attributes)
+        for proto in graph.initializer:
+            scope.values[proto.name] = self.builder.name_constant(self.tensors.tensor(proto), proto.name)
+        for info, value in zip(graph.input, inputs, strict=False):
+            scope.values[info.name] = value
+        with self._one_deeper():
+            self.read(graph.node, scope)
+        return [scope[each.name] for each in graph.output]
+
+    def _call_function(self, function: Any, node: Any, inputs: list[Value], outer: Scope) -> tuple[Value, ...]:
+        attributes = {each.name: each for each in (*function.attribute_proto, *node.attribute)}
+        opsets = {domain_of(each.domain): each.version for each in function.opset_import} or dict(outer.opsets)
+        scope = Scope(opsets, None, attributes)
+        for place, name in enumerate(function.input):
+            scope.values[name] = inputs[place] if place < len(inputs) else None
+        with self._one_deeper():
+            self.read(function.node, scope)
+        return tuple(scope[name] if name in scope else None for name in function.output)
+
+    @contextmanager
+    def _one_deeper(self) -> Iterator[None]:
+        self.depth += 1
+        if self.depth > _MOST_NESTED:
+            raise ArtifactError(f"functions or graphs lie more than {_MOST_NESTED} deep in one another: one may call itself")
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    def _type_proto(self, value: Value) -> Any:
+        import onnx
+
+        if value is None or isinstance(value, list):
+            return onnx.TypeProto()
+        return type_proto(self.builder, value, {})
+
+
+def _after(graph: Any, mark: Node | None) -> list[Node]:
+    found: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node is mark:
+            break
+        found.append(node)
+    return found[::-1]
+
+
+def _printable(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_./-]", "_", name)[:128]
