@@ -23,7 +23,7 @@ from .sources import load, program_of, users_code
 def compile_(options: argparse.Namespace) -> Result:
     choose_backend(options.backend)  # a wrong one is said before the work
     output = _writable(options.output)
-    passes = _parsed(options.passes)
+    passes = parsed(options.passes)
     model = load(options.model, options.trusted)
     if isinstance(model.model, Program) and options.model.endswith(".txt"):
         raise Mistake(f"{options.model} has no weights: compile takes a .gw, .onnx or .pt2 file, a zoo name or module:factory")
@@ -150,10 +150,10 @@ def _verdict_line(report: PassReport) -> str:
 
 
 def pipeline_of(options: argparse.Namespace) -> tuple[Pass, ...]:
-    asked = _parsed(options.passes)
+    asked = parsed(options.passes)
     return asked if options.no_cleanups else parse_pipeline([*CLEANUPS, *asked])
 
 
-def _parsed(pipeline: str | None) -> tuple[Pass, ...]:
+def parsed(pipeline: str | None) -> tuple[Pass, ...]:
     with users_code():
         return parse_pipeline(pipeline or "")

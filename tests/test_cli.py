@@ -318,3 +318,12 @@ def test_a_pipeline_that_the_shell_split_is_told_to_be_quoted(run):
 def test_a_misspelled_network_with_a_size_is_told_the_nearest(run):
     code, _, err = run("dump", "vidio_unet:tiny")
     assert code == 2 and "did you mean video_unet:tiny?" in err
+
+
+def test_export_writes_an_onnx_model_and_says_how_it_was_checked(tmp_path, capsys):
+    output = tmp_path / "vit.onnx"
+    assert main(["export", "vit:tiny", "-o", str(output), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["files"] == [str(output)] and said["verdict"] == {"kind": "right", "reason": ""} and output.stat().st_size > 0
+    assert main(["export", "vit:tiny", "-o", str(tmp_path / "vit.bin")]) == 2
+    assert "ONNX models are called something.onnx" in capsys.readouterr().err
