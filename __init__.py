@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from .passes import CLEANUPS as CLEANUPS
     from .passes import AbsorbOutliers as AbsorbOutliers
     from .passes import AppendLoRA as AppendLoRA
+    from .passes import CapacitySchedule as CapacitySchedule
     from .passes import Contract as Contract
+    from .passes import ExpertChoice as ExpertChoice
     from .passes import FoldBatchNorm as FoldBatchNorm
     from .passes import FoldConstants as FoldConstants
     from .passes import KVCache as KVCache
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from .passes import Pass as Pass
     from .passes import PassManager as PassManager
     from .passes import Quantize as Quantize
+    from .passes import RatRecurrence as RatRecurrence
+    from .passes import RegroupExperts as RegroupExperts
     from .passes import RemoveDeadCode as RemoveDeadCode
     from .passes import RemoveNoOps as RemoveNoOps
     from .passes import RemoveProvenAssertions as RemoveProvenAssertions
@@ -48,10 +52,14 @@ if TYPE_CHECKING:
     from .passes import Smooth as Smooth
     from .passes import SplitLowRank as SplitLowRank
     from .passes import all_passes as all_passes
+    from .passes.experts import RoutingStatistics as RoutingStatistics
+    from .passes.experts import routing_statistics as routing_statistics
     from .runtime.cache import Cache as Cache
     from .runtime.compiled import CompiledModel as CompiledModel
     from .runtime.decoding.generated import Generated as Generated
     from .runtime.decoding.generated import Token as Token
+    from .runtime.denoising.generate import Denoised as Denoised
+    from .runtime.denoising.generate import masked_diffusion_generate as masked_diffusion_generate
     from .runtime.memory import Measurement as Measurement
     from .runtime.memory import measure_peak as measure_peak
 
@@ -65,14 +73,16 @@ _HOMES = {
     ),
     ".ir.onnx": ("from_onnx",),
     ".passes": (
-        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "Contract", "FoldBatchNorm", "FoldConstants", "KVCache", "LayerSkip", "Pass",
-        "PassManager", "Quantize",
+        "AbsorbOutliers", "AppendLoRA", "CLEANUPS", "CapacitySchedule", "Contract", "ExpertChoice", "FoldBatchNorm", "FoldConstants",
+        "KVCache", "LayerSkip", "Pass", "PassManager", "Quantize", "RatRecurrence", "RegroupExperts",
         "RemoveDeadCode", "RemoveNoOps", "RemoveProvenAssertions", "ShareSubexpressions", "SliceGroups", "Smooth", "SplitLowRank",
         "all_passes",
     ),
+    ".passes.experts": ("RoutingStatistics", "routing_statistics"),
     ".runtime.cache": ("Cache",),
     ".runtime.compiled": ("CompiledModel",),
     ".runtime.decoding.generated": ("Generated", "Token"),
+    ".runtime.denoising.generate": ("Denoised", "masked_diffusion_generate"),
     ".runtime.memory": ("Measurement", "measure_peak"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from .ir import Program, capture, from_exported
 from .ir.calling import Call, parameters_of
-from .ir.decoder_example import decoder_example, plain_experts
+from .ir.decoder_example import decoder_example
 from .ir.errors import ArtifactError, GraphwrightError, InputError
 from .ir.onnx import from_onnx
 from .passes import CLEANUPS, Contract, KVCache, PassManager, parse_pipeline
@@ -24,6 +24,7 @@ from .runtime.backend import choose_backend
 from .runtime.cache import Cache, default_cache
 from .runtime.compiled import Compilation, CompiledModel
 from .runtime.pass_cache import run_or_find
+from .runtime.training import trainable_copy
 
 Model = nn.Module | ExportedProgram | Program | str | Path
 Progress = Callable[[int, int, str], None]
@@ -41,6 +42,7 @@ def compile(
     verify: str = "structure",
     cleanups: bool = True,
     trusted: bool = False,
+    trainable: bool = False,
     progress: Progress | None = None,
     cache: CacheChoice = True,
 ) -> CompiledModel:
@@ -53,6 +55,10 @@ def compile(
     tiles). `verify` is "structure" or "numeric", which checks each pass's contract on the example. A `.pt2` file can run code when it
     is read, so it needs `trusted=True`. What passes and compilers make and measurements find is kept in `cache` for the next process:
     in the user's own (True), in that of a folder, or nowhere (False).
+
+    With `trainable` calls keep gradients for the parameters that the program still has, those that passes added included (`kind` "added"
+    in its weight table); the model then owns copies of them, and optimizers change what `generate` and `save` use too. Such calls run
+    operation by operation, by the bodies of the dialect; under `torch.no_grad()` by the backend as ever.
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.
@@ -72,7 +78,10 @@ def compile(
         result = run_or_find(PassManager(pipeline, verify=verify, inputs=inputs, progress=progress), program, kept)
         contract = Contract.weakest([captured.contract, result.contract])
         reports = (*captured.reports, *result.reports)
-        return Compilation(result.program, backend, parameters, result.history, reports, contract, captured.training, module, kept)
+        made = trainable_copy(result.program) if trainable else result.program
+        return Compilation(
+            made, backend, parameters, result.history, reports, contract, captured.training, module, kept, trainable=trainable
+        )
 
     if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
         if dynamic_shapes is not None:
@@ -109,9 +118,8 @@ def compile_decoder(model: nn.Module, passes: Pipeline = (), **options: Any) -> 
     if all(each.name != KVCache.name for each in pipeline):
         place = next((n for n, each in enumerate(pipeline) if each.name not in KVCache.after), len(pipeline))
         pipeline.insert(place, KVCache())
-    with plain_experts(model):
-        shapes = example.dynamic_shapes
-        return compile(model, pipeline, example_inputs=(), example_kwargs=example.kwargs, dynamic_shapes=shapes, **options)
+    shapes = example.dynamic_shapes
+    return compile(model, pipeline, example_inputs=(), example_kwargs=example.kwargs, dynamic_shapes=shapes, **options)
 
 
 def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, cache: CacheChoice = True) -> CompiledModel:

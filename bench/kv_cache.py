@@ -6,6 +6,9 @@ own, so that keys and values come from where a model has them: the memory of all
 attention on views of the live slots, causal; "static mask": on the whole capacity with a mask of booleans, as transformers' static
 cache has it; "index_put": ATen's write into caches at the same slots.
 
+Rows "cache" are bytes that the caches of a row take, in bfloat16, prompts being read `PIECE` tokens at a time: layers with a window keep
+a ring of its last positions. Peer: "all positions", caches of as many slots as there are positions in every layer.
+
     python bench/kv_cache.py [--quick] [--json FILE]
 """
 
@@ -18,8 +21,17 @@ from torch import Tensor
 
 from graphwright.codegen.attention.cached import append_in_place, cached_attention
 from graphwright.codegen.attention.library import library
+from graphwright.runtime.decoding.caches import Caches as AllCaches
+from graphwright.runtime.decoding.caches import CacheType
 
 PEERS = ("narrowed", "static mask", "index_put")
+# (windows of the layers, 0 for all positions; heads of keys; their width)
+SHAPES = {
+    "Gemma 3 1B": ([512 if layer % 6 != 5 else 0 for layer in range(26)], 1, 256),
+    "Gemma 3 27B": ([1024 if layer % 6 != 5 else 0 for layer in range(62)], 16, 128),
+    "Mistral 7B v0.1": ([4096] * 32, 8, 128),
+}
+PIECE = 512
 HEADS, KV_HEADS, DIM, CAPACITY, LAYERS = 12, 4, 64, 2176, 12
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 STEPS = [(batch, 1, seen) for batch in (1, 8) for seen in (64, 512, 2048)]  # (rows, queries, slots)
@@ -28,7 +40,11 @@ Caches = Sequence[tuple[Tensor, Tensor]]
 
 
 def main() -> None:
-    bench = Bench("kv_cache", dict.fromkeys(PEERS, "torch"))
+    bench = Bench("kv_cache", dict.fromkeys((*PEERS, "all positions"), "torch"))
+    for name, (windows, heads, width) in SHAPES.items():
+        for positions in (8192, 32768):
+            ours, whole = (cache_bytes(each, heads, width, positions) for each in (windows, [0] * len(windows)))
+            bench.row(f"cache {name}, {positions}", "bytes", "B", ours, {"all positions": whole})
     if library() is None:
         bench.note("no C++ compiler, so there is no kernel of ours: install g++")
         return bench.finish()
@@ -55,6 +71,14 @@ def measure(bench: Bench, dtype: str, batch: int, queries: int, seen: int) -> No
     new = normal(batch, queries, KV_HEADS, DIM).transpose(1, 2)
     append = {"index_put": put(new, caches, position, rows)}
     bench.time(f"append {name}", lambda: [append_in_place(k, v, new, new, position, rows) for k, v in caches], append)
+
+
+def cache_bytes(windows: Sequence[int], heads: int, width: int, positions: int) -> int:
+    """Of one row, as `generate` allocates them."""
+    types = [
+        CacheType(layer, heads, width, torch.bfloat16, torch.device("meta"), window) for layer, window in enumerate(windows) for _ in "kv"
+    ]
+    return sum(cache.nbytes for cache in AllCaches(types, 1, positions, PIECE).tensors)
 
 
 def narrowed(q: Tensor, caches: Caches, seen: int) -> Callable[[], object]:

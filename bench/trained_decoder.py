@@ -24,10 +24,11 @@ from graphwright.passes.kv_cache.decoder import Decoder, find_decoder
 from graphwright.passes.layer_skip.ranking import Calibration, Profile
 from graphwright.passes.layer_skip.reference import SkipReference
 from graphwright.passes.layer_skip.units import find_units
+from graphwright.runtime.decoding.gain import MOST_DRAFTS
 
 LAYERS = models.decoder.SIZES["text"].depth
 CALIBRATION, PROMPT, WINDOW = 1024, 64, text.CONTEXT
-DRAFTS, GAMMAS = (LAYERS // 2, LAYERS // 4), (2, 4)
+DRAFTS, GAMMAS = (LAYERS // 2, LAYERS // 4), (4, None)  # None: as many as `generate` chooses
 LONGEST_PROMPT, NEW = 64, 32
 ROWS = 32  # prompts at once where tokens are compared
 
@@ -175,8 +176,8 @@ def speculative(bench: Bench) -> None:
         expected = plain.generate(prompts, NEW, batch=ROWS).tokens
         drafting = {draft: gw.compile(plain, [_drafts(trained, *draft)], backend=backend(bench)) for draft in drafts}
         for (size, gamma), each in drafting.items():
-            made = each.generate(prompts, NEW, batch=ROWS)
-            case = f"speculation, {name}, {size} of {LAYERS} layers draft {gamma}"
+            made = each.generate(prompts, NEW, batch=ROWS, speculative=True)
+            case = f"speculation, {name}, {_shown(size, gamma)}"
             equal = sum(ours == theirs for ours, theirs in zip(made.tokens, expected, strict=True))
             bench.row(case, "prompts with equal tokens", "1", equal, {"prompts": len(prompts)})
             bench.row(case, "drafts taken", "1", made.figures.accepted, {"drafts": made.figures.drafted})
@@ -199,29 +200,34 @@ def random_prompts(ids: Tensor, count: int) -> list[list[int]]:
     ]
 
 
-def _drafts(trained: Trained, size: int, gamma: int) -> gw.LayerSkip:
+def _drafts(trained: Trained, size: int, gamma: int | None) -> gw.LayerSkip:
     return gw.LayerSkip(mode="speculative", draft=trained.ranking[:size], gamma=gamma)
 
 
-def _speculative_speed(bench: Bench, plain: gw.CompiledModel, drafting: dict[tuple[int, int], gw.CompiledModel], prompts: Tensor) -> None:
-    """Seconds a decoded token of a row, and c, what a step of the draft costs over one of all layers."""
+def _shown(size: int, gamma: int | None) -> str:
+    return f"{size} of {LAYERS} layers draft {'as many as gain' if gamma is None else gamma}"
+
+
+def _speculative_speed(
+    bench: Bench, plain: gw.CompiledModel, drafting: dict[tuple[int, int | None], gw.CompiledModel], prompts: Tensor
+) -> None:
+    """Seconds a decoded token of a row: with drafts at all events, and as `generate` decides by what it measures; what that was."""
     made: dict[str, Any] = {}
-    count = WINDOW - PROMPT - max(GAMMAS)
+    count = WINDOW - PROMPT - MOST_DRAFTS
 
-    def generate(name: str, compiled: gw.CompiledModel) -> None:
-        made[name] = compiled.generate(prompts, count)
+    def generate(name: str, compiled: gw.CompiledModel, speculative: bool | None) -> None:
+        made[name] = compiled.generate(prompts, count, speculative=speculative)
 
-    contestants = {f"{size} of {LAYERS} layers draft {gamma}": each for (size, gamma), each in drafting.items()}
-    calls: dict[str, Callable[[], object]] = {name: partial(generate, name, each) for name, each in contestants.items()}
-    samples = bench.interleaved(calls | {"plain": partial(generate, "plain", plain)})
-    seconds = {name: statistics.median(each) / count for name, each in samples.items()}
-    for name in contestants:
-        case, figures = f"speculation, f32, {name}, batch {len(prompts)}", made[name].figures
+    calls: dict[str, Callable[[], object]] = {"plain": partial(generate, "plain", plain, None)}
+    for (size, gamma), each in drafting.items():
+        for choice, speculative in (("", True), (", or none", None)):
+            name = f"{_shown(size, gamma)}{choice}"
+            calls[name] = partial(generate, name, each, speculative)
+    seconds = {name: statistics.median(each) / count for name, each in bench.interleaved(calls).items()}
+    for name in (each for each in calls if each != "plain"):
+        case = f"speculation, f32, {name}, batch {len(prompts)}"
         bench.row(case, "time a token", "s", seconds[name], {"all layers": seconds["plain"]})
-        cost = f"c = {figures.draft_cost:.2f}" if figures.draft_cost is not None else "c unknown"
-        bench.note(
-            f"{case}: {figures.acceptance:.0%} of drafts taken, {cost}: {seconds['plain'] / seconds[name]:.2f} x as fast as plain decoding"
-        )
+        bench.note(f"{case}: {str(made[name]).splitlines()[-1]}; {seconds['plain'] / seconds[name]:.2f} x as fast as plain decoding")
 
 
 def add_arguments(parser: Any) -> None:

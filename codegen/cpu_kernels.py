@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from ..ir.ops.norm import merge_stats, result_format
-from .attention.cached import cached_attention, kv_append
+from .attention.cached import append_in_place, cached_attention, kv_append
 from .cpu_convolutions import conv1d, conv2d, conv3d
+from .experts.expert_choice import expert_choice, expert_mlp
+from .experts.grouped import grouped_mm
+from .experts.token_choice import token_choice_moe
 from .low_rank.linear import lowrank_linear
+from .rat.kernels import rat_attention, rat_cached_attention, step_in_place
 
 gw = torch.ops.gw
 
@@ -76,10 +80,22 @@ KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
     gw.norm_stats.default: norm_stats,
     gw.norm_apply.default: norm_apply,
     gw.lowrank_linear.default: lowrank_linear,
+    gw.grouped_mm.default: grouped_mm,
+    gw.token_choice_moe.default: token_choice_moe,
+    gw.expert_choice.default: expert_choice,
+    gw.expert_mlp.default: expert_mlp,
     gw.kv_append.default: kv_append,
     gw.cached_attention.default: cached_attention,
+    gw.rat_attention.default: rat_attention,
+    gw.rat_cached_attention.default: rat_cached_attention,
     torch.ops.aten.conv1d.default: conv1d,
     torch.ops.aten.conv2d.default: conv2d,
     torch.ops.aten.conv3d.default: conv3d,
     torch.ops.aten.linear.default: linear,
+}
+
+# The same where nobody reads the old caches any more: they are written to, and are the result.
+IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
+    gw.kv_append.default: append_in_place,
+    gw.rat_cached_attention.default: step_in_place,
 }

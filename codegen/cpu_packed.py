@@ -44,12 +44,12 @@ class Pack:
     """A weight in a layout of oneDNN's, as large as the weight: made once, and again when the weight was written to since. Writes through
     `.data` are not seen."""
 
-    def __init__(self, weight: Tensor, lay_out: Callable[[Tensor], Tensor]):
+    def __init__(self, weight: Tensor, lay_out: Callable[[Tensor], Any]):
         self.nbytes = weight.nbytes
         self._lay_out = lay_out
         self._made = self._make(weight)
 
-    def __call__(self, weight: Tensor) -> Tensor:
+    def __call__(self, weight: Tensor) -> Any:
         """`weight` as it is now."""
         known, version, packed = self._made
         if known is weight and version == _version(weight):
@@ -57,7 +57,7 @@ class Pack:
         self._made = made = self._make(weight)
         return made[2]
 
-    def _make(self, weight: Tensor) -> tuple[Tensor, int | None, Tensor]:
+    def _make(self, weight: Tensor) -> tuple[Tensor, int | None, Any]:
         """One tuple, so that a thread sees the old copy or the new one. What is written meanwhile is seen by the next call."""
         version = _version(weight)
         with torch.no_grad(), torch.inference_mode(False):
@@ -75,6 +75,11 @@ class PackedCall:
 
     kind: str
     pack: Pack
+
+    @property
+    def packs(self) -> tuple[Pack, ...]:
+        """The packs of all its weights."""
+        return (self.pack,)
 
     def layout(self) -> tuple[Any, ...]:
         """Equal for two calls that can share the pack of one weight."""

@@ -32,6 +32,7 @@ from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of, written
 from .dtypes import check_dtypes
 from .dynamic_shapes import misfit
 from .errors import CaptureError, InputError
+from .exportable_experts import exportable_experts
 from .functionalize import NotFunctional, functional_variant, instance_norm, is_ambiguous, take_apart
 from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
 from .parser import is_symbol_name
@@ -65,7 +66,7 @@ def capture(
     if dynamic_shapes:
         args, kwargs = pytree.tree_map_only(torch.Tensor, _without_gaps, (args, kwargs))
     try:
-        with _undisturbed():
+        with _undisturbed(), exportable_experts(model):
             exported = torch.export.export(model, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise _explain(error, model, args, kwargs or {}, dynamic_shapes) from error
@@ -100,9 +101,17 @@ def _is_plain(exported: ExportedProgram) -> bool:
     return all(node.op != "get_attr" and (node.op != "call_function" or _is_known(node)) for node in exported.graph.nodes)
 
 
+# Operators that a library registers, and what of ours they are.
+_SAME_AS = {"transformers.grouped_mm_fallback.default": torch.ops.gw.grouped_mm.default}
+
+
+def _known(target: Any) -> Any:
+    return _SAME_AS.get(str(target), target)
+
+
 def _is_known(node: Node) -> bool:
     try:
-        return bool(name_of(node.target))
+        return bool(name_of(_known(node.target)))
     except KeyError:
         return False
 
@@ -302,7 +311,7 @@ class _Importer:
             self.blocked.add(node)
             return []
         try:
-            name_of(node.target)
+            name_of(_known(node.target))
         except KeyError:
             self.blocked.add(node)
             return [(where, f"{node.target} has no place in the IR: replace it by ATen operations")]
@@ -330,6 +339,7 @@ class _Importer:
         """The node of the result, or those of the results."""
         if target is GETITEM and isinstance(args[0], tuple | list):
             return args[0][args[1]]
+        target = _known(target)
         if target is torch.ops.aten.lift_fresh_copy.default:  # what torch.tensor(..) inside a model is traced as
             target = torch.ops.aten.clone.default
         return take_apart(target, args, kwargs, self.symbols, add) if is_ambiguous(target) else add(target, args, kwargs)

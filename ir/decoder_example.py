@@ -4,8 +4,6 @@ input_ids [batch, length], position_ids [batch, length], use_cache=False
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,18 +57,3 @@ def _longest(model: nn.Module) -> int | None:
     """The most positions that the model has, where it says so and holds a table of them."""
     known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return known if isinstance(known, int) and known > 1 else None
-
-
-@contextmanager
-def plain_experts(model: nn.Module) -> Iterator[None]:
-    """Within it, mixtures of experts of transformers run as batched products, which torch.export takes; afterwards as before."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "_experts_implementation", None)
-    if not isinstance(before, str):
-        yield
-        return
-    config._experts_implementation = "batched_mm"  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        config._experts_implementation = before  # type: ignore[union-attr]

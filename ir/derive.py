@@ -81,8 +81,11 @@ class Derivation:
         return Function(name, self.graph, Tree("tuple", (flat(len(inputs)), Tree("dict"))), flat(len(outputs)))
 
 
-def specialised(program: Program, function: Function, sizes: Mapping[str, int]) -> Function:
-    """`function` at given values of some symbols, by name: the same calls, typed anew."""
+def specialised(
+    program: Program, function: Function, sizes: Mapping[str, int], made_of: Callable[[Derivation, Node], Any] = lambda made, node: None
+) -> Function:
+    """`function` at given values of some symbols, by name: the same calls, typed anew. What `made_of` gives for a call stands in its place,
+    unless that is None."""
     made = Derivation(program)
     numbers = {program.symbols.size(name).node.expr: sympy.Integer(value) for name, value in sizes.items() if name in program.symbols}
 
@@ -100,7 +103,11 @@ def specialised(program: Program, function: Function, sizes: Mapping[str, int]) 
         else:
             made.values[node] = known(value)
     for node in function.calls:
-        made.copy(node)
+        other = made_of(made, node)
+        if other is not None:
+            made.values[node] = other
+        else:
+            made.copy(node)
     leaves = [made.values[leaf] if isinstance(leaf, Node) else leaf for leaf in function.outputs]
     names = function.signature().new_states
     results, news = leaves[: len(leaves) - len(names)], leaves[len(leaves) - len(names) :]

@@ -177,7 +177,7 @@ class _GraphWidening:
     def _call(self, result: fx.Graph, node: Node, copies: dict[Node, Node]) -> Node:
         if _is_bit_view(node):
             raise NoFloat64(f"{_place(node)} looks at the bits of a float, which have no float64 form")
-        target: Any = node.target
+        target: Any = _wide_target(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
         args, kwargs = self._wide_arguments(args), self._wide_arguments(kwargs)
         meta = {"origin": node.meta.get("origin", ()), "where": node.meta.get("where") or Where()}
@@ -203,6 +203,19 @@ class _GraphWidening:
         if isinstance(value, tuple | list):
             return type(value)(self._wide_arguments(item) for item in value)
         return value
+
+
+def _wide_target(node: Node) -> Any:
+    """The operation itself, or one of ours that is the same and has a float64 form."""
+    if node.target is torch.ops.aten._grouped_mm.default:
+        named = named_arguments(node)
+        if (
+            named["bias"] is None
+            and named["out_dtype"] is None
+            and named["mat2"].meta["val"].dim() == 3 == named["self"].meta["val"].dim() + 1
+        ):
+            return torch.ops.gw.grouped_mm.default
+    return node.target
 
 
 def _is_wide(value: Any, narrow: Any) -> bool:

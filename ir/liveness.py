@@ -86,7 +86,7 @@ def profile_graph(
     if donors is None:
         donations = plan_donations(graph)
         donors = {node: {j: RegionCall.of(node).operands[i] for j, i in taken.items()} for node, taken in donations.items()}
-        donors |= {node: dict(enumerate(caches)) for node, caches in plan_appends(graph).items()}
+        donors |= plan_appends(graph)
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     position = {node: i for i, node in enumerate(nodes)}
     outside: set[int] = set()

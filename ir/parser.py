@@ -2,7 +2,7 @@
 
     program   = "graphwright" INT { symbol | weight | function | schedule | pipeline }
     symbol    = "symbol" NAME "in" "[" INT "," (INT | "inf") "]" "hint" INT
-    weight    = "weight" WEIGHT ":" tensor ("parameter" | "buffer" | "constant" | "state" | "record") DIGEST
+    weight    = "weight" WEIGHT ":" tensor ("parameter" | "added" | "buffer" | "constant" | "state" | "record") DIGEST
     function  = "function" NAME "{" "takes" tree "gives" tree { input } { call } return "}"
     input     = ("input" | "state") VALUE (":" type | "=" literal)
     call      = VALUE "=" NAME "(" [argument {"," argument}] ")" [":" type] [comment]
@@ -57,7 +57,7 @@ _TOKEN = re.compile(
 )
 _PROVENANCE = re.compile(r"#\s?(?:\[(\d+(?:,\d+)*)\](?: |$))?(?:(.*?):(\d+)(?: |$))?(.*)$")
 _DIGEST = re.compile(r"\?|[0-9a-f]{12,64}")
-_KINDS = ("parameter", "buffer", "constant", "state", "record")
+_KINDS = ("parameter", "added", "buffer", "constant", "state", "record")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
 _CHOICES: dict[str, Callable[[Any, Any], Any]] = {"Min": torch.sym_min, "Max": torch.sym_max}
 _SYMBOL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")

@@ -35,7 +35,8 @@ class Where:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that the program owns. `kind`: parameter, buffer, constant, state, or record, which no call reads and passes of later need.
+    """A tensor that the program owns. `kind`: parameter; added, which is a parameter that a pass put beside those of the model, for
+    training to find; buffer; constant; state; or record, which no call reads and passes of later need.
 
     `tensor` is None in a program read from text.
     """

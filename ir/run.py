@@ -4,6 +4,7 @@ Constant folding, the numeric checks and the tests run programs this way; the ru
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,18 +22,20 @@ def run(
     function: str = "main",
     states: Mapping[str, torch.Tensor] | None = None,
     observe: Callable[[Node, Any], Any] | None = None,
+    parameters: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """The flat outputs and new states of `function` on flat `inputs` (one for each leaf, constants included).
 
-    `observe(node, value)` may return another value to use in its place (noise injection, recording).
+    `observe(node, value)` may return another value to use in its place (noise injection, recording). `parameters` stand for the weights of
+    their names, and outputs carry gradients for them; without any no gradients are kept.
 
     Raises:
         InputError: the number of inputs is wrong, or a weight has no tensor (a program read from text alone).
     """
     body = program.functions[function]
-    values = _bind(program, body, inputs, states or {})
+    values = _bind(program, body, inputs, {**(states or {}), **(parameters or {})})
     last_use = last_uses(body.graph)
-    with torch.no_grad():
+    with torch.no_grad() if parameters is None else nullcontext():
         for node in body.graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -49,7 +52,7 @@ def run(
     raise AssertionError("a verified function has an output")
 
 
-def _bind(program: Program, body: Function, inputs: Sequence[Any], states: Mapping[str, torch.Tensor]) -> dict[Node, Any]:
+def _bind(program: Program, body: Function, inputs: Sequence[Any], given: Mapping[str, torch.Tensor]) -> dict[Node, Any]:
     values: dict[Node, Any] = {}
     remaining = list(inputs)
     for node in body.graph.nodes:
@@ -59,7 +62,7 @@ def _bind(program: Program, body: Function, inputs: Sequence[Any], states: Mappi
             values[node] = remaining.pop(0)
         elif node.op in ("placeholder", "get_attr"):
             name = str(node.target)
-            tensor = states[name] if node.op == "placeholder" and name in states else program.weights[name].tensor
+            tensor = given[name] if name in given else program.weights[name].tensor
             if tensor is None:
                 raise InputError(f"weight {name} has no values: this program was read from text, give parse() a weight table")
             values[node] = tensor

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..ir.errors import InputError
-from . import decoder, dit, video_unet, video_unet_svd, vit
+from . import decoder, dit, moe_dlm, rat_lm, video_unet, video_unet_svd, vit
 from .random_weights import draw_weights
 from .trained_weights import read_weights
 
@@ -33,7 +33,9 @@ _NETWORKS = {
     "video_unet_svd": Network(video_unet_svd.VideoUNetSVD, video_unet_svd.SIZES, video_unet_svd.example_inputs),
     "dit": Network(dit.DiT, dit.SIZES, dit.example_inputs, trained=("digits",)),
     "decoder": Network(decoder.Decoder, decoder.SIZES, decoder.example_inputs, trained=("text",)),
+    "rat": Network(rat_lm.RatLM, rat_lm.SIZES, rat_lm.example_inputs, trained=("text",)),
     "vit": Network(vit.ViT, vit.SIZES, vit.example_inputs),
+    "moe_dlm": Network(moe_dlm.MoEDLM, moe_dlm.SIZES, moe_dlm.example_inputs),
 }
 
 
@@ -68,10 +70,11 @@ def load(name: str, size: str = "small", *, seed: int = 0, **sizes: int) -> tupl
         size: "tiny" (under a million parameters, for tests), "small" (tens of millions) or "base" (as published; the
             U-Nets are 5 GB, so a look at one is best taken on the meta device). "digits" of dit is trained: a diffusion
             model of scikit-learn's digits (`digits`, `sampling`), made by `python -m graphwright.models.train dit`. So is "text"
-            of decoder, by `python -m graphwright.models.train decoder`: a language model of Python's documentation (`text`).
+            of decoder and of rat, by `python -m graphwright.models.train decoder` or `rat`: language models of Python's documentation
+            (`text`).
         seed: of the weights and the inputs; of the inputs alone where the weights are trained.
         sizes: of the inputs, in place of those of `size`: batch, frames, height, width (in latent pixels) for the U-Nets;
-            batch, height, width for vit; batch, length (in tokens) for dit and decoder.
+            batch, height, width for vit; batch, length (in tokens) for dit, decoder and moe_dlm.
 
     Raises: InputError for a name, size or input size that is not known or does not fit the network; ArtifactError for a file of
     trained weights that is missing or damaged.

@@ -6,12 +6,16 @@ Parameters are named as in transformers' `LlamaForCausalLM` less its `model.` pr
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ir.errors import InputError
+
+if TYPE_CHECKING:
+    from . import rat_lm
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,10 @@ class Rotation:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries: [B, L, dim] -> [B, L, dim]."""
+    """Causal self-attention with grouped queries: [B, L, dim] -> [B, L, dim]. `mask` bool [L, L] says what a token sees where that is
+    not all before it."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: "Config | rat_lm.Config"):
         super().__init__()
         self.head_dim = config.dim // config.num_heads
         self.q_proj = nn.Linear(config.dim, config.num_heads * self.head_dim, bias=False)
@@ -76,11 +81,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None = None) -> Tensor:
         query = rotation.apply(self._split_heads(self.q_proj(x)))
         key = rotation.apply(self._split_heads(self.k_proj(x)))
         value = self._split_heads(self.v_proj(x))
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:

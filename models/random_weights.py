@@ -36,8 +36,8 @@ def _draw_module(module: nn.Module, gain: float) -> None:
             parameter.normal_(gain if name == "weight" else 0.0, 0.1)
         elif isinstance(module, nn.Embedding):
             parameter.normal_()  # a tied output head comes later in the network and draws it again, as a linear layer
-        elif name == "weight":
-            fan_in = parameter[0].numel()
+        elif name == "weight" or parameter.dim() == 3:  # matrices of experts are stacked
+            fan_in = parameter[0].numel() if name == "weight" else parameter.shape[-1]
             parameter.normal_(0.0, gain / math.sqrt(fan_in))
         else:  # biases, class tokens, learned positions, blending weights
             parameter.normal_(0.0, 0.1)

@@ -1,5 +1,6 @@
 """Trains networks of the zoo: `python -m graphwright.models.train dit` makes the weights that `load("dit", "digits")` reads,
-`decoder` those of `load("decoder", "text")`.
+`decoder` and `rat` those of `load("decoder", "text")` and `load("rat", "text")`; `moe_dlm` trains a network of that size whose weights
+come with no package yet.
 
 One seed gives one network on one machine with one number of threads; sums are taken in other orders with another.
 """
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ir.errors import GraphwrightError
-from . import decoder, digits, dit, text
+from . import decoder, digits, dit, moe_dlm, rat_lm, text
+from .denoising import LENGTH, denoising_loss, masked
 from .sampling import TRAIN_STEPS, noised
 from .trained_weights import write_weights
 
@@ -69,20 +71,38 @@ def train_decoder(steps: int, seed: int = 0, tell: Tell | None = None) -> nn.Mod
 
     Each step drops whole layers, the deeper the likelier (`_drawn_layers`), so that the network does without them later too.
     """
-    ids = torch.tensor(text.encode(text.training()))
-    batch_size, window = 4, torch.arange(text.CONTEXT + 1)
+    draw = _windows_of_text()
 
     def loss(network: nn.Module) -> Tensor:
-        start = torch.randint(len(ids) - text.CONTEXT, (batch_size, 1))
-        tokens = ids[start + window]
-        logits = decoder.with_layers(network, _drawn_layers(len(network.layers)))(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return next_token_loss(decoder.with_layers(network, _drawn_layers(len(network.layers))), draw())
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = decoder.Decoder(decoder.SIZES["text"])
         _start_near_identity(network)
         return fit(network, loss, steps, tell, peak_rate=2e-3)
+
+
+def train_rat(steps: int, seed: int = 0, tell: Tell | None = None) -> nn.Module:
+    """The network `rat` of size "text", trained as `train_decoder` says, all layers at every step."""
+    draw = _windows_of_text()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = rat_lm.RatLM(rat_lm.SIZES["text"])
+        _start_near_identity(network)
+        return fit(network, lambda network: next_token_loss(network, draw()), steps, tell, peak_rate=2e-3)
+
+
+def _windows_of_text(batch_size: int = 4) -> Callable[[], Tensor]:
+    """Draws ids [batch_size, CONTEXT + 1] from `text.training()`, each row from a place of its own."""
+    ids = torch.tensor(text.encode(text.training()))
+    window = torch.arange(text.CONTEXT + 1)
+    return lambda: ids[torch.randint(len(ids) - text.CONTEXT, (batch_size, 1)) + window]
+
+
+def next_token_loss(network: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """The mean of -log p of each next token of ids [B, L + 1], in nats."""
+    return F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 DROPPED_AT_MOST = 0.5  # how often a step goes without the last layer
@@ -98,15 +118,67 @@ def _drawn_layers(depth: int) -> list[int]:
     return [layer for layer in range(depth) if not dropped[layer]]
 
 
-def _start_near_identity(network: decoder.Decoder) -> None:
+def _start_near_identity(network: decoder.Decoder | rat_lm.RatLM | moe_dlm.MoEDLM) -> None:
     """Every product keeps the size of what it reads, but for what the layers add, which together is as large as the embedding's."""
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):  # a tied head is the embedding, whose rows it reads
-            fan_in = module.weight.shape[1]
-            nn.init.normal_(module.weight, std=fan_in**-0.5)
-        if name.endswith(("o_proj", "down_proj")):
+    for module in network.modules():
+        for each in module.parameters(recurse=False):
+            if each.dim() > 1:  # a tied head is the embedding, whose rows it reads; matrices of experts are stacked
+                nn.init.normal_(each, std=each.shape[-1] ** -0.5)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
             with torch.no_grad():
-                module.weight.mul_((2 * len(network.layers)) ** -0.5)
+                parameter.mul_((2 * len(network.layers)) ** -0.5)
+
+
+BALANCE = 0.01  # the weight of `_imbalance` beside the loss, as in its source
+
+
+def train_moe_dlm(steps: int, seed: int = 0, tell: Tell | None = None) -> nn.Module:
+    """The network `moe_dlm` of size "text", trained to find masked tokens of `text.training()`; its loss is in nats.
+
+    Of each row an eighth to all of the tokens are masked, evenly: fewer would be a loss of few tokens at the weight of many.
+    """
+    ids = torch.tensor(text.encode(text.training()))
+    config = moe_dlm.SIZES["text"]
+    batch_size, window = 16, torch.arange(LENGTH)
+
+    def loss(network: nn.Module) -> Tensor:
+        tokens = ids[torch.randint(len(ids) - LENGTH, (batch_size, 1)) + window]
+        shares = (torch.arange(batch_size) + torch.rand(batch_size)) / batch_size
+        noisy = masked(tokens, LENGTH // 8 + (shares * (LENGTH - LENGTH // 8 + 1)).long(), config.mask_id)
+        with router_scores(network) as scores:
+            found = denoising_loss(network(noisy), tokens, noisy, config.mask_id)
+        return found + BALANCE * sum(_imbalance(each, config.chosen) for each in scores)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = moe_dlm.MoEDLM(config)
+        _start_near_identity(network)
+        return fit(network, loss, steps, tell, peak_rate=2e-3)
+
+
+@contextmanager
+def router_scores(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, the scores [T, E] of each mixture of experts that `network` calls are added to the list."""
+    scores: list[Tensor] = []
+    routers = [module for module in network.modules() if isinstance(module, moe_dlm.Router)]
+    handles = [router.register_forward_hook(lambda _module, _arguments, result: scores.append(result)) for router in routers]
+    try:
+        yield scores
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _imbalance(scores: Tensor, chosen: int) -> Tensor:
+    """E sum_e f_e P_e, 1 where experts are chosen evenly: f_e the share of choices, P_e the mean probability.
+
+    Source: Fedus et al. 2022, "Switch Transformers", equations 4 to 6, for `chosen` experts a token.
+    """
+    probabilities = scores.softmax(-1)
+    index = probabilities.topk(chosen, -1).indices
+    share = torch.zeros_like(probabilities).scatter(1, index, 1.0 / chosen).mean(0)
+    return scores.shape[1] * (share * probabilities.mean(0)).sum()
 
 
 def fit(
@@ -155,7 +227,12 @@ class Recipe:
     steps: int
 
 
-RECIPES = {"dit": Recipe("digits", train_dit, steps=3000), "decoder": Recipe("text", train_decoder, steps=4000)}
+RECIPES = {
+    "dit": Recipe("digits", train_dit, steps=3000),
+    "decoder": Recipe("text", train_decoder, steps=4000),
+    "moe_dlm": Recipe("text", train_moe_dlm, steps=2000),
+    "rat": Recipe("text", train_rat, steps=2400),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from .base import LeftAlone, Outcome, Pass
 from .check import Reference, check_exact
 from .cleanups import CLEANUPS
 from .contract import Contract
+from .experts import CapacitySchedule, ExpertChoice, RegroupExperts
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
 from .inputs import random_inputs
@@ -12,6 +13,7 @@ from .layer_skip import LayerSkip
 from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
 from .manager import PassManager, PassReport, PipelineResult
 from .pipeline import parse_pipeline, spell
+from .rat import RatRecurrence
 from .registry import all_passes, pass_named
 from .remove_dead_code import RemoveDeadCode
 from .remove_no_ops import RemoveNoOps
@@ -24,7 +26,9 @@ __all__ = [
     "AbsorbOutliers",
     "AppendLoRA",
     "CLEANUPS",
+    "CapacitySchedule",
     "Contract",
+    "ExpertChoice",
     "FoldBatchNorm",
     "FoldConstants",
     "KVCache",
@@ -36,7 +40,9 @@ __all__ = [
     "PassReport",
     "PipelineResult",
     "Quantize",
+    "RatRecurrence",
     "Reference",
+    "RegroupExperts",
     "RemoveDeadCode",
     "RemoveNoOps",
     "RemoveProvenAssertions",

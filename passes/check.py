@@ -215,7 +215,7 @@ class Reference:
         noisy = Program(program.functions.values(), weights, program.symbols)
         moved_inputs = [perturb(value) for value in inputs]
         moved_states = {name: perturb(value) for name, value in states.items()}
-        return self._run(noisy, moved_inputs, moved_states, lambda node, value: perturb(value))
+        return self._run(noisy, moved_inputs, moved_states, lambda node, value: perturb(value) if _may_round(node) else value)
 
     def _run_candidate(self, candidate: Program) -> _Values | Verdict:
         self.own  # noqa: B018  inputs that the original itself refuses are an InputError, not a verdict
@@ -263,6 +263,14 @@ def _seeded(values: Sequence[Any]) -> Iterator[None]:
         for generator in (torch.default_generator, *(torch.cuda.default_generators[gpu] for gpu in gpus)):
             generator.manual_seed(0)
         yield
+
+
+def _may_round(node: Node) -> bool:
+    """Whether a call's result may be rounded: counts are not, nor are integers that are converted, on which sizes and places depend."""
+    if node.target is torch.ops.aten._to_copy.default:
+        source: Any = node.args[0]
+        return bool(source.meta["val"].dtype in _ROUNDING)
+    return node.target is not torch.ops.aten.histc.default
 
 
 class _Perturbation:

@@ -9,15 +9,23 @@ from importlib.metadata import EntryPoint, entry_points
 from ..ir.errors import PassError
 from .base import Pass
 from .cleanups import CLEANUPS
+from .experts import ExpertChoice, RegroupExperts
 from .kv_cache import KVCache
 from .layer_skip import LayerSkip
 from .low_rank import AbsorbOutliers, AppendLoRA, Quantize, Smooth, SplitLowRank
+from .rat import RatRecurrence
 from .slicing import SliceGroups
 
 GROUP = "graphwright.passes"
 BUILT_IN: dict[str, type[Pass]] = {
     **{each.name: type(each) for each in CLEANUPS},
-    **{each.name: each for each in (SliceGroups, Smooth, SplitLowRank, Quantize, AbsorbOutliers, AppendLoRA, KVCache, LayerSkip)},
+    **{
+        each.name: each
+        for each in (
+            *(SliceGroups, Smooth, SplitLowRank, Quantize, AbsorbOutliers, AppendLoRA, RegroupExperts, ExpertChoice, RatRecurrence),
+            *(KVCache, LayerSkip),
+        )
+    },
 }
 
 

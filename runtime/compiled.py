@@ -17,6 +17,7 @@ from ..ir import Program
 from ..ir.calling import Call, Parameter
 from ..ir.derive import specialised
 from ..ir.errors import ArtifactError, InputError, TargetError
+from ..ir.run import run
 from ..ir.tree import unflatten
 from ..passes import Contract
 from . import artifact
@@ -25,10 +26,12 @@ from .cache import Cache
 from .decoding.generate import generate
 from .decoding.generated import Generated, Token
 from .decoding.steps import ProgramDecoder
+from .denoising.ratio import ARGUMENT, RowsByRatio, schedule_of
 from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
 from .packing import Packs
 from .report import Report, Threads, predicted, predicted_on
+from .training import as_trained, parameters_of
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
@@ -40,8 +43,8 @@ Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 @dataclass(frozen=True)
 class Compilation:
     """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract, whether
-    the module was in train mode when it was captured, the module, where there was one, where compiled code is kept, and the sources of
-    Triton kernels that came with it."""
+    the module was in train mode when it was captured, the module, where there was one, where compiled code is kept, the sources of
+    Triton kernels that came with it, and whether calls keep gradients."""
 
     program: Program
     backend: str
@@ -53,6 +56,7 @@ class Compilation:
     module: nn.Module | None = None
     cache: Cache | None = None
     kernels: tuple[str, ...] = ()
+    trainable: bool = False
 
 
 class CompiledModel(nn.Module):
@@ -74,11 +78,13 @@ class CompiledModel(nn.Module):
         self._on_threads: Threads | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, nested as the original's.
+        """The model's output, nested as the original's. One whose experts choose by a schedule takes `mask_ratio=(masked, valid)` as well,
+        numbers of positions, for all rows or a list with one for each.
 
         Raises:
-            InputError: the arguments do not fit what was captured; or a weight that passes folded into others was written to, or
-                replaced in its submodule, since (what is written through its `.data` is not seen, and has no effect).
+            InputError: the arguments do not fit what was captured, or do not say how much is masked; or a weight that passes folded into
+                others was written to, or replaced in its submodule, since (what is written through its `.data` is not seen, and has no
+                effect).
         """
         runner = self._runner or self._compile_for(args, kwargs)
         return runner(args, kwargs)
@@ -116,7 +122,8 @@ class CompiledModel(nn.Module):
         else all at the end with what they cost. At most `chunk` tokens of a prompt are read between two steps of the rows that decode.
         `batch` prompts run at once, all by default; the next takes the place of one that has ended. `capacity` is the slots of a row in the
         caches, those for the longest prompt by default. `speculative` says whether to draft tokens with few layers and have all layers
-        judge them; by default as the pass `layer-skip` was told.
+        judge them, at all events (True) or not (False). By default a model that `layer-skip` made for it does so, and switches to plain
+        decoding in calls that are greedy as soon as what it measures says that drafts gain nothing; the result tells.
 
         Raises:
             InputError: the model cannot decode; an argument is of a wrong type or out of range, a prompt is empty or has tokens that the
@@ -236,7 +243,7 @@ class CompiledModel(nn.Module):
     # --- as a module ---
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """The program's parameters under the names that the original module gave them."""
+        """The program's parameters under the names that the original module gave them, and those that passes added."""
         for name, parameter in self._present.parameters.items():
             yield (f"{prefix}.{name}" if prefix else name), parameter
 
@@ -302,24 +309,35 @@ class _Runner:
         main = program.main
         signature = main.signature()
         self.compilation = compilation
+        self.parameters = parameters_of(program, trainable=compilation.trainable)
         self._packs, self._executors = Packs(), list[Executor]()
         self.executor = self._executor_of("main", {})
         self.call = Call(program, main, compilation.parameters)
         self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
         self._updates = _updates(signature)
+        self._named, self._lock = {"main": self.executor}, threading.Lock()
+        schedule = schedule_of(program)
+        self._by_ratio = None if schedule is None else RowsByRatio(program, schedule, self._outputs_of)
         self._out_spec = main.out_tree.to_spec()
         # Two calls at once would lose one update.
         self._folded = _folded(compilation)
         self._turn: AbstractContextManager[Any] = threading.RLock() if self.states else nullcontext()
         tensors = [(w.name, w.kind, w.tensor) for w in program.weights.values() if w.tensor is not None]
-        self.parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, kind, tensor in tensors if kind == "parameter"}
         self.buffers = {name: tensor for name, kind, tensor in tensors if kind == "buffer"} | self.states
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        ratio = None
+        if self._by_ratio is not None:
+            ratio, kwargs = kwargs.get(ARGUMENT), {name: value for name, value in kwargs.items() if name != ARGUMENT}
         inputs, given = self.call.bind(args, kwargs)
         self.check_weights()
+        if self._by_ratio is not None:
+            return unflatten(self._out_spec, self._by_ratio(inputs, ratio))
         with self._turn:
-            leaves, new_states = self.executor(inputs, self.states)
+            if self.compilation.trainable and torch.is_grad_enabled():
+                leaves, new_states = run(self.compilation.program, inputs, states=self.states, parameters=self.parameters)
+            else:
+                leaves, new_states = self.executor(inputs, self.states)
             if new_states:
                 leaves = self._write_back(leaves, new_states, given)
         return unflatten(self._out_spec, leaves)
@@ -344,6 +362,14 @@ class _Runner:
         executor = Executor(program, function, compiled.backend, compiled.cache, self._packs)
         self._executors.append(executor)
         return executor
+
+    def _outputs_of(self, function: str, inputs: Sequence[Any]) -> list[Any]:
+        """Of a function without states."""
+        if self.compilation.trainable and torch.is_grad_enabled():
+            return run(self.compilation.program, inputs, function=function, parameters=self.parameters)[0]
+        with self._lock:
+            executor = self._named.get(function) or self._named.setdefault(function, self._executor_of(function, {}))
+        return executor(inputs, {})[0]
 
     def packed(self) -> tuple[int, int]:
         """How many weights are held in a second layout by the functions that have run, and the bytes of these copies."""
@@ -373,7 +399,7 @@ class _Runner:
                 name: replace(compiled.program.weights[name], tensor=s.clone(), known_digest=None, _memo={})
                 for name, s in self.states.items()
             }
-        program = compiled.program.copy()
+        program = as_trained(compiled.program) if compiled.trainable else compiled.program.copy()
         program.weights.update(states)
         sources = tuple(kernel.source for kernel in self.executor.kernel_calls()) or compiled.kernels
         reports = tuple(map(str, compiled.reports))

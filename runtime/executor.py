@@ -67,7 +67,7 @@ class Executor:
         devices = {tensor.device for node in self._lowered.nodes for tensor in tensors_of(node.meta.get("val"))}
         if not isinstance(self._lowering, AtenLowering) and is_on(self._lowered, "cuda") and len(devices) == 1:
             weights = [bound(node) for node in self._lowered.nodes if node.op == "get_attr"]
-            caches = {cache for each in plan_appends(body.graph).values() for cache in each}
+            caches = {cache for each in plan_appends(body.graph).values() for cache in each.values()}
             is_state = [p in caches or source is not None for p, source in zip(body.placeholders, self._sources, strict=True)]
             self._call = Replayed(self._flat, CudaGraphs(*devices), is_state, weights)
 
@@ -93,7 +93,9 @@ class Executor:
 
     def packs(self) -> set[Pack]:
         """The weights that are held in a second layout."""
-        return {node.target.pack for graph in self._graphs() for node in graph.nodes if isinstance(node.target, PackedCall)}
+        return {
+            pack for graph in self._graphs() for node in graph.nodes if isinstance(node.target, PackedCall) for pack in node.target.packs
+        }
 
     def _graphs(self) -> list[fx.Graph]:
         """The graph that runs, and the bodies of its regions."""

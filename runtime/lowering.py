@@ -5,15 +5,14 @@ its slices have. In a program with regions a piece that takes more memory than i
 out convolutions anew and may keep what the plan frees.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import fx
 
 from ..codegen.native_calls import libraries_of
 from ..ir import Node, SymbolTable
-from ..ir.appends import plan_appends
+from ..ir.appends import CACHES, caches_of, plan_appends
 from ..ir.calls import GETITEM
 from ..ir.donation import plan_donations
 from ..ir.infer import tensors_of
@@ -39,7 +38,7 @@ class Lowering(Protocol):
     pieces: dict[Node, Node]
     left: set[Node]
     code: CodeCache | None
-    append_in_place: Callable[..., Any]
+    in_place: dict[Callable[..., Any], Callable[..., Any]]
 
     def prepared(self, graph: fx.Graph) -> tuple[fx.Graph, dict[Node, Node]]: ...
 
@@ -121,19 +120,22 @@ def _lowered(program: fx.Graph, lowering: Lowering) -> fx.Graph:
             copies[piece] = lowered.node_copy(piece, copies.__getitem__)
     for call, first in lowering.pieces.items():
         lowering.pieces[call] = source.get(first, first)
-    _append_in_place(program, lowered, lowering)
+    _write_in_place(program, lowered, lowering)
     return lowered
 
 
-def _append_in_place(program: fx.Graph, lowered: fx.Graph, lowering: Lowering) -> None:
+def _write_in_place(program: fx.Graph, lowered: fx.Graph, lowering: Lowering) -> None:
     """Lets calls write to the caches that `program` gives up to them."""
-    given_up = {tuple(str(cache.target) for cache in caches) for caches in plan_appends(program).values()}
+    given_up = {_names(caches.values()) for caches in plan_appends(program).values()}
     for node in lowered.nodes:
-        if node.target is torch.ops.gw.kv_append.default:
-            caches: Any = node.args[:2]
-            if tuple(str(cache.target) for cache in caches if cache.op == "placeholder") in given_up:
-                node.target = lowering.append_in_place
-                node.meta["writes_caches"] = True
+        if node.target in CACHES and _names(caches_of(node).values()) in given_up:
+            node.meta["writes_caches"] = caches_of(node)
+            node.target = lowering.in_place[node.target]
+
+
+def _names(caches: Iterable[Node]) -> tuple[str, ...]:
+    """The names of caches that are placeholders."""
+    return tuple(str(cache.target) for cache in caches if cache.op == "placeholder")
 
 
 def _pieces(graph: fx.Graph) -> "list[Node | list[Node]]":

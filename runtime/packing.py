@@ -14,9 +14,12 @@ from torch import fx
 
 from ..codegen import cpu_packed
 from ..codegen.cpu_groups import Group, find_groups
-from ..codegen.cpu_packed import Pack, PackedConvolution, hinted, is_channels_innermost
+from ..codegen.cpu_packed import Pack, PackedCall, PackedConvolution, hinted, is_channels_innermost
+from ..codegen.experts.packed import PackedExperts, packed_experts
 from ..ir import Node, SymbolTable
 from ..ir.infer import fake_like
+from ..ir.symbols import hint
+from .bindings import binding
 from .flat import FlatGraph
 from .probe import Probe
 from .segments import cut_out
@@ -37,16 +40,51 @@ class Packing:
         """`graph` anew, and from which of its nodes each call came (the first, of several). `weight_of` gives the values of what is a
         weight there; with `channels_last` convolutions may have their channels innermost."""
         groups = self._groups(graph, weight_of, channels_last)
+        experts = {node: call for node in graph.nodes if (call := self._experts(node, weight_of)) is not None}
         by_result = {group.result: group for group in groups}
         inside = {node for group in groups for node in group.nodes[:-1]}
         result = _Copy(self.symbols)
         for node in graph.nodes:
             if node in by_result:
                 result.add(by_result[node])
+            elif node in experts:
+                result.put(node, experts[node])
             elif node not in inside:
                 result.keep(node)
         result.drop_unused()
         return result.graph, result.source
+
+    def _experts(self, node: Node, weight_of: WeightOf) -> PackedExperts | None:
+        """What runs a mixture of experts on packed weights, where that wins."""
+        call = packed_experts(node)
+        if call is None or self.skips(node):
+            return None
+        weights = [weight_of(operand) for operand in node.args[3:5] if isinstance(operand, Node)]
+        if any(weight is None for weight in weights):
+            return None
+        shapes = [hinted(operand.meta["val"]) for operand in node.all_input_nodes]
+        question = (
+            f"{call} {call.activation} {call.combine_dtype} {[operand.meta['val'].dtype for operand in node.all_input_nodes]} {shapes}"
+        )
+        verdict = self.probe.known(call.kind, question)
+        if verdict == "aten":
+            return None
+        keys = [(id(weight), *call.layout()) for weight in weights]
+        call.both = tuple(self._packs.get(key) or Pack(weight, call.lay_out) for key, weight in zip(keys, weights, strict=True))
+        if (verdict or self._faster_experts(node, call, weights, question)) != "onednn":
+            return None
+        self._packs.update(zip(keys, call.both, strict=True))
+        return call
+
+    def _faster_experts(self, node: Node, call: PackedExperts, weights: list[Any], question: str) -> str:
+        x, index, weight = (operand.meta["val"] for operand in node.args[:3])
+        draw = torch.Generator().manual_seed(0)
+        chosen = torch.rand(hint(index.size(0)), weights[0].size(0), generator=draw).argsort(1)[:, : hint(index.size(1))].contiguous()
+        values = (random_like(x), chosen, random_like(weight), *weights)
+        plain = binding(node.target)
+        ways = {"aten": lambda: plain(*values, **node.kwargs), "onednn": lambda: call(*values)}
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return self.probe.fastest(call.kind, question, ways)
 
     def _groups(self, graph: fx.Graph, weight_of: WeightOf, channels_last: bool) -> list[Group]:
         if not cpu_packed.is_available():
@@ -144,6 +182,12 @@ class _Copy:
             call.meta["val"] = self._type(value)
             self._copies[group.result] = plain = self._clone(call, torch.contiguous_format, group.result.meta, value)
             self._last[plain] = call
+
+    def put(self, node: Node, call: PackedCall) -> None:
+        """`call` in the place of `node`, on its operands."""
+        made = self.graph.create_node("call_function", call, tuple(self._copies[operand] for operand in node.args), name=call.kind)
+        made.meta = dict(node.meta)
+        self.source[made], self._copies[node] = node, made
 
     def _channels_last(self, node: Node) -> Node:
         if node not in self._last:

@@ -36,7 +36,7 @@ def _profile(graph: fx.Graph) -> MemoryProfile:
     donors = {
         node: {j: node.args[2 + i] for j, i in node.target.donors.items()} for node in graph.nodes if isinstance(node.target, SlicedRun)
     }
-    donors |= {node: dict(enumerate(node.args[:2])) for node in graph.nodes if node.meta.get("writes_caches")}
+    donors |= {node: node.meta["writes_caches"] for node in graph.nodes if "writes_caches" in node.meta}
 
     def workspace(node: Node) -> int:
         if isinstance(node.target, SlicedRun):

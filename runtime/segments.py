@@ -2,7 +2,7 @@
 
 A lowering adds a run of calls to the graph that is being made (`segment`), and makes regions ready (`region`). `pieces` says of each
 call that it made of something else what that began with; what begins with a node in `left` stays with library kernels. `code` holds what
-was compiled before. `append_in_place` is `gw.kv_append` where nobody reads the old caches any more.
+was compiled before. `in_place` has for operators that give new caches what runs where nobody reads the old ones any more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from ..codegen.attention.cached import append_in_place
+from ..codegen.cpu_kernels import IN_PLACE
 from ..codegen.low_rank.sites import add_site, find_sites
 from ..codegen.native_calls import has_kernel
 from ..ir import Node, SymbolTable
@@ -26,7 +26,7 @@ from .sliced import Body, SlicedRun
 class AtenLowering:
     """Every operation by its own kernel."""
 
-    append_in_place = staticmethod(append_in_place)
+    in_place = IN_PLACE
 
     def __init__(self) -> None:
         self.pieces: dict[Node, Node] = {}

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..codegen.cpu_packed import PackedCall
+from ..codegen.few_rows.linear import FewRowsLinear
 from ..codegen.low_rank.sites import SiteCall
 from ..ir import Node, Region
 from ..ir.infer import operands_of, same_strides, storage_key
@@ -210,7 +211,7 @@ def call_workspace(node: Node) -> int:
     """Bytes that a call of a library kernel needs beside operands and results."""
     if isinstance(node.target, SiteCall):
         return node_workspace(node.target.first)
-    if not isinstance(node.target, PackedCall):
+    if not isinstance(node.target, PackedCall | FewRowsLinear):
         return node_workspace(node)
     x: Any = node.args[0]
     return node.target.scratch(x.meta["val"], node.meta["val"])

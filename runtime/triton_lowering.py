@@ -3,14 +3,16 @@
 Views that only groups look through are not made. Region bodies stay with library kernels.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import networkx
 import torch
 from torch import fx
 
+from ..codegen.cpu_kernels import IN_PLACE
 from ..codegen.triton.attention import launch as attention
+from ..codegen.triton.rat import launch as rat
 from ..ir import Function, Node, SymbolTable
 from ..ir.calls import GETITEM
 from ..ir.infer import tensors_of
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
     from ..codegen.triton.launch import Launch
     from ..codegen.triton.tune import Tuner
 
+# Kernels written by hand that run in the place of one call.
+_KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.gw.cached_attention.default: attention.cached_attention,
+    torch.ops.gw.rat_attention.default: rat.rat_attention,
+}
+
 
 class TritonLowering:
     """Lowers `graph` for a GPU; `interpreted` runs the kernels on CPU tensors in Triton's interpreter, for tests. With `tune`, tiles are
@@ -38,7 +46,10 @@ class TritonLowering:
         TargetError: `interpreted`, and triton compiles in this process.
     """
 
-    append_in_place = staticmethod(attention.append_in_place)
+    in_place = IN_PLACE | {
+        torch.ops.gw.kv_append.default: attention.append_in_place,
+        torch.ops.gw.rat_cached_attention.default: rat.step_in_place,
+    }
 
     def __init__(self, graph: fx.Graph, symbols: SymbolTable, interpreted: bool, tune: bool = False, cache: Cache | None = None):
         from ..codegen.triton.launch import require_interpreter
@@ -81,8 +92,8 @@ class TritonLowering:
         for node in _schedule(nodes, {node: group for node, (group, _) in launches.items()}):
             if node not in launches:
                 copies[node] = lowered.node_copy(node, copies.__getitem__)
-                if node.target is torch.ops.gw.cached_attention.default and node.meta["val"].device.type == self.device:
-                    copies[node].target = attention.cached_attention
+                if node.target in _KERNELS and node.meta["val"].device.type == self.device:
+                    copies[node].target = _KERNELS[node.target]
                 continue
             group, launch = launches[node]
             operands = tuple(map(copies.__getitem__, group.inputs))

@@ -61,6 +61,10 @@ class TunedSegments(InductorLowering):
         with torch.no_grad(), torch._C._DisableAutocast(), torch.random.fork_rng(devices=[]):
             return compiled if self._probe.fastest("segment", question, ways) == "inductor" else None
 
+    def loop(self, graph: fx.Graph, types: Sequence[Any]) -> Run:
+        """`graph` compiled as a segment is."""
+        return self._compiled(graph, types)
+
     def _formed(self, graph: fx.Graph) -> fx.Graph:
         return with_rows_spelled_out(graph)
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import graphwright.ir.ops  # noqa: F401
 from graphwright.runtime.decoding import caches as caches_module
 from graphwright.runtime.decoding.caches import CacheType
+from graphwright.runtime.decoding.gain import Gains
 from graphwright.runtime.decoding.sampler import Sampler
 
 VOCABULARY, DIM, HEADS, KV_HEADS, WIDTH = 11, 12, 4, 2, 4
@@ -100,6 +101,7 @@ class SmallDecoder:
     depth: int = 4
     seed: int = 0
     schedules: dict = field(default_factory=dict)
+    gains: Gains = field(default_factory=Gains)
     vocabulary: int = VOCABULARY
     max_positions: int | None = None
     device: torch.device = torch.device("cpu")
@@ -146,7 +148,7 @@ class SmallStep:
     def make_ready(self, batch, length):
         return 0.0
 
-    def __call__(self, caches, tokens, position, rows, lengths=None):
+    def __call__(self, caches, tokens, position, rows, lengths, hidden):
         assert tokens.dtype == position.dtype == rows.dtype == torch.int64
         self.decoder.calls.append((self.name, rows.tolist()))
         places = [self.decoder.place_of[layer] + n for layer in self.layers for n in (0, 1)]
@@ -155,11 +157,11 @@ class SmallStep:
             caches[place] = cache
         logits = self.decoder.network.logits(x)
         if self.name == "verify":
-            return logits
+            return (logits,)
         if self.name != "prefill":
             assert tokens.size(1) == 1
-            return logits[:, -1]
-        return logits[torch.arange(len(tokens)), lengths - 1]
+            return (logits[:, -1],)
+        return (logits[torch.arange(len(tokens)), lengths - 1],)
 
 
 def plain_decoder(depth=3, seed=0):
@@ -168,14 +170,14 @@ def plain_decoder(depth=3, seed=0):
     return SmallDecoder({"prefill": everything, "decode": everything}, depth, seed)
 
 
-def skipping_decoder(levels, level_of_step, *, depth=4, prefill="full", merge="never", seed=0):
+def skipping_decoder(levels, level_of_step, *, depth=4, prefill="full", merge="never", clock="step", seed=0):
     """Layers by a schedule."""
     names = [f"decode_{level}" for level in range(len(levels))]
     first = tuple(range(depth)) if prefill == "full" else levels[0]
     functions = {"prefill": first, **dict(zip(names, levels, strict=True))}
     table = {
         "levels": levels, "level_of_step": level_of_step, "functions": names, "prefill": prefill, "mode": "schedule", "gamma": 4,
-        "draft": "draft", "merge": merge,
+        "draft": "draft", "merge": merge, "clock": clock,
     }  # fmt: skip
     return SmallDecoder(functions, depth, seed, {"layer-skip": table})
 

@@ -264,6 +264,14 @@ def test_a_program_too_noisy_to_judge_is_inconclusive() -> None:
     assert result.kind == "inconclusive" and "too ill-conditioned to judge" in result.reason
 
 
+def test_counts_and_converted_integers_are_not_perturbed() -> None:
+    # Each number is the lower end of its bin: one that fell short of it by a rounding would be counted elsewhere.
+    counted = "%0 = aten._to_copy.default(%x, dtype=f32) : f32[8]\n  %1 = aten.histc.default(%0, 4, 0, 3) : f32[4]\n"
+    ends = counted + "  %2 = aten.cumsum.default(%1, 0, dtype=i64) : i64[4]\n  return %2"
+    found = verdict(ends, ends, "%x : i64[8]", values=[torch.arange(8) // 2])
+    assert found.kind == "right", found
+
+
 def test_random_numbers_come_from_one_state_and_their_draws_may_not_move() -> None:
     first, second = "%r = aten.rand.default([6])\n", "%s = aten.rand.default([6])\n"
     rest = "%a = aten.mul.Tensor(%x, %r)\n%b = aten.add.Tensor(%a, %s)\nreturn %b"

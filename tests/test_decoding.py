@@ -44,16 +44,24 @@ def test_tokens_are_those_of_the_whole_forward_for_any_prompts_chunks_and_places
     assert generated.finished == ["length"] * len(prompts)
 
 
-@given(nested_tables(), lengths, st.integers(1, 7), maybe_small, maybe_small, st.sampled_from(["full", "first"]), st.integers(0, 5))
-def test_a_schedule_s_tokens_are_those_of_the_reference_that_skips_without_a_cache(table, prompt_lengths, new, chunk, batch, prefill, seed):
+@given(
+    nested_tables(), lengths, st.integers(1, 7), maybe_small, maybe_small, st.sampled_from(["full", "first"]),
+    st.sampled_from(["step", "position"]), st.integers(0, 5),
+)  # fmt: skip
+def test_a_schedule_s_tokens_are_those_of_the_reference_that_skips_without_a_cache(
+    table, prompt_lengths, new, chunk, batch, prefill, clock, seed
+):
     levels, level_of_step = table
-    decoder, prompts = skipping_decoder(levels, level_of_step, prefill=prefill, seed=seed), random_prompts(prompt_lengths, seed)
+    decoder, prompts = (
+        skipping_decoder(levels, level_of_step, prefill=prefill, clock=clock, seed=seed),
+        random_prompts(prompt_lengths, seed),
+    )
     generated = generate(decoder, prompts, new, chunk=chunk, batch=batch)
-    by_step = [level_of_step[min(i, len(level_of_step) - 1)] for i in range(new - 1)]
-    sets = [levels[level] for level in by_step]
     first = None if prefill == "full" else levels[0]
-    assert generated.tokens == [decoder.naive(prompt, new, level_sets=sets, prefill=first) for prompt in prompts]
-    assert generated.levels == [by_step] * len(prompts)
+    for prompt, tokens, ran in zip(prompts, generated.tokens, generated.levels, strict=True):
+        begin = len(prompt) if clock == "position" else 0
+        assert ran == [level_of_step[min(begin + i, len(level_of_step) - 1)] for i in range(new - 1)]
+        assert tokens == decoder.naive(prompt, new, level_sets=[levels[level] for level in ran], prefill=first)
 
 
 @given(nested_tables(), lengths, st.integers(1, 7), st.integers(1, 3), st.integers(0, 5))
@@ -80,6 +88,15 @@ def test_rows_of_several_levels_run_apart_or_merged_as_the_schedule_says():
     assert ("decode_1", [0, 1]) in merged.calls and ("decode_1", [0, 1]) not in apart.calls
     assert "1 tokens had fewer layers" in str(together)
     assert ("decode_0", [0]) in apart.calls and ("decode_0", [1]) in apart.calls
+
+
+def test_by_position_rows_of_different_prompts_are_on_different_levels_and_run_apart():
+    levels, steps, prompts = [(0, 1, 2, 3), (0, 3)], [0, 0, 0, 0, 1], random_prompts([2, 4])
+    decoder = skipping_decoder(levels, steps, clock="position")
+    assert generate(decoder, prompts, 4).levels == [[0, 0, 1], [1, 1, 1]]
+    assert decoder.calls[1:] == [("decode_0", [0]), ("decode_1", [1])] * 2 + [("decode_1", [0, 1])]
+    merged = generate(skipping_decoder(levels, steps, clock="position", merge="down"), prompts, 4)
+    assert merged.levels == [[1, 1, 1]] * 2 and merged.figures.merged_steps == 2
 
 
 def test_a_merged_row_stays_on_the_smaller_set_when_the_row_that_brought_it_there_has_gone():

@@ -50,13 +50,18 @@ def naive(family, prompt, new):
     return tokens[len(prompt) :]
 
 
-def naive_skipping(program, prompt, new, sets):
-    """The same where decode step i leaves out the layers that are not in sets[i]."""
+@functools.cache
+def skip_reference(family):
+    program = program_of(family)
     decoder = find_decoder(program, program.main)
-    units = find_units(program, decoder, "layer")
-    reference, tokens = SkipReference(program, decoder, units), list(prompt)
+    return SkipReference(program, decoder, find_units(program, decoder, "layer"))
+
+
+def naive_skipping(family, prompt, new, sets):
+    """The same where decode step i leaves out the layers that are not in sets[i]."""
+    reference, tokens = skip_reference(family), list(prompt)
     for step in range(new):
-        active = [range(len(units))] * len(prompt) + sets[:step]
+        active = [range(len(reference.units))] * len(prompt) + sets[:step]
         tokens.append(int(reference.logits(torch.tensor([tokens]), active)[0, -1].argmax()))
     return tokens[len(prompt) :]
 
@@ -95,6 +100,36 @@ def test_a_table_of_positions_is_not_read_past_its_end():
         decoder.generate([prompt], 6)
 
 
+class Places(torch.nn.Module):
+    """A decoder with a table of 16 places and no config that says so; `read` looks it up."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.table, self.places, self.read = torch.nn.Embedding(8, 4), torch.nn.Embedding(16, 4), read
+
+    def forward(self, tokens, position_ids):
+        x = (self.table(tokens) + self.read(self.places, position_ids)).unsqueeze(1)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("read", "positions"),
+    [
+        (lambda places, at: places(at), 16),
+        (lambda places, at: places(at + 2), 14),
+        (lambda places, at: places.weight[at.to(torch.int32)], 16),
+        (lambda places, at: places.weight[at % 16], None),
+    ],
+)
+def test_a_table_that_no_config_speaks_of_is_not_read_past_its_end(read, positions):
+    decoder = gw.compile_decoder(Places(read).eval(), backend="aten", cache=False)
+    assert decoder._present.decoder.max_positions == positions
+    assert len(decoder.generate([[1] * 10], (positions or 30) - 9).tokens[0]) == (positions or 30) - 9
+    if positions is not None:
+        with pytest.raises(InputError, match=f"the model {positions} positions: max_new_tokens is at most {positions - 9} for it"):
+            decoder.generate([[1] * 10], positions - 8)
+
+
 @functools.cache
 def tuned(passes=""):
     return decoder_of("zoo", passes, backend="tuned")
@@ -122,10 +157,10 @@ def test_rows_that_end_one_by_one_leave_the_others_as_they_were():
 
 
 def test_bursts_of_few_rows_are_made_ready_for_their_length():
-    drafts = tuned("layer-skip{mode=speculative,draft=[1],gamma=2}")
-    prompts = random_prompts([4, 2, 3], seed=5)
-    assert drafts.generate(prompts, 7).tokens == [naive("zoo", prompt, 7) for prompt in prompts]
-    assert (4, 3) in drafts._present.decoder["verify"]._executors
+    drafts = tuned("layer-skip{mode=speculative,draft=[0],gamma=1,reuse_prefix=true}")
+    prompts = random_prompts([4], seed=5) * 3  # which take equal steps: each other number of rows would be made ready too
+    assert drafts.generate(prompts, 7, speculative=True).tokens == [naive("zoo", prompts[0], 7)] * 3
+    assert (4, 2) in drafts._present.decoder["resume"]._executors
 
 
 # --- schedules and drafts ---
@@ -135,10 +170,10 @@ DRAFTS = "layer-skip{mode=speculative,draft=[0,2],gamma=3}"
 
 
 def test_a_scheduled_decoder_generates_what_its_schedule_means():
-    program, prompts = program_of("llama", SCHEDULE % ""), random_prompts([4, 2])
+    prompts = random_prompts([4, 2])
     sets = [[0, 1, 2], [0, 2], [0, 2], [2], [2], [2]]
     generated = decoder_of("llama", SCHEDULE % "").generate(prompts, 7)
-    assert generated.tokens == [naive_skipping(program, prompt, 7, sets) for prompt in prompts]
+    assert generated.tokens == [naive_skipping("llama", prompt, 7, sets) for prompt in prompts]
     assert generated.levels == [[0, 1, 1, 2, 2, 2]] * 2
 
 
@@ -148,14 +183,31 @@ def test_rows_of_several_levels_merge_where_the_schedule_lets_them():
     assert generated.levels[1] != [0, 1, 1, 2] and generated.figures.merged_steps > 0
     levels = program_of("llama", passes).schedules["layer-skip"]["levels"]
     for prompt, tokens, ran in zip(prompts, generated.tokens, generated.levels, strict=True):
-        assert tokens == naive_skipping(program_of("llama", passes), prompt, 5, [levels[level] for level in ran])
+        assert tokens == naive_skipping("llama", prompt, 5, [levels[level] for level in ran])
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 12), st.integers(0, 99))
+@functools.cache
+def drafting(passes=DRAFTS):
+    return decoder_of("llama", passes)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 12), st.integers(0, 99), st.none() | st.integers(1, 3))
 @settings(max_examples=20)
-def test_drafts_leave_greedy_tokens_as_they_were(lengths, new, seed):
-    decoder, prompts = decoder_of("llama", DRAFTS), random_prompts(lengths, seed)
-    assert decoder.generate(prompts, new).tokens == decoder.generate(prompts, new, speculative=False).tokens
+def test_drafts_leave_greedy_tokens_as_they_were(lengths, new, seed, batch):
+    """At all events, as measurements decide, and where the judge begins with the draft's hidden states."""
+    prompts, reusing = random_prompts(lengths, seed), drafting(DRAFTS.replace("}", ",reuse_prefix=true}"))
+    expected = drafting().generate(prompts, new, speculative=False)
+    eos = expected.tokens[0][-1]
+    expected = drafting().generate(prompts, new, speculative=False, eos=eos, batch=batch).tokens
+    for decoder, speculative in ((drafting(), True), (drafting(), None), (reusing, True)):
+        assert decoder.generate(prompts, new, speculative=speculative, eos=eos, batch=batch).tokens == expected
+
+
+def test_a_judge_that_begins_with_the_draft_s_hidden_states_runs_no_layer_below_again():
+    reusing = drafting(DRAFTS.replace("}", ",reuse_prefix=true}"))
+    reusing.generate(random_prompts([3]), 6, speculative=True)
+    steps = reusing._present.decoder._steps
+    assert "verify" not in steps and steps["lift"].layers == (0,) and steps["resume"].layers == (1, 2)
 
 
 def test_a_schedule_of_all_layers_is_no_schedule_bit_for_bit():
@@ -186,7 +238,7 @@ def test_functions_are_made_ready_when_they_first_run():
 
 def test_functions_hold_no_copies_of_weights():
     model = decoder_of("llama", DRAFTS)
-    model.generate([[1, 2]], 5)
+    model.generate([[1, 2]], 5, speculative=True)
     model.generate([[1, 2]], 5, speculative=False)
     weights = {weight.tensor.untyped_storage().data_ptr() for weight in model.program.weights.values()}
     executors = model._present._executors
@@ -199,7 +251,7 @@ def onednn_wins(monkeypatch):
     """Every question of a product is answered with oneDNN, however fast it is here."""
     if not is_available():
         pytest.skip("this torch has no oneDNN: install a wheel that has it")
-    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: list(ways)[-1])
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "onednn" if kind == "few rows" else list(ways)[-1])
 
 
 def test_a_weight_has_one_second_layout_for_all_functions(onednn_wins):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphwright.ir.errors import InputError
-from graphwright.runtime.decoding.sampler import Purpose, Sampler, draw
+from graphwright.runtime.decoding.sampler import Purpose, Sampler, draw, first_of_largest
 
 
 def logits_of(probabilities):
@@ -111,3 +111,38 @@ def test_numbers_are_spread_evenly_along_rows_and_along_steps():
 def test_logits_that_are_no_numbers_are_refused(broken):
     with pytest.raises(InputError, match="logits are NaN or infinite"):
         Sampler(temperature=1.0).choose(torch.tensor([[0.0, broken]]), [0], [0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 50}, {"top_k": 7, "top_p": 0.6}, {"top_k": 700}], ids=str)
+@pytest.mark.parametrize("size", [1000, 6400, 32000])
+def test_top_k_draws_from_a_few_logits_what_it_draws_from_all(monkeypatch, dtype, options, size):
+    sampler, rows = Sampler(temperature=0.9, seed=3, **options), list(range(5))
+    for step, spread in enumerate((0.01, 1.0, 5.0)):  # narrow logits are often equal in bfloat16
+        logits = (torch.randn(5, size, generator=torch.Generator().manual_seed(step)) * spread).to(dtype)
+        of_all = draw(sampler.weights(logits), sampler.uniforms(rows, [step] * 5))
+        assert sampler.choose(logits, rows, [step] * 5) == of_all
+
+
+def test_a_few_logits_are_looked_at_where_these_have_all_that_top_k_keeps(monkeypatch):
+    looked_at = []
+    weights = Sampler.weights
+    monkeypatch.setattr(Sampler, "weights", lambda self, logits: looked_at.append(logits.size(-1)) or weights(self, logits))
+    spread = torch.arange(32000.0).flip(0).repeat(2, 1)
+    for logits in (spread, spread * 0, torch.randn(2, 32001)):  # then all are equal, and in no whole blocks
+        Sampler(temperature=1.0, top_k=50).choose(logits, [0, 1], [0, 0])
+    assert looked_at[0] < 200 and looked_at[1:] == [32000, 32001]
+
+
+@pytest.mark.parametrize("shape", [(3, 500), (2, 3, 500)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_first_of_the_largest_is_torchs_argmax(dtype, shape):
+    logits = torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert first_of_largest(logits) == logits.argmax(-1).tolist()
+
+
+def test_logits_that_are_nan_are_refused_where_few_are_looked_at():
+    logits = torch.randn(2, 32000)
+    logits[1, 777] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        Sampler(temperature=1.0, top_k=50).choose(logits, [0, 1], [0, 0])

@@ -17,6 +17,7 @@ from graphwright.ir.float64 import to_float64
 from graphwright.ir.layers import find_layers
 from graphwright.ir.run import run
 from graphwright.models.decoder import Rotation
+from graphwright.passes.experts.blocks import find_blocks
 from graphwright.passes.kv_cache.stepping import empty_caches, largest_difference
 from graphwright.tests import decoders
 
@@ -80,9 +81,15 @@ def test_every_family_in_steps_is_its_whole_forward(family: str) -> None:
     for name in ("main", "decode", "verify"):
         function = program.functions[name]
         layers = find_layers(function, function.placeholders[0]).layers
-        assert len(layers) == (2 if family == "zoo" else decoders.LAYERS)
+        assert len(layers) == (decoders.LAYERS if family in decoders.DEEPER else 2)
         assert all(layer.bypass() for layer in layers), "each is a residual around branches"
         assert all(a.result is b.source for a, b in zip(layers, layers[1:], strict=False))
+
+
+@pytest.mark.parametrize("family", decoders.FAMILIES)
+def test_experts_are_found_in_the_family_that_has_some_and_in_no_other(family: str) -> None:
+    blocks, failures = find_blocks(compiled(family).program.main)
+    assert (len(blocks), failures) == (2 if family == "mixtral" else 0, [])
 
 
 def _worst_of_split(program: gw.Program, tokens: torch.Tensor, prompt: int) -> float:

@@ -149,6 +149,26 @@ def caches(rng, name):
     yield torch.ops.gw.cached_attention.default, (q, cache_k, cache_v, position, chosen), {"scale": 0.5, "window": rng.choice([0, 3])}
 
 
+@sample("gw::token_choice_moe", "gw::expert_choice", "gw::expert_mlp")
+def experts(rng, name):
+    batch, length, depth, count, inner, k = (rng.randint(2, 5) for _ in range(6))
+    weights, gw = (t(count, 2 * inner, depth), t(count, depth, inner)), torch.ops.gw
+    capacity = rng.randint(1, length)
+    valid, at_most = torch.rand(batch, length) < 0.8, torch.randint(0, capacity + 1, (batch,))
+    index = torch.randint(-1, length, (batch, count, capacity))
+    yield from {
+        "gw::token_choice_moe": [
+            (gw.token_choice_moe.default, (t(length, depth), torch.randint(0, count, (length, k)), t(length, k), *weights),
+             {"activation": "silu", "combine_dtype": torch.float64}),
+        ],
+        "gw::expert_choice": [
+            (gw.expert_choice.default, (t(batch, length, count), *masks), {"capacity": capacity, "rule": rule})
+            for rule in ("orig", "post") for masks in ((None, None), (valid, None), (valid, at_most))
+        ],
+        "gw::expert_mlp": [(gw.expert_mlp.default, (t(batch, length, depth), index, t(batch, count, capacity), *weights), {"activation": "gelu"})],
+    }[name]  # fmt: skip
+
+
 @sample("aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 def products(rng, name):
     m, k, n, b = (rng.randint(1, 6) for _ in range(4))

@@ -10,14 +10,14 @@ from torch.utils._pytree import tree_map_only
 
 from graphwright import models
 from graphwright.ir.errors import InputError
-from graphwright.models import decoder, video_unet, video_unet_svd
+from graphwright.models import decoder, moe_dlm, rat_lm, video_unet, video_unet_svd
 from graphwright.models.random_weights import draw_weights
 
 MILLION = 1_000_000
 
 # What a published checkpoint of each holds, in millions: AnimateDiff on Stable Diffusion 1.5, Stable Video Diffusion, DiT-XL/2,
-# Llama 3.2 1B, ViT-B/16.
-BASE_MILLIONS = {"video_unet": 1313, "video_unet_svd": 1525, "dit": 675, "decoder": 1236, "vit": 87}
+# Llama 3.2 1B, ViT-B/16, LLaDA-MoE 7B-A1B. RAT published no checkpoint: its hybrid of 1.3 billion with the vocabulary that we chose.
+BASE_MILLIONS = {"video_unet": 1313, "video_unet_svd": 1525, "dit": 675, "decoder": 1236, "rat": 1292, "vit": 87, "moe_dlm": 7357}
 
 
 def count_parameters(module):
@@ -94,7 +94,8 @@ def test_half_precision_stays_half(name, dtype):
 
 
 BATCH = {0: Dim("batch", max=64)}
-DYNAMIC_SHAPES = {"decoder": ({0: Dim("batch", max=64), 1: Dim("length", max=4096)},), "vit": (BATCH,), "dit": (BATCH,) * 3}
+TOKENS = ({0: Dim("batch", max=64), 1: Dim("length", max=4096)},)
+DYNAMIC_SHAPES = {"decoder": TOKENS, "rat": TOKENS, "moe_dlm": (BATCH,), "vit": (BATCH,), "dit": (BATCH,) * 3}
 
 
 @functools.cache  # an export takes seconds
@@ -119,7 +120,14 @@ def test_export_keeps_composites_whole_and_mutates_nothing(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("network", "other_sizes"), [("decoder", {"batch": 5, "length": 23}), ("vit", {"batch": 5}), ("dit", {"batch": 5})]
+    ("network", "other_sizes"),
+    [
+        ("decoder", {"batch": 5, "length": 23}),
+        ("rat", {"batch": 5, "length": 23}),
+        ("vit", {"batch": 5}),
+        ("dit", {"batch": 5}),
+        ("moe_dlm", {"batch": 5}),
+    ],
 )
 def test_dynamic_dims_serve_other_sizes(network, other_sizes):
     module, args, _ = models.load(network, "tiny", **other_sizes)
@@ -151,7 +159,9 @@ def test_base_is_the_published_size(name):
         ("video_unet_svd", {"frames": 5, "height": 4, "width": 10, "batch": 2}, (2, 5, 4, 4, 10)),
         ("dit", {"length": 24, "batch": 3}, (3, 8, 8, 12)),
         ("decoder", {"length": 7, "batch": 3}, (3, 7, 256)),
+        ("rat", {"length": 7, "batch": 3}, (3, 7, 256)),
         ("vit", {"height": 16, "width": 40, "batch": 3}, (3, 10)),
+        ("moe_dlm", {"length": 7, "batch": 3}, (3, 7, 256)),
     ],
 )
 @torch.no_grad()
@@ -161,10 +171,42 @@ def test_input_sizes_can_be_chosen(network, sizes, shape):
 
 
 @torch.no_grad()
-def test_the_decoder_looks_at_no_later_token():
-    module, (ids,), _ = models.load("decoder", "tiny")
+@pytest.mark.parametrize("name", ["decoder", "rat"])
+def test_a_language_model_looks_at_no_later_token(name):
+    module, (ids,), _ = models.load(name, "tiny")
     changed = torch.cat([ids[:, :10], 255 - ids[:, 10:]], dim=1)
     torch.testing.assert_close(module(ids)[:, :10], module(changed)[:, :10])
+
+
+@torch.no_grad()
+def test_a_rat_layer_is_gated_states_of_chunks_and_attention_over_them():
+    module, _, _ = models.load("rat", "tiny")
+    mixer, chunk, heads, width = module.layers[0].mixer.double(), 4, 4, 16
+    x = torch.randn(1, 11, 64, dtype=torch.float64)
+    z, v, gate, q, k = (x[0] @ mixer.in_proj.weight.T).split([64, 64, 64, 32, 32], dim=-1)
+    turn = decoder.Rotation.of_positions(torch.arange(11).unsqueeze(0) // chunk, width, 10000.0, like=x)
+    rotations = [decoder.Rotation(turn.cos[:, t], turn.sin[:, t]) for t in range(11)]
+    expected = torch.zeros(11, 64, dtype=torch.float64)
+    for head in range(heads):
+        own, group = slice(head * width, (head + 1) * width), slice(head % 2 * width, (head % 2 + 1) * width)
+        g, keys, values = (gate + mixer.gate_bias)[:, own].sigmoid(), [], []
+        for t in range(11):
+            if t % chunk == 0:
+                key = value = torch.zeros(width, dtype=torch.float64)
+            key, value = g[t] * key + (1 - g[t]) * k[t, group], g[t] * value + (1 - g[t]) * v[t, own]
+            keys, values = [*keys, rotations[t].apply(key)[0]], [*values, value]
+            seen = [*range(chunk - 1, t // chunk * chunk, chunk), t]
+            scores = torch.stack([keys[j] for j in seen]) @ rotations[t].apply(q[t, group])[0] * width**-0.5
+            expected[t, own] = scores.softmax(0) @ torch.stack([values[j] for j in seen])
+    torch.testing.assert_close(mixer(x, turn)[0], (z.sigmoid() * expected) @ mixer.o_proj.weight.T)
+
+
+def test_rat_layers_and_windows_take_turns_and_without_a_window_all_layers_are_rat():
+    assert [layer.is_local for layer in models.load("rat", "tiny")[0].layers] == [False, True]
+    pure = rat_lm.RatLM(dataclasses.replace(rat_lm.SIZES["tiny"], window=0))
+    assert not any(layer.is_local for layer in pure.layers)
+    with pytest.raises(ValueError, match="3 heads are no 2 equal groups"):
+        dataclasses.replace(rat_lm.SIZES["tiny"], num_heads=3)
 
 
 @torch.no_grad()
@@ -191,10 +233,28 @@ def test_layers_that_a_decoder_does_not_have_are_refused(index):
         decoder.with_layers(models.load("decoder", "tiny")[0], [0, index])
 
 
+@torch.no_grad()
+def test_the_masked_diffusion_network_looks_both_ways():
+    module, (ids,), _ = models.load("moe_dlm", "tiny")
+    for place, seen_from in ((-1, 0), (0, -1)):
+        changed = ids.clone()
+        changed[:, place] = (changed[:, place] + 1) % 255
+        assert (module(ids) - module(changed))[:, seen_from].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_masked_diffusion_network_does_not_see_padding():
+    module, (ids,), _ = models.load("moe_dlm", "tiny")
+    mask = torch.ones(2, 21, dtype=torch.int64)
+    mask[:, 16:] = 0
+    padded = torch.cat([ids, torch.zeros(2, 5, dtype=ids.dtype)], 1)
+    torch.testing.assert_close(module(padded, mask)[:, :16], module(ids))
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        ({"name": "resnet"}, "video_unet, video_unet_svd, dit, decoder, vit"),
+        ({"name": "resnet"}, "video_unet, video_unet_svd, dit, decoder, rat, vit, moe_dlm"),
         ({"name": "vit", "size": "huge"}, "tiny, small, base"),
         ({"name": "vit", "size": "tiny", "length": 4}, "batch, height, width"),
         ({"name": "vit", "size": "tiny", "height": 33}, "multiples of the patch, 8"),
@@ -283,3 +343,26 @@ def test_decoder_is_llama():
     state = {key if key.startswith("lm_head") else f"model.{key}": tensor for key, tensor in module.state_dict().items()}
     reference.load_state_dict(state)
     assert_agrees(module, reference, args, kwargs, {"return_dict": False})
+
+
+@torch.no_grad()
+def test_experts_of_moe_dlm_are_those_of_mixtral():
+    transformers = pytest.importorskip("transformers", reason="compares with transformers: pip install transformers")
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = dataclasses.replace(moe_dlm.SIZES["tiny"], norm_topk_prob=True)  # Mixtral's weights have a sum of 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = moe_dlm.MixtureOfExperts(config).eval()
+        draw_weights(block)
+        x = torch.randn(2, 9, config.dim)
+    shape = {"hidden_size": config.dim, "intermediate_size": config.hidden, "num_local_experts": config.experts}
+    reference = MixtralSparseMoeBlock(transformers.MixtralConfig(**shape, num_experts_per_tok=config.chosen))
+    reference.load_state_dict(block.state_dict())
+    torch.testing.assert_close(block(x), reference.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_of_moe_dlm_give_the_same_in_training_as_they_are_exported():
+    module, (ids,), _ = models.load("moe_dlm", "tiny")
+    exported = module.double()(ids)
+    torch.testing.assert_close(module.train()(ids), exported, rtol=1e-10, atol=1e-10)

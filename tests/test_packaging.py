@@ -11,7 +11,7 @@ from pathlib import Path
 import graphwright
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SHIPPED = {"tests", "bench", "docs"}
+NOT_SHIPPED = {"tests", "bench", "docs", "examples"}
 NOT_SOURCE = {"build", "dist", "out", "__pycache__"}
 
 HEAVY = {"transformers", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "triton", "torch._dynamo", "torch._inductor"}

@@ -155,7 +155,10 @@ def test_an_option_that_is_no_plain_data_cannot_be_spelled() -> None:
     [
         ("exampel", r"no pass is called exampel: did you mean example\? \(column 1 "),
         ("late,fold-constant", r"no pass is called fold-constant: did you mean fold-constants\? \(column 6 "),
-        ("zzz", "no pass is called zzz: known are absorb-outliers, also-early, append-lora, early, example, fold-batch-norm"),
+        (
+            "zzz",
+            "no pass is called zzz: known are absorb-outliers, also-early, append-lora, early, example, expert-choice, fold-batch-norm",
+        ),
         ("example{rnk=3}", "pass example has no option rnk: its options are rank"),
         ("late,example{rank=0}", r"option rank is 0, but must be an integer of at least 1 \(column 6 "),
         ("example{rank=}", r"a value was expected, not '}' \(column 14 "),

@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 
 from graphwright.ir import capture, parse, verify
 from graphwright.ir.run import run
+from graphwright.passes.experts.blocks import find_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from real_networks import NETWORKS
@@ -23,6 +24,7 @@ def test_captures_prints_parses_verifies_and_runs_as_eager_does(name: str) -> No
     model, args, kwargs, dynamic_shapes = NETWORKS[name]()
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     verify(program)
+    assert find_blocks(program.main) == ([], []), "none of these has experts"
 
     text = str(program)
     again = parse(text, weights=program.weights)

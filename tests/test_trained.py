@@ -36,8 +36,8 @@ def assert_same_parameters(a, b):
 # --- loading ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_digits_of_dit_and_the_text_of_decoder_are_trained():
-    assert TRAINED == [("dit", "digits"), ("decoder", "text")]
+def test_the_digits_of_dit_and_the_text_of_decoder_and_rat_are_trained():
+    assert TRAINED == [("dit", "digits"), ("decoder", "text"), ("rat", "text")]
     with pytest.raises(InputError, match="no network 'resnet'"):
         models.trained("resnet")
 
@@ -142,6 +142,13 @@ def test_the_trained_decoder_looks_back(one_thread):
     ids = text.encode(text.held_out())[:4097]
     near, far = (text.perplexity(module, ids, length, batch=2048 // length).per_token for length in (16, 256))
     assert far < 0.8 * near
+
+
+def test_the_trained_recurrence_looks_further_back_than_a_chunk_and_its_windows(one_thread):
+    module, _, _ = models.load("rat", "text")
+    ids = text.encode(text.held_out())[:4097]
+    near, far = (text.perplexity(module, ids, length, batch=2048 // length).per_token for length in (16, 256))
+    assert far < 0.8 * near < 80
 
 
 # --- files of weights ------------------------------------------------------------------------------------------------------

@@ -21,80 +21,34 @@ CASES = {  # dtype, rows, queries, heads, key heads, depth, capacity, window, so
 
 
 def launches(case, target):
-    """Name -> the arguments by name of each launch that a call of `case` makes."""
+    """Name -> the kernel and the arguments by name of each launch that a call of `case` makes."""
     import torch
 
     from graphwright.codegen.triton.attention import kernels, launch
+    from graphwright.tests.ahead_of_time import launches_of
 
     dtype, batch, queries, heads, kv_heads, depth, capacity, window, softcap = case
 
     def empty(*shape):
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
-    found = {}
-
-    class Recorded:
-        def __init__(self, function):
-            self.function = function
-
-        def __getitem__(self, grid):
-            names = self.function.arg_names
-            return lambda *args, **options: found.setdefault(self.function.__name__, dict(zip(names, args)) | options)
-
-    functions = {name: getattr(kernels, name) for name in ("attend", "join", "append")}
-    try:
-        for name, function in functions.items():
-            setattr(kernels, name, Recorded(function))
-        launch.target_of = lambda device: target
+    def call():
         caches = [empty(batch, kv_heads, capacity, depth) for _ in range(2)]
         at = [torch.empty(batch, dtype=torch.int64, device="meta") for _ in range(2)]
         launch.cached_attention(
-            empty(batch, queries, heads, depth).transpose(1, 2), *caches, *at, scale=0.1, window=window, softcap=softcap
+            empty(batch, queries, heads, depth).transpose(1, 2), *caches, *at, scale=0.1, window=window, softcap=softcap, ring=window > 0
         )
-        launch.append_in_place(*caches, *(empty(batch, queries, kv_heads, depth).transpose(1, 2) for _ in range(2)), *at)
-    finally:
-        for name, function in functions.items():
-            setattr(kernels, name, function)
-    return {name: (functions[name], arguments) for name, arguments in found.items()}
+        new = [empty(batch, queries, kv_heads, depth).transpose(1, 2) for _ in range(2)]
+        launch.append_in_place(*caches, *new, *at, ring=window > 0)
 
-
-def compiled(function, arguments, target):
-    """As triton's launcher specialises it: a size of 1 is a constant, multiples of 16 are known."""
-    import torch
-
-    from graphwright.codegen.triton.aot import _POINTERS, binary_of
-
-    signature, constants, attributes = {}, {}, {}
-    fixed = {parameter.name for parameter in function.params if parameter.is_constexpr}
-    for position, name in enumerate(function.arg_names):
-        value = arguments[name]
-        if name in fixed or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            is_tensor = isinstance(value, torch.Tensor)
-            signature[name] = _POINTERS[value.dtype] if is_tensor else "i32" if value < 2**31 else "i64"
-            if is_tensor or value % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    return binary_of(lambda: function, signature, constants, attributes, {"num_warps": arguments["num_warps"]}, target)
+    launch.target_of = lambda device: target
+    return launches_of({kernels: ("attend", "join", "append")}, call)
 
 
 def main():
-    from graphwright.codegen.triton.targets import TARGETS
+    from graphwright.tests.ahead_of_time import figures
 
-    table = {}
-    for name, case in CASES.items():
-        for target in TARGETS.values():
-            for kernel, (function, arguments) in launches(case, target).items():
-                b = compiled(function, arguments, target.name)
-                table.setdefault(name, {}).setdefault(target.name, {})[kernel] = [
-                    b.registers,
-                    b.shared_bytes,
-                    b.spills,
-                    target.shared_bytes,
-                ]
-    json.dump(table, sys.stdout)
+    json.dump(figures(CASES, launches), sys.stdout)
 
 
 @pytest.fixture(scope="module")

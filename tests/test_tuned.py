@@ -9,6 +9,7 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.codegen.cpu_packed import PackedCall, is_available
+from graphwright.codegen.cpu_rows import with_rows_spelled_out
 from graphwright.ir.float64 import Widening
 from graphwright.ir.run import run
 from graphwright.runtime.backend import has_cpp_compiler
@@ -22,7 +23,7 @@ needs_onednn = pytest.mark.skipif(not is_available(), reason="this torch has no 
 @pytest.fixture
 def onednn_wins(monkeypatch):
     """Every question of a product or a convolution is answered with oneDNN, however fast it is here."""
-    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: list(ways)[-1])
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "onednn" if kind == "few rows" else list(ways)[-1])
 
 
 class Linear(nn.Module):
@@ -450,10 +451,18 @@ def test_random_calls_keep_their_order(compiled_wins):
 
 
 @needs_compiler
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48)], ids=str)
 @pytest.mark.parametrize("form", ["linear", "addmm"])
-def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bias, shape):
+@pytest.mark.parametrize(
+    "dtype, bias, shape",
+    [
+        (torch.float32, True, (1, 48)),
+        (torch.float32, False, (1, 1, 48)),
+        (torch.bfloat16, True, (1, 1, 48)),
+        (torch.float16, False, (1, 48)),
+    ],
+    ids=str,
+)
+def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bias, shape, dtype):
     class Row(nn.Module):
         def __init__(self):
             super().__init__()
@@ -466,13 +475,32 @@ def test_a_product_of_one_row_is_a_loop_of_compiled_code(compiled_wins, form, bi
             flat = x.view(1, 48)
             return F.silu(torch.addmm(self.bias, flat, self.weight) if bias else torch.mm(flat, self.weight))
 
-    net, x = Row(), torch.randn(shape)
+    net, x = Row().to(dtype), torch.randn(shape).to(dtype)
     model = tuned(net, x)
     assert len(segments(model)) == 1 and not packed_calls(model)
+    assert not any("linear" in str(n.target) or "mm" in str(n.target) for n in with_rows_spelled_out(segments(model)[0].graph).nodes)
     assert_exact(model, net, x)
     with torch.no_grad():
         net.weight.add_(1)  # nothing is copied, so nothing can be stale
     assert_exact(model, net, x)
+
+
+@needs_compiler
+def test_what_products_of_one_row_read_is_computed_once_and_wherever_it_lies(compiled_wins):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(48, 40), nn.Linear(48, 24)
+
+        def forward(self, x, y):
+            z = F.silu(x)
+            return self.first(z).sum() + self.second(z) + self.second(y)
+
+    net, x, y = Pair(), torch.randn(1, 48), torch.randn(48, 3)[:, 1].unsqueeze(0)
+    model = tuned(net, x, y)
+    spelled = [str(node.target) for node in with_rows_spelled_out(segments(model)[0].graph).nodes]
+    assert spelled.count("aten.as_strided.default") == 2  # of z and of y
+    assert_exact(model, net, x, y)
 
 
 @needs_compiler

@@ -176,6 +176,50 @@ def test_attention_over_full_caches(batch: int, queries: int, window: int, width
     assert_foreseen(Call(attend), (torch.randn(batch, 6, queries, 64), *caches, position, torch.arange(batch)))
 
 
+def test_experts_of_the_tokens_that_chose_them() -> None:
+    def experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return torch.ops.gw.token_choice_moe(x, index, weight, gate_up, down, activation="silu", combine_dtype=torch.float32)
+
+    index = torch.rand(700, 8).argsort(1)[:, :3].contiguous()
+    assert_foreseen(Call(experts), (torch.randn(700, 64), index, torch.rand(700, 3), torch.randn(8, 96, 64), torch.randn(8, 64, 48)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_choose_tokens(dtype: torch.dtype) -> None:
+    def experts(x: Tensor, index: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return torch.ops.gw.expert_mlp(x, index, gate, gate_up, down, activation="silu")
+
+    index = torch.rand(2, 8, 700).argsort(-1)[..., :300].contiguous()
+    floats = [torch.randn(*shape).to(dtype) for shape in ((2, 700, 64), (8, 96, 64), (8, 64, 48))]
+    assert_foreseen(Call(experts), (floats[0], index, torch.rand(2, 8, 300), *floats[1:]))
+
+
+def test_choices_of_experts() -> None:
+    def choice(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.gw.expert_choice(logits, None, None, capacity=64, rule="orig")
+
+    assert_foreseen(Call(choice), (torch.randn(4, 512, 64),))
+
+
+@pytest.mark.parametrize("local", ["state", "raw"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1500), (3, 40)])
+def test_attention_over_a_chunked_recurrence_has_nothing_for_each_two_tokens(batch: int, tokens: int, local: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        return torch.ops.gw.rat_attention(q, k, v, gate, None, None, None, chunk=16, scale=0.1, window=64, local=local)
+
+    assert_foreseen(Call(attend), (torch.randn(batch, 6, tokens, 64), *(torch.randn(batch, 2, tokens, 64) for _ in range(3))))
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (2, 300)])
+def test_steps_over_full_caches_of_a_chunked_recurrence(batch: int, tokens: int) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *caches: Tensor) -> Tensor:
+        return torch.ops.gw.rat_cached_attention(q, k, v, gate, None, None, None, *caches, None, chunk=4, scale=0.1, window=64)[0]
+
+    caches = *(torch.randn(4, 2, 1065, 64) for _ in range(2)), *(torch.randn(4, 2, 64) for _ in range(2))
+    given = (torch.randn(batch, 6, tokens, 64), *(torch.randn(batch, 2, tokens, 64) for _ in range(3)))
+    assert_foreseen(Call(attend), (*given, *caches, torch.full((batch,), 4000 - tokens), torch.arange(batch)))
+
+
 @pytest.mark.parametrize("layout", [torch.clone, strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize(
     ("attend", "shapes"),

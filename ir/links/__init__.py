@@ -4,7 +4,7 @@ The slicing pass asks `backward`, `forward`, `localize`, `kind` and `halo`; a di
 Nothing here changes a graph, adds a guard or looks at more than one node. Source: specs/feature_slicing.md, sections 2 to 3.3.
 """
 
-from . import attention, conv, elementwise, index, kv_cache, low_rank, matmul, norm, pieces, reduce, views  # noqa: F401  (register rows)
+from . import attention, conv, elementwise, experts, index, kv_cache, low_rank, matmul, norm, pieces, reduce, views  # noqa: F401  (register rows)
 from .call import Call
 from .table import ROWS, Move, Moves, Row, backward, declare, forward, halo, kind, localize, row
 from .tag import WHOLE, Localized, OperandSlot, Refusal, Tag

@@ -1,5 +1,5 @@
 """The dialect's operators; importing this package declares them."""
 
-from . import attention, kv_cache, low_rank, norm, onnx_node
+from . import attention, experts, grouped, kv_cache, low_rank, norm, onnx_node, rat
 
-__all__ = ["attention", "kv_cache", "low_rank", "norm", "onnx_node"]
+__all__ = ["attention", "experts", "grouped", "kv_cache", "low_rank", "norm", "onnx_node", "rat"]

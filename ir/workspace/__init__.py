@@ -12,11 +12,13 @@ from ..pattern import named_arguments
 from ..program import Node
 from .attention import attention, causal_attention
 from .convolution import convolution, transposed_convolution
+from .experts import expert_choice, expert_mlp, grouped_mm, token_choice_moe
 from .kernels import RULES as KERNEL_RULES
 from .kernels import upsample_nearest
 from .kv_cache import cached_attention
 from .low_rank import lowrank_linear
 from .operands import Part, Workspace
+from .rat import rat_attention, rat_cached_attention
 
 __all__ = ["NOMINAL_THREADS", "Workspace", "slice_workspace", "workspace"]
 
@@ -37,7 +39,17 @@ _RULES_OF_SLICES: dict[str, Callable[[dict[str, Any], Node, int, Part], Workspac
     "gw::cached_attention": cached_attention,
 }
 
-_RULES: dict[str, Callable[..., Workspace]] = {**KERNEL_RULES, **_RULES_OF_SLICES, "gw::lowrank_linear": lowrank_linear}
+_RULES: dict[str, Callable[..., Workspace]] = {
+    **KERNEL_RULES,
+    **_RULES_OF_SLICES,
+    "gw::lowrank_linear": lowrank_linear,
+    "gw::token_choice_moe": token_choice_moe,
+    "gw::expert_choice": expert_choice,
+    "gw::expert_mlp": expert_mlp,
+    "gw::grouped_mm": grouped_mm,
+    "gw::rat_attention": rat_attention,
+    "gw::rat_cached_attention": rat_cached_attention,
+}
 
 
 def workspace(node: Node, threads: int = NOMINAL_THREADS) -> Workspace:

@@ -1,7 +1,7 @@
 """Whether a decoder's functions of one step give what `main` gives of the whole: what a prompt's tokens do to one another elsewhere than in
 attention (a convolution over the length, a sum over it) shows here.
 
-A prompt goes through `prefill` but for its last tokens, these through `decode`, and all of it through `verify`.
+A prompt goes through `prefill` but for its last tokens, these through `decode`, and all of it through `verify` where there is one.
 """
 
 from typing import Any
@@ -80,6 +80,8 @@ def _differences(program: Program, decoder: Decoder, tokens: torch.Tensor) -> li
     # A token more than the prompt has, to see that padding does nothing.
     got = [step("prefill", tokens[:, : prompt + 1], 0, torch.full_like(rows, prompt))]
     got += [step("decode", tokens[:, place : place + 1], place) for place in range(prompt, length)]
-    verified = Stepping(program, rows, length)("verify", tokens, 0)
     differences = [largest_difference(logits, whole[:, place], scale) for place, logits in enumerate(got, prompt - 1)]
+    if "verify" not in program.functions:
+        return differences
+    verified = Stepping(program, rows, length)("verify", tokens, 0)
     return [*differences, largest_difference(verified, whole, scale)]

@@ -37,6 +37,11 @@ class SelfAttention:
     softcap: float = 0.0
     transposed: bool = False
 
+    @property
+    def reads(self) -> list[Node]:
+        """What a step computes for it: no mask."""
+        return [self.q, self.k, self.v]
+
 
 def find_attentions(nodes: Iterable[Node]) -> tuple[list[SelfAttention], list[NoMatch]]:
     """The attentions among `nodes`, and why others that look like one are none."""

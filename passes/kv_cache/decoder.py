@@ -13,6 +13,7 @@ from ...ir.layers import data_nodes
 from ...ir.pattern import NoMatch
 from .attention import SelfAttention, find_attentions
 from .mask import Visible, visible
+from .recurrence import Recurrence, find_recurrences
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -24,7 +25,7 @@ class Decoder:
     tokens: Node
     positions: Node | None
     logits: Node
-    attentions: tuple[SelfAttention, ...]
+    attentions: tuple[SelfAttention | Recurrence, ...]  # in order
     visible: tuple[Visible, ...]
 
     def inputs(self, program: Program, tokens: torch.Tensor) -> list[Any]:
@@ -45,29 +46,39 @@ class Decoder:
 
 def find_decoder(program: Program, function: Function) -> Decoder | NoMatch:
     """The decoder that `function` is, or why it is none."""
-    inputs = [node for node in function.placeholders if isinstance(node.meta["val"], torch.Tensor)]
+    inputs = inputs_of(function)
     problem = _unfit_inputs(function, inputs)
     if problem is not None:
         return problem
-    tokens = _token_input(inputs)
+    tokens = token_input(inputs)
     if tokens is None:
         return NoMatch("no input of integers [batch, length] is looked up in an embedding: this is no decoder of tokens", None)
     positions = next((node for node in inputs if node is not tokens), None)
     logits = _logits(function, tokens)
     if isinstance(logits, NoMatch):
         return logits
-    attentions, failures = find_attentions(data_nodes(function, tokens))
-    if failures:
-        return failures[0]
-    if not attentions:
+    data = data_nodes(function, tokens)
+    (attentions, failures), (recurrences, others) = find_attentions(data), find_recurrences(data)
+    if failures or others:
+        return [*failures, *others][0]
+    if not attentions and not recurrences:
         return _without_attention(function)
     seen: dict[Node | None, Visible] = {}  # by mask, which layers share
+    for recurrence in recurrences:
+        problem = _unfit_length(recurrence, tokens)
+        if problem is not None:
+            return problem
     for attention in attentions:
         known = _unfit_length(attention, tokens) or seen.get(attention.mask) or visible(program, attention.mask, tokens, positions)
         if isinstance(known, NoMatch):
             return known
         seen[attention.mask] = known
-    return Decoder(tokens, positions, logits, tuple(attentions), tuple(seen[each.mask] for each in attentions))
+    masks = {each.root: seen[each.mask] for each in attentions}
+    masks |= {each.root: Visible(0) for each in recurrences}
+    everything: list[SelfAttention | Recurrence] = [*attentions, *recurrences]
+    by_root = {each.root: each for each in everything}
+    ordered = [node for node in data if node in by_root]
+    return Decoder(tokens, positions, logits, tuple(by_root[node] for node in ordered), tuple(masks[node] for node in ordered))
 
 
 def _without_attention(function: Function) -> NoMatch:
@@ -103,7 +114,12 @@ def _unfit_inputs(function: Function, inputs: Sequence[Node]) -> NoMatch | None:
     return None
 
 
-def _token_input(inputs: Sequence[Node]) -> Node | None:
+def inputs_of(function: Function) -> list[Node]:
+    """Its inputs that are tensors."""
+    return [node for node in function.placeholders if isinstance(node.meta["val"], torch.Tensor)]
+
+
+def token_input(inputs: Sequence[Node]) -> Node | None:
     """The input that an embedding looks up; of two, where positions are looked up as well, the one that is not named for these."""
     found = [node for node in inputs if _is_looked_up(node)]
     return next((node for node in found if "position" not in str(node.target)), next(iter(found), None))
@@ -130,7 +146,7 @@ def _logits(function: Function, tokens: Node) -> Node | NoMatch:
     return outputs[0]
 
 
-def _unfit_length(attention: SelfAttention, tokens: Node) -> NoMatch | None:
+def _unfit_length(attention: SelfAttention | Recurrence, tokens: Node) -> NoMatch | None:
     if same_size(attention.q.meta["val"].size(2), tokens.meta["val"].size(1)):
         return None
     return NoMatch("attention does not have one query for each token", attention.root)

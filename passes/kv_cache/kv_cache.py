@@ -6,29 +6,34 @@
     verify(tokens [B, T], position, rows, caches)                  -> logits [B, T, V], new caches
 
     attention(q, k, v, causal)  ->  cache = kv_append(cache, k, v, position, rows); cached_attention(q, cache, position, rows)
+    rat_attention(q, k, v, ..)  ->  rat_cached_attention(q, k, v, .., caches, states, position, rows, lengths), and no verify
+
+Where attention has a window its caches are rings, which keep the last positions alone.
 
 All functions read one weight table. Source: specs/layer_skip.md, section 3.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from ...ir import Program, Rewriter, Symbol
+from ...ir import Program, Rewriter
 from ...ir.errors import PassError
 from ...ir.pattern import NoMatch
-from ...ir.symbols import UNBOUNDED, SymbolTable, hint
 from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
 from ..verdict import Verdict
 from . import steps
 from .agreement import check_agreement, judge_steps
-from .decoder import Decoder, find_decoder
+from .cache_sizes import cache_sizes
+from .decoder import find_decoder
+from .recurrence import Recurrence
+from .report import described
 
 
 @dataclass(frozen=True)
 class KVCache(Pass):
-    """A captured decoder gets functions `prefill`, `decode` and `verify` over caches of its keys and values; `main` stays.
+    """A captured decoder gets functions `prefill`, `decode` and `verify` over caches of its keys and values; `main` stays. Where a layer is
+    a chunked recurrence there is no `verify`, and none of a draft's tokens could be taken back.
 
     Raises:
         PassError: the program is no decoder whose attentions are causal, or tokens meet elsewhere than in its attentions; the
@@ -38,7 +43,10 @@ class KVCache(Pass):
     name = "kv-cache"
     contract = Contract.EXACT
     ensures = frozenset({"explicit-caches"})
-    after = frozenset({"smooth", "split-low-rank", "quantize", "absorb-outliers", "append-lora", "fold-batch-norm", "fold-constants"})
+    after = frozenset(
+        {"smooth", "split-low-rank", "quantize", "absorb-outliers", "append-lora", "fold-batch-norm", "fold-constants", "regroup-experts"}
+        | {"rat-recurrence"}
+    )
     before = frozenset({"slice-groups"})
 
     def run(self, rewriter: Rewriter) -> Outcome:
@@ -47,16 +55,21 @@ class KVCache(Pass):
         program = rewriter.program
         if "decode" in program.functions:
             return Outcome((LeftAlone("main", "its functions of one step are there already"),))
+        if program.schedules.get("expert-choice", {}).get("leaks_future"):
+            raise PassError("kv-cache: experts of this model choose among all positions, so what a token gets depends on later ones")
         decoder = find_decoder(program, rewriter.function)
         if isinstance(decoder, NoMatch):
             raise PassError(_refusal(decoder))
         sizes = cache_sizes(program.symbols, decoder)
+        recurs = any(isinstance(each, Recurrence) for each in decoder.attentions)
         with rewriter.step("explicit-caches"):
             rewriter.add_function(steps.prefill(program, decoder, sizes))
             rewriter.add_function(steps.decode(program, decoder, sizes))
-            rewriter.add_function(steps.verify(program, decoder, sizes))
+            if not recurs:
+                rewriter.add_function(steps.verify(program, decoder, sizes))
         check_agreement(program, decoder)
-        return Outcome(lines=(_described(program, decoder),))
+        left = (LeftAlone("verify", _NO_WAY_BACK),) if recurs else ()
+        return Outcome(left, lines=described(program, decoder))
 
     def check(self, reference: Reference, after: Program) -> Verdict:
         """That of `main`, which stays, and of a prompt in parts: prefill, then token by token."""
@@ -69,18 +82,4 @@ def _refusal(reason: NoMatch) -> str:
     return f"kv-cache needs a causal decoder of tokens: {reason.reason}" + (f" (at {where})" if where else "")
 
 
-def cache_sizes(symbols: SymbolTable, decoder: Decoder) -> tuple[Any, Any]:
-    """How many rows the caches have, and slots for positions: symbols, since the runtime chooses."""
-    hints = {"cache_rows": hint(decoder.batch) + 1, "capacity": 2 * hint(decoder.length) + 1}
-    for name, size in hints.items():
-        if name not in symbols:
-            symbols.declare(Symbol(name, 1, UNBOUNDED, size))
-    return symbols.size("cache_rows"), symbols.size("capacity")
-
-
-def _described(program: Program, decoder: Decoder) -> str:
-    windows = sorted({seen.window for seen in decoder.visible} - {0})
-    caches = [node.meta["val"] for node in program.functions["decode"].placeholders if str(node.target).startswith("cache_")]
-    per_token = sum(cache.size(1) * cache.size(3) * cache.dtype.itemsize for cache in caches)
-    shown = f"; windows of {', '.join(map(str, windows))}" if windows else ""
-    return f"{len(decoder.attentions)} attentions with caches, {per_token} bytes a token and row{shown}"
+_NO_WAY_BACK = "a chunked recurrence forgets what left its window, so that drafted tokens could not be taken back: nothing is drafted here"

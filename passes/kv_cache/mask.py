@@ -1,6 +1,7 @@
 """What a mask lets a query see, found by computing it: its part of the graph reads sizes and positions alone.
 
-The part is run at several lengths with positions 0, 1, .. in each row. Causal is a mask in which query i sees key j exactly when j <= i;
+The part is run at several lengths, or the only one of a program of fixed sizes, with positions 0, 1, .. in each row. Causal is a mask in
+which query i sees key j exactly when j <= i;
 with a window, when also j > i - window. A window that is longer than these lengths shows when its number is taken for a small one: each
 large number n of the part is replaced by two small ones, m, and where a window of m + c appears for both, the window is n + c.
 """
@@ -45,9 +46,11 @@ def visible(program: Program, mask: Node | None, tokens: Node, positions: Node |
     problem = _unknown(nodes, tokens, positions)
     if problem is not None:
         return problem
+    if isinstance(tokens.meta["val"].size(1), int):
+        return _causal(_part(program, nodes, mask, tokens, positions, {}), [tokens.meta["val"].size(1)], mask)
     numbers = {abs(n) for node in nodes for n in _numbers((node.args, node.kwargs)) if abs(n) < 2**31}
     longest = max(LENGTHS[-1], *(n for n in numbers if n <= LARGE), 0) + 3
-    found = _causal(_part(program, nodes, mask, tokens, positions, {}), longest, mask)
+    found = _causal(_part(program, nodes, mask, tokens, positions, {}), [*LENGTHS, longest], mask)
     for number in sorted(n for n in numbers if n > LARGE):
         if isinstance(found, NoMatch):
             return found
@@ -55,10 +58,10 @@ def visible(program: Program, mask: Node | None, tokens: Node, positions: Node |
     return found
 
 
-def _causal(part: Program, longest: int, mask: Node) -> Visible | NoMatch:
-    """What `part` lets queries see at lengths up to `longest`."""
-    found = Visible(0)
-    for length in sorted({*LENGTHS, longest}, reverse=True):
+def _causal(part: Program, lengths: Sequence[int], mask: Node) -> Visible | NoMatch:
+    """What `part` lets queries see at all these lengths."""
+    found, longest = Visible(0), max(lengths)
+    for length in sorted(set(lengths), reverse=True):
         seen = _seen(part, length)
         if seen is None:
             return NoMatch("its mask holds numbers beside those that hide: positions have a bias", mask)
@@ -77,7 +80,7 @@ def _with_number(
     windows = []
     for small in SMALL:
         part = _part(program, nodes, mask, tokens, positions, {number: small, -number: -small})
-        seen = _causal(part, LENGTHS[-1] + 3, mask)
+        seen = _causal(part, [*LENGTHS, LENGTHS[-1] + 3], mask)
         if isinstance(seen, NoMatch):
             return seen
         windows.append(seen.window)
@@ -108,10 +111,11 @@ def _numbers(args: Any) -> list[int]:
 
 def _seen(part: Program, length: int) -> torch.Tensor | None:
     """bool[T, T], the same for both rows and all heads; None for a mask that is more than seen or not."""
-    tokens, positions = torch.zeros(ROWS, length, dtype=torch.int64), torch.arange(length).repeat(ROWS, 1)
-    device = part.main.placeholders[0].meta["val"].device
+    given = part.main.placeholders[0].meta["val"]
+    rows, device = given.size(0) if isinstance(given.size(0), int) else ROWS, given.device
+    tokens, positions = torch.zeros(rows, length, dtype=torch.int64), torch.arange(length).repeat(rows, 1)
     value = run(part, [tokens.to(device), positions.to(device)])[0][0]
-    value = value.reshape((1,) * (4 - value.dim()) + tuple(value.shape)).expand(ROWS, -1, length, length)
+    value = value.reshape((1,) * (4 - value.dim()) + tuple(value.shape)).expand(rows, -1, length, length)
     seen = value if value.dtype == torch.bool else value == 0
     if value.dtype != torch.bool and not (seen | (value <= HIDDEN)).all():
         return None

@@ -1,6 +1,7 @@
 """The functions of one step that are made of a decoder: `prefill`, `decode` and `verify`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,25 +12,36 @@ from ...ir.calls import GETITEM
 from ...ir.derive import Derivation, ancestors
 from ...ir.layers import data_nodes, find_layers
 from .attention import SelfAttention
+from .cache_sizes import CacheSizes
 from .decoder import Decoder
+from .recurrence import Recurrence, slots_of
 
 aten, gw = torch.ops.aten, torch.ops.gw
 
 
-Skipped = Mapping[Node, Node]  # the result of each layer that is left out -> the value that it reads, which takes its place
+@dataclass(frozen=True)
+class Bypass:
+    """What takes the place of a layer that is left out: the value that it reads, times `scale`."""
+
+    source: Node
+    scale: float = 1.0
+
+
+Skipped = Mapping[Node, Bypass]  # by the result of the layer
 
 
 class Step(Derivation):
     """A function of one step: inputs tokens [B, T], position [B], rows [B], caches of each attention that is not `skipped`."""
 
-    def __init__(self, program: Program, decoder: Decoder, length: Any, sizes: tuple[Any, Any], skipped: Skipped | None = None):
+    def __init__(self, program: Program, decoder: Decoder, length: Any, sizes: CacheSizes, skipped: Skipped | None = None):
         super().__init__(program)
         self.decoder, self.length, self.skipped = decoder, length, skipped or {}
         self.device = decoder.tokens.meta["val"].device
-        self.cache_rows, self.capacity = sizes
+        self.sizes = sizes
         self.tokens = self._integers("tokens", decoder.batch, length)
         self.position, self.rows = self._integers("position", decoder.batch), self._integers("rows", decoder.batch)
         self.new_states: dict[str, Node] = {}
+        self.lengths: Node | None = None
         self._take_inputs()
 
     def _integers(self, name: str, *shape: Any) -> Node:
@@ -60,7 +72,7 @@ class Step(Derivation):
             if node not in needed:
                 continue
             if node in self.skipped:
-                self.values[node] = self.values[self.skipped[node]]
+                self.values[node] = self._bypassed(self.skipped[node], node)
             elif node in by_root:
                 self.values[node] = self._attend(by_root[node], node)
             else:
@@ -71,64 +83,111 @@ class Step(Derivation):
         found, pending = set(roots), list(roots)
         while pending:
             node = pending.pop()
-            sources = node.all_input_nodes
+            sources = [] if node in self.values else node.all_input_nodes
             if node in self.skipped:
-                sources = [self.skipped[node]]
+                sources = [self.skipped[node].source]
             elif node in by_root:
-                attention = self.decoder.attentions[by_root[node]]
-                sources = [attention.q, attention.k, attention.v]
+                sources = self.decoder.attentions[by_root[node]].reads
             fresh = [source for source in dict.fromkeys(sources) if source not in found]
             found.update(fresh)
             pending += fresh
         return found
 
+    def _bypassed(self, bypass: Bypass, like: Node) -> Node:
+        value: Node = self.values[bypass.source]
+        return value if bypass.scale == 1.0 else self.call(aten.mul.Tensor, value, bypass.scale, like=like)
+
     def _attend(self, index: int, like: Node) -> Node:
         attention = self.decoder.attentions[index]
+        if isinstance(attention, Recurrence):
+            return self._recur(index, attention, like)
         q, k, v = (self.values[each] for each in (attention.q, attention.k, attention.v))
         if attention.transposed:
             k = self.call(aten.transpose.int, k, 2, 3, like=like)
-        caches = [self._cache(f"cache_{letter}_{index}", each) for letter, each in (("k", k), ("v", v))]
-        appended = self.call(gw.kv_append.default, *caches, k, v, self.position, self.rows, like=like)
+        window = self.decoder.visible[index].window
+        caches = [self._cache(f"cache_{letter}_{index}", each, window) for letter, each in (("k", k), ("v", v))]
+        ring = {"ring": True} if window else {}
+        appended = self.call(gw.kv_append.default, *caches, k, v, self.position, self.rows, like=like, **ring)
         keys, values = (self.call(GETITEM, appended, n, like=like) for n in range(2))
         self.new_states |= {f"input:cache_k_{index}": keys, f"input:cache_v_{index}": values}
         options = self._options(attention, index)
         return self.call(gw.cached_attention.default, q, keys, values, self.position, self.rows, like=like, **options)
 
+    def _recur(self, index: int, recurrence: Recurrence, like: Node) -> Node:
+        operands = [None if each is None else self.values[each] for each in recurrence.operands]
+        key = operands[1].meta["val"]
+        wide = torch.float64 if key.dtype == torch.float64 else torch.float32
+        slots = slots_of(self.program.symbols, recurrence, self.sizes.capacity)
+        shapes = {"cache": (self.sizes.rows, key.size(1), slots, key.size(3)), "state": (self.sizes.rows, key.size(1), key.size(3))}
+        names = [f"{kind}_{letter}_{index}" for kind in shapes for letter in "kv"]
+        caches = [
+            self.input(name, key.dtype if name.startswith("cache") else wide, shapes[name.split("_")[0]], self.device) for name in names
+        ]
+        rest = (self.position, self.rows, self.lengths)
+        stepped = self.call(gw.rat_cached_attention.default, *operands, *caches, *rest, like=like, **recurrence.stated)
+        out, *new = (self.call(GETITEM, stepped, n, like=like) for n in range(5))
+        self.new_states |= {f"input:{name}": value for name, value in zip(names, new, strict=True)}
+        return out
+
     def _options(self, attention: SelfAttention, index: int) -> dict[str, Any]:
         window = self.decoder.visible[index].window
         return (
             {"scale": attention.scale}
-            | ({"window": window} if window else {})
+            | ({"window": window, "ring": True} if window else {})
             | ({"softcap": attention.softcap} if attention.softcap else {})
         )
 
-    def _cache(self, name: str, like: Node) -> Node:
-        value = like.meta["val"]
-        return self.input(name, value.dtype, (self.cache_rows, value.size(1), self.capacity, value.size(3)), self.device)
+    def _cache(self, name: str, like: Node, window: int) -> Node:
+        value, slots = like.meta["val"], self.sizes.slots(window)
+        return self.input(name, value.dtype, (self.sizes.rows, value.size(1), slots, value.size(3)), self.device)
 
 
-def decode(program: Program, decoder: Decoder, sizes: tuple[Any, Any], *, name: str = "decode", skipped: Skipped | None = None) -> Function:
-    """(tokens [B, 1], position [B], rows [B], caches) -> logits [B, V], new caches."""
+def decode(
+    program: Program,
+    decoder: Decoder,
+    sizes: CacheSizes,
+    *,
+    name: str = "decode",
+    skipped: Skipped | None = None,
+    hidden: Node | None = None,
+) -> Function:
+    """(tokens [B, 1], position [B], rows [B], caches) -> logits [B, V], new caches; behind the logits the value `hidden` [B, 1, D]."""
     step = Step(program, decoder, 1, sizes, skipped)
     step.body([decoder.logits])
     logits = step.call(aten.select.int, step.values[decoder.logits], 1, 0)
-    return step.finish(name, [logits], step.new_states)
+    return step.finish(name, [logits, *([] if hidden is None else [step.values[hidden]])], step.new_states)
 
 
-def verify(program: Program, decoder: Decoder, sizes: tuple[Any, Any]) -> Function:
+def lift(program: Program, decoder: Decoder, sizes: CacheSizes, hidden: Node) -> Function:
+    """(tokens [B, 1], position [B], rows [B], caches) -> the value `hidden` [B, 1, D], new caches of the layers before it."""
+    step = Step(program, decoder, 1, sizes)
+    step.body([hidden])
+    return step.finish("lift", [step.values[hidden]], step.new_states)
+
+
+def resume(program: Program, decoder: Decoder, sizes: CacheSizes, hidden: Node) -> Function:
+    """(tokens [B, T], position [B], rows [B], hidden [B, T, D], caches) -> logits [B, T, V], new caches: `verify` from that value on."""
+    step = Step(program, decoder, decoder.length, sizes)
+    value = hidden.meta["val"]
+    step.values[hidden] = step.input("hidden", value.dtype, value.shape, value.device)
+    step.body([decoder.logits])
+    return step.finish("resume", [step.values[decoder.logits]], step.new_states)
+
+
+def verify(program: Program, decoder: Decoder, sizes: CacheSizes) -> Function:
     """(tokens [B, T], position [B], rows [B], caches) -> logits [B, T, V], new caches."""
     step = Step(program, decoder, decoder.length, sizes)
     step.body([decoder.logits])
     return step.finish("verify", [step.values[decoder.logits]], step.new_states)
 
 
-def prefill(program: Program, decoder: Decoder, sizes: tuple[Any, Any], *, skipped: Skipped | None = None) -> Function:
+def prefill(program: Program, decoder: Decoder, sizes: CacheSizes, *, skipped: Skipped | None = None) -> Function:
     """(tokens [B, T], position [B], rows [B], lengths [B], caches) -> logits [B, V] of token lengths - 1 of each row, new caches.
 
     What comes behind the last attention is computed of that token alone, from the first value on through which everything passes.
     """
     step = Step(program, decoder, decoder.length, sizes, skipped)
-    lengths = step._integers("lengths", decoder.batch)
+    lengths = step.lengths = step._integers("lengths", decoder.batch)
     cut = _last_cut(program, decoder, step.skipped)
     step.body([cut])
     last = step.call(aten.sub.Tensor, lengths, 1)
@@ -146,7 +205,7 @@ def _last_cut(program: Program, decoder: Decoder, skipped: Skipped) -> Node:
     """The first value [B, T, D] behind the last layer that is skipped and the last attention that is not, through which everything passes;
     the logits themselves where there is none."""
     order = {node: place for place, node in enumerate(program.main.graph.nodes)}
-    spans = [(order[source], order[result]) for result, source in skipped.items()]
+    spans = [(order[bypass.source], order[result]) for result, bypass in skipped.items()]
     reads = [order[attention.root] for attention in decoder.attentions]
     behind = max([end for _, end in spans] + [n for n in reads if not any(start < n <= end for start, end in spans)])
     for cut in find_layers(program.main, decoder.tokens).cuts:

@@ -15,16 +15,19 @@ import torch
 
 from ...ir import Program, Rewriter
 from ...ir.errors import PassError
+from ...ir.lookups import lookup_limit
 from ...ir.pattern import NoMatch
 from ..base import Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
 from ..kv_cache import steps
+from ..kv_cache.cache_sizes import cache_sizes
 from ..kv_cache.decoder import Decoder, find_decoder
-from ..kv_cache.kv_cache import cache_sizes
+from ..kv_cache.steps import Bypass, Skipped
 from ..options import at_least, between, one_of, option
 from ..progress import progress_bar
 from ..verdict import Verdict
+from .draft import add_draft, shared_until
 from .judge import judge_levels
 from .ranking import METRICS, Calibration, Profile, Tell
 from .report import described
@@ -44,13 +47,18 @@ class LayerSkip(Pass):
     decay, n_max, n_min, horizon, alpha: layers at decode step i, from n_max (None: all) to n_min over `horizon` tokens: "linear", "power"
         (n_max * alpha^i) or "constant" (n_min at once).
     warmup, rank: which layers n are: "top" keeps the `warmup` lowest and the highest others; a metric ("output_kl", "block_influence",
-        "relative", "cosine") keeps those that matter most on `calibration`; a list is the ranking itself, those that matter most first.
+        "relative", "cosine", "causal", "future", "logit_lens") keeps those that matter most on `calibration`; a list is the ranking itself,
+        those that matter most first.
     levels, level_of_step: a table of ones own in place of all these.
+    clock: what a step's index in the schedule counts: "step" the tokens that were generated, "position" those of the prompt too, so that
+        rows of prompts of different lengths are on different levels and run apart.
     prefill: "full" runs the prompt on all layers, "first" on those of the first level.
     unit: "layer", or "sublayer" for each attention and MLP by itself.
     calibration: batches of tokens i64[B, T]; with them the KL of each level is measured, and levels beyond `max_kl` nats are left out.
     effort: "greedy" drops the layer that costs least and measures again, about N^2 / 2 passes; "one_shot" sorts N single removals.
-    gamma, draft: tokens of a draft; its layers (None: the first half of the ranking).
+    gamma, draft: tokens of a draft (None: chosen as it runs, by what is measured); its layers (None: the first half of the ranking).
+    reuse_prefix: all layers judge a draft from the first on that it leaves out, by the hidden states that it has up to there.
+    compensation: "scale" multiplies what a unit that is left out reads by the mean growth |h_{l+1}| / |h_l| on `calibration` (AdaSkip).
     merge: "down" lets rows of several levels run together on the smallest, which binds them from then on.
 
     Raises (on construction): PassError: options out of range, or that need calibration where there is none.
@@ -73,13 +81,16 @@ class LayerSkip(Pass):
     )
     levels: Any = option(None, _TABLE, lambda v: v is None or all(_is_layers(level) for level in v))
     level_of_step: Any = option(None, "a list of levels, one for each step", lambda v: v is None or _is_layers(v))
+    clock: str = option("step", '"step" or "position"', one_of(("step", "position")))
     prefill: str = option("full", '"full" or "first"', one_of(("full", "first")))
     unit: str = option("layer", '"layer" or "sublayer"', one_of(("layer", "sublayer")))
     calibration: Any = option(None, "an iterable of tokens [B, T]", lambda v: v is None or isinstance(v, Iterable), spelled=False)
     max_kl: float | None = option(None, "a number of nats, at least 0", lambda v: v is None or at_least(0.0)(v))
     effort: str = option("greedy", '"greedy" or "one_shot"', one_of(("greedy", "one_shot")))
-    gamma: int = option(4, "a number of tokens, at least 0", at_least(0))
+    gamma: int | None = option(None, "a number of tokens, at least 0", lambda v: v is None or at_least(0)(v))
     draft: Any = option(None, "a list of layers", lambda v: v is None or _is_layers(v))
+    reuse_prefix: bool = option(False, "true or false", one_of((True, False)))
+    compensation: str | None = option(None, '"scale"', one_of((None, "scale")))
     merge: str = option("never", '"never" or "down"', one_of(("never", "down")))
 
     def __post_init__(self) -> None:
@@ -88,8 +99,13 @@ class LayerSkip(Pass):
             object.__setattr__(self, "levels", tuple(map(tuple, self.levels)))
         if isinstance(self.calibration, Iterator):  # a program is measured more than once
             object.__setattr__(self, "calibration", tuple(self.calibration))
-        if self.calibration is None and (self.rank in METRICS or self.max_kl is not None):
-            wanted = f"rank={self.rank}" if self.rank in METRICS else "max_kl"
+        measured = {
+            f"rank={self.rank}": self.rank in METRICS,
+            "max_kl": self.max_kl is not None,
+            f"compensation={self.compensation}": self.compensation is not None,
+        }
+        wanted = next((name for name, asked in measured.items() if asked), None)
+        if self.calibration is None and wanted is not None:
             raise PassError(f"pass {self.name}: {wanted} is measured on tokens: give calibration=, an iterable of tensors [B, T]")
         if self.n_min is not None and self.n_max is not None and self.n_min > self.n_max:
             raise PassError(f"pass {self.name}: n_min={self.n_min} is above n_max={self.n_max}")
@@ -101,6 +117,10 @@ class LayerSkip(Pass):
         if counted is not None and (self.levels is not None or self.mode == "speculative"):
             instead = "levels are a table of their own" if self.levels is not None else "a draft has the layers draft="
             raise PassError(f"pass {self.name}: {counted} has no effect, since {instead}: leave one of them out")
+        if self.reuse_prefix and self.mode != "speculative":
+            raise PassError(f"pass {self.name}: reuse_prefix has no effect, since only mode=speculative drafts: leave it out")
+        if self.clock == "position" and self.mode == "speculative":
+            raise PassError(f"pass {self.name}: clock=position has no effect, since a draft has the same layers throughout: leave it out")
 
     @property
     def contract(self) -> Contract:
@@ -117,10 +137,16 @@ class LayerSkip(Pass):
         decoder = find_decoder(program, rewriter.function)
         if isinstance(decoder, NoMatch):
             raise PassError(f"layer-skip: main is no decoder any more: {decoder.reason}")
+        if self.mode == "speculative" and "verify" not in program.functions:
+            raise PassError(
+                "layer-skip: a chunked recurrence cannot take drafted tokens back, since it forgets what left its window: "
+                "take mode=schedule, or compile without rat-recurrence"
+            )
         units = find_units(program, decoder, self.unit)
         with progress_bar("ranking layers") as bar:
             profile = self._profile(program, decoder, units, None if bar is None else lambda done, whole: bar(done, whole, None))
             ranking = self._ranking(units, profile)
+        units = units if profile is None else list(profile.units)  # with scales where they compensate
         if self.mode == "speculative":
             return self._speculative(rewriter, decoder, units, ranking, profile)
         schedule, kls = self._within(self._schedule(units, ranking), profile)
@@ -133,12 +159,14 @@ class LayerSkip(Pass):
                     "levels": [list(level) for level in schedule.levels],
                     "level_of_step": list(schedule.level_of_step),
                     "functions": functions,
+                    "clock": self.clock,
                     "prefill": self.prefill,
                     "merge": self.merge,
                     **self._origin(units, kls),
                 },
             )
-        return Outcome(lines=described(program, units, schedule, functions, kls), data={"kl_of_level": kls})
+        lines = (*described(program, units, schedule, functions, kls, self.clock), *self._measured(profile))
+        return Outcome(lines=lines, data={"kl_of_level": kls})
 
     def check(self, reference: Reference, after: Program) -> Verdict:
         """`main` stays; the functions of all levels together give what the schedule means, in float64 to 1e-10."""
@@ -177,14 +205,22 @@ class LayerSkip(Pass):
             raise PassError(f"layer-skip: rank must name each of the {len(units)} {self.unit}s once, those that matter most first")
         return list(self.rank)
 
+    def _measured(self, profile: Profile | None) -> list[str]:
+        if profile is None:
+            return []
+        scales = [f"{unit.index}: {unit.scale:.4g}" for unit in profile.units if self.compensation is not None]
+        compensated = [f"what a {self.unit} that is left out reads is multiplied by {', '.join(scales)}"] if scales else []
+        return compensated + (profile.lines(self.rank) if self.rank in METRICS else [])
+
     def _profile(self, program: Program, decoder: Decoder, units: Sequence[Unit], tell: Tell | None) -> Profile | None:
         if self.calibration is None:
             return None
-        longest = program.symbols.highest(decoder.length)
+        tabled = None if decoder.positions is None else lookup_limit(program.main, decoder.positions)
+        longest = min(n for n in (program.symbols.highest(decoder.length), tabled) if n is not None)
         batches = tuple(_tokens(number, item, decoder, longest) for number, item in enumerate(self.calibration))
         if not batches:
             raise PassError("layer-skip: calibration has no items: give at least one tensor of tokens [B, T]")
-        return Profile(program, decoder, units, Calibration(batches), tell)
+        return Profile(program, decoder, units, Calibration(batches), tell, compensates=self.compensation is not None)
 
     def _within(self, schedule: Schedule, profile: Profile | None) -> tuple[Schedule, list[float]]:
         """The schedule without levels beyond `max_kl`, and the KL of each that stays."""
@@ -202,7 +238,8 @@ class LayerSkip(Pass):
     def _origin(self, units: Sequence[Unit], kls: Sequence[float]) -> dict[str, Any]:
         rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
         origin = {"rank": "table" if self.levels is not None else rank, "decay": self.decay, "kl": [float(f"{kl:.6g}") for kl in kls]}
-        return {"unit": self.unit, "units": len(units), "origin": origin}
+        scales = {} if self.compensation is None else {"scales": [unit.scale for unit in units]}
+        return {"unit": self.unit, "units": len(units), "origin": origin} | scales
 
     # --- functions ---
 
@@ -223,7 +260,7 @@ class LayerSkip(Pass):
     def _speculative(
         self, rewriter: Rewriter, decoder: Decoder, units: Sequence[Unit], ranking: Sequence[int] | None, profile: Profile | None
     ) -> Outcome:
-        program, total = rewriter.program, len(units)
+        total = len(units)
         size = max(total // 2, 1)
         if self.draft is None and ranking is None and self.warmup > size:
             raise PassError(f"layer-skip: warmup={self.warmup} layers are more than the {size} of a draft: name its layers with draft=")
@@ -232,10 +269,9 @@ class LayerSkip(Pass):
         if not layers or set(layers) - set(range(total)):
             raise PassError(f"layer-skip: draft={list(layers)} must name some of the {self.unit}s 0 to {total - 1}")
         kls = [] if profile is None else [profile.kl(layers)]
+        hidden = shared_until(decoder, units, layers) if self.reuse_prefix else None
         with rewriter.step("draft-layers"):
-            sizes = cache_sizes(program.symbols, decoder)
-            skipped = _skipped(units, layers)
-            rewriter.add_function(steps.decode(program, decoder, sizes, name="draft", skipped=skipped))
+            add_draft(rewriter, decoder, _skipped(units, layers), hidden)
             rewriter.schedule(
                 SCHEDULE,
                 {
@@ -248,16 +284,18 @@ class LayerSkip(Pass):
                     "draft": "draft",
                     "draft_layers": list(layers),
                     "gamma": self.gamma,
+                    "reuse_prefix": self.reuse_prefix,
                     **self._origin(units, kls),
                 },
             )
-        shown = f"drafts {self.gamma} tokens with {len(layers)} of {total} {self.unit}s: {', '.join(map(str, layers))}"
+        count = "as many tokens as gain most" if self.gamma is None else f"{self.gamma} tokens"
+        shown = f"drafts {count} with {len(layers)} of {total} {self.unit}s: {', '.join(map(str, layers))}"
         lines = [shown] + [f"KL of the draft: {kl:.3g} nats a token" for kl in kls]
-        return Outcome(lines=tuple(lines), data={"kl_of_level": kls})
+        return Outcome(lines=(*lines, *self._measured(profile)), data={"kl_of_level": kls})
 
 
-def _skipped(units: Sequence[Unit], level: Sequence[int]) -> dict[Any, Any]:
-    return {unit.result: unit.source for unit in units if unit.index not in level}
+def _skipped(units: Sequence[Unit], level: Sequence[int]) -> Skipped:
+    return {unit.result: Bypass(unit.source, unit.scale) for unit in units if unit.index not in level}
 
 
 def _is_layers(value: Any) -> bool:

@@ -4,23 +4,27 @@
     relative         mean of |h_{l+1} - h_l| / |h_l|
     cosine           mean of cos(h_{l+1} - h_l, h_l)
     block_influence  1 - mean of cos(h_l, h_{l+1}) (ShortGPT)
+    causal, future   how much the layers behind one change what they add when it is left out (`effects`)
+    logit_lens       by how many nats a layer changes the distance of head(norm(h)) from the output (`effects`)
 
 `output_kl` alone sees what becomes of the output; the others are diagnostics, which rank late layers too low.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
 
-from ...ir import Node, Program
-from ...ir.run import run
+from ...ir import Program
 from ..kv_cache.decoder import Decoder
+from .effects import LogitLens, effects, kl_divergence, log_softmax
 from .reference import SkipReference
-from .units import Unit
+from .units import Unit, scaled
 
-METRICS = ("output_kl", "block_influence", "relative", "cosine")
+METRICS = ("output_kl", "block_influence", "relative", "cosine", "causal", "future", "logit_lens")
 Tell = Callable[[int, int], None]  # told the passes over the calibration set that are done, and all
 
 
@@ -36,38 +40,55 @@ class Calibration:
 
 
 class Profile:
-    """Measures layers of one decoder on one calibration set; the outputs of the whole network are computed once."""
+    """Measures layers of one decoder on one calibration set; the outputs of the whole network are computed once.
 
-    def __init__(self, program: Program, decoder: Decoder, units: Sequence[Unit], calibration: Calibration, tell: Tell | None = None):
-        self.program, self.decoder, self.units, self.calibration = program, decoder, units, calibration
-        self._reference = SkipReference(program, decoder, units)
+    With `compensates`, `units` have scales, mean |h_{l+1}| / |h_l|, by which what they read is multiplied where they are left out
+    (AdaSkip): the KL is that of the network so made, the other metrics are of the network as it is.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        decoder: Decoder,
+        units: Sequence[Unit],
+        calibration: Calibration,
+        tell: Tell | None = None,
+        *,
+        compensates: bool = False,
+    ):
+        self.units, self.calibration = units, calibration
+        self._reference = self._unscaled = SkipReference(program, decoder, units)
         self._tell = tell
         everything = [unit.index for unit in units]
         self._expected = [self._log_probabilities(tokens, everything) for tokens in calibration.batches]
         self._known: dict[frozenset[int], float] = {}
+        self._scores: dict[str, dict[int, float]] = {}
+        if compensates:
+            self.units = scaled(units, [float(f"{scale:.6g}") for scale in self.scores("growth").values()])
+            self._reference = SkipReference(program, decoder, self.units)
 
     def kl(self, kept: Sequence[int]) -> float:
         """Mean KL(p, p') in nats over the tokens behind the prompts, p' of the network with `kept` layers there."""
         key = frozenset(kept)
         if key not in self._known:
             pairs = zip(self.calibration.batches, self._expected, strict=True)
-            sums = [_kl(expected, self._log_probabilities(tokens, kept)) for tokens, expected in pairs]
+            sums = [kl_divergence(expected, self._log_probabilities(tokens, kept)) for tokens, expected in pairs]
             self._known[key] = sum(float(each.sum()) for each in sums) / sum(each.numel() for each in sums)
         return self._known[key]
 
     def _log_probabilities(self, tokens: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
         prompt, everything = Calibration.prompt(tokens), [unit.index for unit in self.units]
         active = [everything] * prompt + [list(kept)] * (tokens.shape[1] - prompt)
-        return self._reference.logits(tokens, active)[:, prompt:].to(torch.float32).log_softmax(-1)
+        return log_softmax(self._reference.logits(tokens, active)[:, prompt:])
 
     def ranking(self, metric: str, n_min: int, effort: str) -> list[int]:
-        """All layers, those that matter most first."""
+        """All layers, those that matter most first; of equals the last, since some metrics see nothing of what the last layers do."""
+        everything = [unit.index for unit in self.units]
         if metric != "output_kl":
             scores = self.scores(metric)
-            return sorted(scores, key=lambda index: -scores[index])
-        everything = [unit.index for unit in self.units]
+            return sorted(everything, key=lambda index: (-scores[index], -index))
         if effort == "one_shot":
-            return sorted(everything, key=lambda index: -self.kl([n for n in everything if n != index]))
+            return sorted(everything, key=lambda index: (-self.kl([n for n in everything if n != index]), -index))
         return self._eliminated(everything, n_min)
 
     def _eliminated(self, kept: list[int], n_min: int) -> list[int]:
@@ -88,37 +109,49 @@ class Profile:
 
     def scores(self, metric: str) -> dict[int, float]:
         """By layer, the larger the more it matters."""
-        sums = {unit.index: 0.0 for unit in self.units}
-        count = 0
-        for tokens in self.calibration.batches:
-            seen = self._hidden(tokens)
-            count += tokens.numel()
-            for unit in self.units:
-                before, after = seen[unit.source].to(torch.float32), seen[unit.result].to(torch.float32)
-                sums[unit.index] += float(_score(metric, before, after).sum())
-        return {index: total / count for index, total in sums.items()}
+        if metric == "logit_lens":
+            return self.lens.scores
+        if metric not in self._scores:
+            sums, rows = torch.zeros(len(self.units), dtype=torch.float64), 0
+            for done, tokens in enumerate(self.calibration.batches, 1):
+                sums += self._scored(metric, tokens).sum(1)
+                rows += len(tokens)
+                if self._tell is not None:
+                    self._tell(done, len(self.calibration.batches))
+            self._scores[metric] = {unit.index: float(each) / rows for unit, each in zip(self.units, sums, strict=True)}
+        return self._scores[metric]
 
-    def _hidden(self, tokens: torch.Tensor) -> dict[Node, torch.Tensor]:
-        wanted = {node for unit in self.units for node in (unit.source, unit.result)}
-        seen: dict[Node, torch.Tensor] = {}
+    @cached_property
+    def lens(self) -> LogitLens:
+        return LogitLens.of(self._unscaled, self.calibration.batches)
 
-        def keep(node: Node, value: object) -> object:
-            if node in wanted and isinstance(value, torch.Tensor):
-                seen[node] = value
-            return value
+    def _scored(self, metric: str, tokens: torch.Tensor) -> torch.Tensor:
+        """Of each layer and row, [N, B]."""
+        if metric in ("causal", "future"):
+            return effects(self._unscaled, tokens, Calibration.prompt(tokens) if metric == "future" else None)
+        hidden = self._unscaled.hidden(tokens, [range(len(self.units))] * tokens.shape[1])
+        return torch.stack([_score(metric, before, after).mean(1).cpu().double() for before, after in pairwise(hidden)])
 
-        run(self.program, self.decoder.inputs(self.program, tokens), observe=keep)
-        return seen
-
-
-def _kl(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-    """KL of each token, [B, T]."""
-    return (expected.exp() * (expected - got)).sum(-1)
+    def lines(self, metric: str) -> list[str]:
+        """For the report: what layers were ranked by."""
+        if metric == "output_kl":
+            return []
+        scores = ", ".join(f"{index}: {each:.3g}" for index, each in self.scores(metric).items())
+        return [f"{metric} by layer: {scores}", *(self.lens.lines() if metric == "logit_lens" else ())]
 
 
 def _score(metric: str, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """[B, T]"""
     if metric == "block_influence":
         return 1 - F.cosine_similarity(before, after, dim=-1)
+    if metric == "growth":
+        return _times(after, before, 1.0)
     if metric == "relative":
-        return (after - before).norm(dim=-1) / before.norm(dim=-1)
+        return _times(after - before, before, 0.0)
     return F.cosine_similarity(after - before, before, dim=-1)
+
+
+def _times(what: torch.Tensor, of: torch.Tensor, otherwise: float) -> torch.Tensor:
+    """|what| / |of|, or `otherwise` where nothing is read: the embedding of padding may be zero."""
+    size = of.norm(dim=-1)
+    return torch.where(size > 0, what.norm(dim=-1) / size, otherwise)

@@ -10,19 +10,22 @@ from .units import Unit
 
 
 def described(
-    program: Program, units: Sequence[Unit], schedule: Schedule, functions: Sequence[str], kls: Sequence[float]
+    program: Program, units: Sequence[Unit], schedule: Schedule, functions: Sequence[str], kls: Sequence[float], clock: str
 ) -> tuple[str, ...]:
-    """Lines for the report; the speedup is of decoding alone, as the bytes of weights that a step reads have it."""
+    """Lines for the report. `clock` is what the schedule counts, "step" or "position". The speedup is of decoding alone, as the bytes of
+    weights that a step reads have it."""
     steps = len(schedule.level_of_step)
     lines = []
     for number, level in enumerate(schedule.levels):
         first = schedule.level_of_step.index(number)
         quality = f", KL {kls[number]:.3g} nats a token" if kls else ""
-        lines.append(f"from step {first}: {len(level)} of {len(units)} ({functions[number]}){quality}: {_ranges(level)}")
+        lines.append(f"from {clock} {first}: {len(level)} of {len(units)} ({functions[number]}){quality}: {_ranges(level)}")
     whole = _bytes_read(program, "decode")
     read = [_bytes_read(program, functions[schedule.level_of_step[step]]) for step in range(steps)]
     mean = sum(read) / steps
-    lines.append(f"{schedule.mean_layers(steps):.1f} of {len(units)} in the mean of {steps} steps: at most {whole / mean:.2f} x as fast")
+    lines.append(f"{schedule.mean_layers(steps):.1f} of {len(units)} in the mean of {steps} {clock}s: at most {whole / mean:.2f} x as fast")
+    if clock == "position" and len(schedule.levels) > 1:
+        lines.append("positions count the prompt too: rows of prompts of different lengths are on different levels, which run one by one")
     if len(schedule.levels[-1]) < len(units):
         lines.append("this changes the model: published schedules were fine-tuned for each dataset, this one was not")
         if not kls:

@@ -1,6 +1,7 @@
 """What a schedule leaves out: layers, or the branches (attention, MLP) of which they are made."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ...ir import Node, Program
 from ...ir.errors import PassError
@@ -11,13 +12,19 @@ from ..kv_cache.decoder import Decoder
 
 @dataclass(frozen=True)
 class Unit:
-    """`result` = `source` + branches, so that `source` can stand for it; `attentions` of the decoder, by number, lie between."""
+    """`result` = `source` + branches, so that `source` times `scale` can stand for it; `attentions` of the decoder, by number, lie
+    between."""
 
     index: int
     source: Node
     result: Node
     attentions: tuple[int, ...]
     where: str
+    scale: float = 1.0
+
+
+def scaled(units: Sequence[Unit], scales: Sequence[float]) -> list[Unit]:
+    return [replace(unit, scale=scale) for unit, scale in zip(units, scales, strict=True)]
 
 
 def find_units(program: Program, decoder: Decoder, unit: str) -> list[Unit]:

@@ -1,43 +1,32 @@
-"""Keys and values of the rows in flight, and for how many positions each layer has them.
+"""Keys, values and states of the rows in flight, and for how many positions each layer has them.
 
 A layer that a row skipped at some position has nothing there, and no later step may run it for that row: `check` says so before a step
 runs, since what attention would read is whatever the memory held.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...ir.caches import CacheType
 from ...ir.errors import InputError, StateError
 from ...ir.liveness import format_bytes
 
 
-@dataclass(frozen=True)
-class CacheType:
-    """One layer's keys or values: [rows, heads, capacity, width]."""
-
-    layer: int
-    heads: int
-    width: int
-    dtype: torch.dtype
-    device: torch.device
-
-
 class Caches:
-    """`tensors` has one cache for each of `types`; a step may put another in its place. `lengths` i64[layers, rows] counts the positions
-    of each row that a layer has seen, from the first on. Behind the rows is a `spare` one, for what pads a step; a single row has no need
-    of it.
+    """For steps of `most_tokens` of a row at most. `tensors` has one cache for each of `types`; a step may put another in its place.
+    `lengths` i64[layers, rows] counts the positions of each row that a layer has seen, from the first on. Behind the rows is a `spare` one,
+    for what pads a step; a single row has no need of it.
 
     Raises:
         InputError: there is no memory for so many rows and slots.
     """
 
-    def __init__(self, types: Sequence[CacheType], rows: int, capacity: int):
+    def __init__(self, types: Sequence[CacheType], rows: int, capacity: int, most_tokens: int = 1):
         self.spare = rows
-        self.tensors = _allocated(types, rows + (rows > 1), capacity)
+        self.tensors = _allocated(types, rows + (rows > 1), capacity, most_tokens)
         self.lengths = np.zeros((1 + max(each.layer for each in types), rows), np.int64)
         self._columns: dict[tuple[int, ...], np.ndarray] = {}
 
@@ -60,9 +49,10 @@ class Caches:
         """`layers` have now the positions before `end` i64[B] of `rows` i64[B]."""
         self.lengths[self._column(layers), rows] = end
 
-    def rewind(self, rows: np.ndarray, end: np.ndarray) -> None:
-        """Forgets what any layer has of `rows` i64[B] from `end` i64[B] on."""
-        self.lengths[:, rows] = np.minimum(self.lengths[:, rows], end)
+    def rewind(self, rows: np.ndarray, end: np.ndarray, layers: tuple[int, ...] | None = None) -> None:
+        """Forgets what `layers` (None: any) have of `rows` i64[B] from `end` i64[B] on."""
+        chosen = slice(None) if layers is None else self._column(layers)
+        self.lengths[chosen, rows] = np.minimum(self.lengths[chosen, rows], end)
 
     def clear(self, row: int) -> None:
         """Forgets all of a row, for the next prompt."""
@@ -75,17 +65,17 @@ class Caches:
         return self._columns[layers]
 
 
-def _allocated(types: Sequence[CacheType], rows: int, capacity: int) -> list[Tensor]:
+def _allocated(types: Sequence[CacheType], rows: int, capacity: int, most_tokens: int) -> list[Tensor]:
     try:
-        return [unwritten(rows, capacity, each) for each in types]
+        return [unwritten(rows, each.slots(capacity, most_tokens), each) for each in types]
     except (RuntimeError, TypeError) as error:  # a TypeError: the capacity is no int64
-        needed = rows * capacity * sum(each.heads * each.width * each.dtype.itemsize for each in types)
+        needed = sum(each.nbytes(rows, capacity, most_tokens) for each in types)
         raise InputError(
-            f"caches of {rows} rows x {capacity} slots take {format_bytes(needed)}, which {types[0].device} does not have: "
+            f"caches of {rows} rows x {capacity} positions take {format_bytes(needed)}, which {types[0].device} does not have: "
             "lower capacity, max_new_tokens, or batch"
         ) from error
 
 
-def unwritten(rows: int, capacity: int, each: CacheType) -> Tensor:
+def unwritten(rows: int, slots: int, each: CacheType) -> Tensor:
     """Memory for a cache, holding anything: no step reads what no step wrote."""
-    return torch.empty(rows, each.heads, capacity, each.width, dtype=each.dtype, device=each.device)
+    return torch.empty(each.shape(rows, slots), dtype=each.dtype, device=each.device)

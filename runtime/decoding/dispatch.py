@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .caches import Caches
 from .steps import Step
@@ -42,6 +43,12 @@ class Dispatch:
 
     def decode(self, step: Step, rows: Sequence[int], positions: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Logits of `step` on all the `tokens`, B lists of one length, of cache rows `rows`, from `positions` on."""
+        return self.outputs(step, rows, positions, tokens)[0]
+
+    def outputs(
+        self, step: Step, rows: Sequence[int], positions: Sequence[int], tokens: Sequence[Sequence[int]], hidden: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """All that `step` gives, one that begins with hidden states [B, T, D] being given these."""
         batch, sizes = len(tokens), (step.padded(len(tokens)), len(tokens[0]))
         if sizes not in self._kept:
             self._kept[sizes] = Operands(*sizes, self._device)
@@ -50,7 +57,8 @@ class Dispatch:
         operands.position[:batch], operands.rows[:batch] = positions, rows
         if batch < sizes[0]:  # rows that stand in for none work on the spare one
             operands.position[batch:], operands.rows[batch:] = 0, self.caches.spare
-        return self._run(step, operands, batch)
+            hidden = None if hidden is None else F.pad(hidden, (0, 0, 0, 0, 0, sizes[0] - batch))
+        return self._run(step, operands, batch, hidden)
 
     def prefill(self, step: Step, rows: Sequence[int], positions: Sequence[int], tokens: Sequence[np.ndarray]) -> Tensor:
         """Logits [B, V] behind the last of each row's `tokens`, of any lengths: shorter ones are padded on the right."""
@@ -59,16 +67,17 @@ class Dispatch:
         operands.lengths[:] = [len(each) for each in tokens]
         for padded, each in zip(operands.tokens, tokens, strict=True):
             padded[: len(each)] = each
-        return self._run(step, operands, len(tokens))
+        return self._run(step, operands, len(tokens))[0]
 
     def clock(self) -> float:
         """Seconds of the wall, without those in which steps were made ready: these are taken once for a model and size."""
         return time.perf_counter() - self.ready_seconds
 
-    def _run(self, step: Step, operands: Operands, batch: int) -> Tensor:
+    def _run(self, step: Step, operands: Operands, batch: int, hidden: Tensor | None = None) -> tuple[Tensor, ...]:
         self.ready_seconds += step.make_ready(*operands.tokens.shape)
         rows, position = operands.rows[:batch], operands.position[:batch]
         self.caches.check(step.layers, rows, position)
-        logits = step(self.caches.tensors, *operands.tensors())
+        tokens, positions, places, lengths = operands.tensors()
+        outputs = step(self.caches.tensors, tokens, positions, places, lengths, hidden)
         self.caches.wrote(step.layers, rows, position + operands.lengths[:batch])
-        return logits[:batch]
+        return tuple(output[:batch] for output in outputs)

@@ -1,15 +1,20 @@
 """From the arguments of `generate` to its result: checks them, allocates the caches, and runs the scheduler."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from ...ir.errors import InputError
 from .caches import Caches
 from .dispatch import Dispatch
+from .gain import Gain
 from .generated import Figures, Generated, Token
-from .options import check_flags, check_positions, checked_limits, checked_prompts, checked_sampler
+from .options import Limits, check_flags, check_positions, checked_limits, checked_prompts, checked_sampler
 from .plain import PlainDecoding
 from .rows import Row
+from .sampler import Sampler
 from .schedule import Schedule, choose_schedule
 from .scheduler import Decoding, Scheduler
 from .speculative import SpeculativeDecoding
@@ -39,13 +44,17 @@ def generate(
     limits = checked_limits(checked, max_new_tokens, chunk, capacity, batch, eos, decoder.vocabulary, decoder.max_positions)
     schedule = choose_schedule(decoder.schedules, speculative)
     _check_functions(decoder, schedule)
+    if schedule.chooses_gamma:
+        schedule = _with_gamma(schedule, decoder, checked, limits, sampler)
     # A burst may write as many slots behind a row's last one as it drafts.
-    check_positions(checked, max_new_tokens, schedule.gamma, decoder.max_positions)
+    check_positions(checked, max_new_tokens, schedule.most_drafts, decoder.max_positions)
     rows = [Row(number, prompt, max_new_tokens) for number, prompt in enumerate(checked)]
     figures = Figures()
     if not rows or max_new_tokens == 0:
         return iter(()) if stream else Generated([[] for _ in rows], ["length"] * len(rows), [[] for _ in rows], figures)
-    dispatch = Dispatch(Caches(decoder.cache_types, limits.batch, limits.capacity + schedule.gamma), decoder.device)
+    longest = max(map(len, checked))
+    most_tokens = max(min(limits.chunk or longest, longest), schedule.most_drafts + 1)
+    dispatch = Dispatch(Caches(decoder.cache_types, limits.batch, limits.capacity + schedule.most_drafts, most_tokens), decoder.device)
     make = SpeculativeDecoding if schedule.is_speculative else PlainDecoding
     decoding: Decoding = make(decoder, schedule, dispatch, sampler, figures)
     tokens = Scheduler(rows, decoder["prefill"], decoding, dispatch, sampler, limits, figures).tokens()
@@ -56,8 +65,17 @@ def generate(
     return Generated([row.tokens for row in rows], [row.finished for row in rows], [row.levels for row in rows], figures)
 
 
+def _with_gamma(schedule: Schedule, decoder: Decoder, prompts: Sequence[np.ndarray], limits: Limits, sampler: Sampler) -> Schedule:
+    """Begins with the number of drafts that what was measured speaks for, and has no more than leave room for all tokens; none are plain
+    decoding. Calls that draw take the same number each time, since what a seed gives depends on it."""
+    longest = max(map(len, prompts), default=0)
+    room = None if decoder.max_positions is None else decoder.max_positions - longest - limits.max_new_tokens + 1
+    most = schedule.most_drafts if room is None else min(schedule.most_drafts, max(room, 0))
+    gain = decoder.gains[limits.batch] if sampler.is_greedy else Gain()
+    return replace(schedule, gamma=gain.best(schedule.gamma, most), most_drafts=most)
+
+
 def _check_functions(decoder: Decoder, schedule: Schedule) -> None:
-    needed = ("prefill", schedule.draft, "verify") if schedule.is_speculative else ("prefill", *schedule.functions)
-    missing = [name for name in needed if name not in decoder]
+    missing = [name for name in schedule.needed if name not in decoder]
     if missing:
         raise InputError(f"this model has no function {missing[0]}: make it with compile_decoder, or compile it with passes='kv-cache'")

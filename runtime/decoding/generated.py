@@ -1,8 +1,9 @@
 """What a generation gives: tokens one by one as they are committed, or all of them with what they cost."""
 
 from dataclasses import dataclass, field
-from statistics import median
 from typing import NamedTuple
+
+from .gain import Gain
 
 
 class Token(NamedTuple):
@@ -21,7 +22,9 @@ class Figures:
 
     `steps` are runs of a function that gives tokens, drafts and their judge included; `merged_steps` how often a row ran a smaller set of
     layers than its schedule has, since rows of a later level shared the step. Of speculation: bursts, drafted tokens that could be taken,
-    and those that were; seconds of single steps, full and drafting, on the same rows.
+    and those that were; `gamma`, the most that a burst drafted; `draft_cost` and `verify_cost`, what a draft step and judging so many
+    drafts take of a full step, and `speedup`, what that is over plain decoding at the acceptance that the model has shown, None where it
+    is not known yet; whether it was `switched_off` for gaining nothing.
     """
 
     ready_seconds: float = 0.0
@@ -34,8 +37,11 @@ class Figures:
     bursts: int = 0
     drafted: int = 0
     accepted: int = 0
-    full_step_seconds: list[float] = field(default_factory=list, repr=False)
-    draft_step_seconds: list[float] = field(default_factory=list, repr=False)
+    gamma: int = 0
+    draft_cost: float | None = None
+    verify_cost: float | None = None
+    speedup: float | None = None
+    switched_off: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -47,11 +53,20 @@ class Figures:
         """The share of drafted tokens that were taken; None without any."""
         return self.accepted / self.drafted if self.drafted else None
 
-    @property
-    def draft_cost(self) -> float | None:
-        """c = seconds of a draft step / seconds of a full step; None where too few bursts ran to time them. Drafts gain nothing unless
-        their acceptance is larger."""
-        return median(self.draft_step_seconds) / median(self.full_step_seconds) if self.full_step_seconds else None
+    def count_burst(self, steps: int, drafted: int, accepted: int) -> None:
+        """A burst of so many steps, with drafts that could be taken and that were."""
+        self.steps += steps
+        self.bursts += 1
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def tell(self, gain: Gain, gamma: int, *, switched_off: bool = False) -> None:
+        """What is known by now of bursts of `gamma` drafts, and whether there will be more."""
+        self.gamma, self.switched_off = gamma, switched_off
+        self.draft_cost = gain.draft_cost
+        self.verify_cost = None if self.draft_cost is None else gain.verify_cost(gamma)
+        known = self.draft_cost is not None and gain.judged > 0
+        self.speedup = gain.speedup(gamma, gain.acceptance) if known else None
 
 
 @dataclass(frozen=True)
@@ -85,11 +100,15 @@ class Generated:
         return [f"{merged} tokens had fewer layers than their schedule says: rows of later levels shared the step"] if merged else []
 
     def _speculation(self) -> list[str]:
-        f = self.figures
-        if f.acceptance is None:
-            return []
-        line = f"speculation: {f.accepted} of {f.drafted} drafts taken ({f.acceptance:.0%}) in {f.bursts} bursts"
-        if f.draft_cost is None:
-            return [line]
-        pays = "" if f.acceptance > f.draft_cost else ", so that it gains nothing: generate with speculative=False"
-        return [f"{line}; a draft step costs {f.draft_cost:.2f} of a full one{pays}"]
+        f, parts = self.figures, []
+        if f.acceptance is not None:
+            parts.append(f"{f.accepted} of {f.drafted} drafts taken ({f.acceptance:.0%}) in {f.bursts} bursts of up to {f.gamma}")
+        if f.draft_cost is not None:
+            parts.append(f"a draft step costs {f.draft_cost:.2f} of a full one, judging {f.gamma} drafts {f.verify_cost:.2f}")
+        if f.speedup is not None:
+            parts.append(f"bursts are {f.speedup:.2f} x as fast as plain decoding")
+        if f.switched_off:
+            parts.append("switched off for that; speculative=True drafts nevertheless")
+        elif f.speedup is not None and f.speedup < 1:
+            parts.append("speculative=False is faster")
+        return [f"speculation: {'; '.join(parts)}"] if parts else []

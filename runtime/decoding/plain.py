@@ -8,7 +8,7 @@ from .generated import Figures
 from .rows import Row
 from .sampler import Sampler
 from .schedule import Schedule
-from .steps import Decoder
+from .steps import Decoder, Step
 
 
 class PlainDecoding:
@@ -27,7 +27,7 @@ class PlainDecoding:
         return [each for _, group in by_level for each in self._step(list(group))]
 
     def _set_levels(self, rows: Sequence[Row]) -> None:
-        levels = scheduled = [self._schedule.level(len(row.tokens) - 1) for row in rows]
+        levels = scheduled = [self._schedule.level_of(row) for row in rows]
         if self._schedule.merges:
             smallest = max(*scheduled, *[row.least_level for row in rows])
             levels = [smallest] * len(rows)
@@ -38,14 +38,18 @@ class PlainDecoding:
             row.levels.append(level)
 
     def _step(self, rows: Sequence[Row]) -> list[tuple[Row, list[int]]]:
-        step = self._steps[rows[0].levels[-1]]
-        tokens = [row.tokens[-1:] for row in rows]
-        logits = self._dispatch.decode(step, [row.slot for row in rows], [row.position for row in rows], tokens)
-        chosen = self._sampler.choose(logits, [row.id for row in rows], [len(row.tokens) for row in rows])
         self._figures.steps += 1
-        for row in rows:
-            row.position += 1
-        return [(row, [token]) for row, token in zip(rows, chosen, strict=True)]
+        return next_tokens(self._steps[rows[0].levels[-1]], rows, self._dispatch, self._sampler)
+
+
+def next_tokens(step: Step, rows: Sequence[Row], dispatch: Dispatch, sampler: Sampler) -> list[tuple[Row, list[int]]]:
+    """One token of each row, by a step that all of them take."""
+    tokens = [row.tokens[-1:] for row in rows]
+    logits = dispatch.decode(step, [row.slot for row in rows], [row.position for row in rows], tokens)
+    chosen = sampler.choose(logits, [row.id for row in rows], [len(row.tokens) for row in rows])
+    for row in rows:
+        row.position += 1
+    return [(row, [token]) for row, token in zip(rows, chosen, strict=True)]
 
 
 def _level(row: Row) -> int:

@@ -18,67 +18,123 @@ from torch import Tensor
 
 from .dispatch import Dispatch
 from .generated import Figures
+from .plain import next_tokens
 from .rows import Row
-from .sampler import Purpose, Sampler, draw
+from .sampler import Purpose, Sampler, draw, first_of_largest
 from .schedule import Schedule
 from .steps import Decoder
 
-# Bursts before which a draft and a full step are timed on the same rows; the first of all is slow for reasons of its own.
-_TIMED_BURSTS = range(1, 4)
+_FULL_STEPS = 2
+# What drafts may lose before it is known whether they gain, as a share of what the call takes without.
+_ALLOWED_LOSS = 0.03
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """What was drafted: tokens [B][g], and the weights float64[B, V] that each of the g steps drew from, none if greedy."""
+    """What was drafted: tokens [B][g], the weights float64[B, V] that each of the g steps drew from, none if greedy, and the hidden states
+    [B, 1, D] that it gives."""
 
     tokens: list[list[int]]
     weights: list[Tensor]
+    hidden: list[Tensor]
 
 
 class SpeculativeDecoding:
-    """Takes rows a burst further: 1 to gamma + 1 tokens each."""
+    """Takes rows a burst further, 1 to gamma + 1 tokens each; or, where the schedule may switch and drafts do not gain, a token.
+
+    Greedy tokens are the same either way. Drawn ones are not, though as likely: a call that draws stays with drafts, so that a seed gives
+    the same tokens each time.
+    """
 
     def __init__(self, decoder: Decoder, schedule: Schedule, dispatch: Dispatch, sampler: Sampler, figures: Figures):
-        self._draft, self._verify = decoder[schedule.draft], decoder["verify"]
-        self._full = decoder["decode"] if "decode" in decoder else None
-        self._gamma = schedule.gamma
+        self._draft, self._full = decoder[schedule.draft], decoder["decode"]
+        self._lift = decoder["lift"] if schedule.reuses_prefix else None
+        self._verify = decoder["resume" if schedule.reuses_prefix else "verify"]
+        self._gamma, self._most_drafts, self._chooses = schedule.gamma, schedule.most_drafts, schedule.chooses_gamma
+        self._gains = decoder.gains
         self._dispatch, self._sampler, self._figures = dispatch, sampler, figures
+        self._may_switch = schedule.may_switch and sampler.is_greedy
+        self._is_off = False
+        self._most_rows = 0  # at once; what is told is of so many
+        self._lost = 0.0  # full steps that bursts took beyond those of plain decoding
 
     def advance(self, rows: Sequence[Row]) -> list[tuple[Row, list[int]]]:
         """The next tokens of each row."""
+        self._most_rows = max(self._most_rows, len(rows))
+        if all(row.left == 1 for row in rows) or (self._may_switch and not self._tries(rows)):
+            return self._plain(rows)
+        if not self._may_switch and self._figures.bursts and not self._gains[len(rows)].full.is_known:
+            self._time_a_full_step(rows)
+        # As many as a row can still use. All draft as many as the one that can use most; the others' further drafts are not judged.
+        return self._burst(rows, [min(self._gamma, row.left - 1) for row in rows])
+
+    def _tries(self, rows: Sequence[Row]) -> bool:
+        """Whether to draft, not where drafts do not gain. A call begins with some full steps, which are timed: machines change."""
+        gain = self._gains[len(rows)]
+        if self._is_off or self._figures.steps < _FULL_STEPS or not gain.full.is_known:
+            return False
+        allowed = _ALLOWED_LOSS * max(row.max_new_tokens for row in rows)
+        pays = gain.pays(range(1, self._most_drafts + 1) if self._chooses else [self._gamma])
+        self._gamma = gain.best(self._gamma, self._most_drafts) if self._chooses else self._gamma
+        self._is_off = pays is False or (pays is None and self._lost > allowed)
+        self._figures.tell(self._gains[self._most_rows], self._gamma, switched_off=self._is_off)
+        return not self._is_off
+
+    def _plain(self, rows: Sequence[Row]) -> list[tuple[Row, list[int]]]:
+        begin = self._dispatch.clock()
+        chosen = next_tokens(self._full, rows, self._dispatch, self._sampler)
+        self._gains[len(rows)].full.add(self._dispatch.clock() - begin)
+        self._figures.steps += 1
+        return chosen
+
+    def _burst(self, rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[Row, list[int]]]:
         slots = np.array([row.slot for row in rows])
         start = np.array([row.position for row in rows])
-        # As many as a row can still use. All draft as many as the one that can use most; the others' further drafts are not judged.
-        counts = [min(self._gamma, row.left - 1) for row in rows]
-        if self._full is not None and max(counts) and self._figures.bursts in _TIMED_BURSTS:
-            self._time_a_step_of_each(rows, slots, start)
-        draft = self._drafted(rows, max(counts))
-        self._dispatch.caches.rewind(slots, start)
+        gain, drafts = self._gains[len(rows)], max(counts)
+        draft = self._drafted(rows, drafts)
         tokens = [[row.tokens[-1], *drafted] for row, drafted in zip(rows, draft.tokens, strict=True)]
-        logits = self._dispatch.decode(self._verify, slots, start, tokens)
+        begin = self._dispatch.clock()
+        logits = self._verified(slots, start, tokens, draft)
         judge = self._judged_greedily if self._sampler.is_greedy else self._judged_by_chance
         bursts = judge(rows, counts, draft, logits)
-        self._figures.steps += max(counts) + 1
-        self._figures.bursts += 1
-        self._figures.drafted += sum(counts)
-        self._figures.accepted += sum(len(burst) - 1 for burst in bursts)
+        gain.judging(drafts).add(self._dispatch.clock() - begin)
+        taken = [len(burst) - 1 for burst in bursts]
+        if self._sampler.is_greedy:
+            gain.count(sum(taken), sum(min(n + 1, count) for n, count in zip(taken, counts, strict=True)))
+        self._lost += gain.cost(drafts) - sum(map(len, bursts)) / len(bursts)
+        self._figures.count_burst(drafts + 1, sum(counts), sum(taken))
+        self._figures.tell(self._gains[self._most_rows], self._gamma)
         for row, burst in zip(rows, bursts, strict=True):
             row.position += len(burst)
         self._dispatch.caches.rewind(slots, np.array([row.position for row in rows]))
         return list(zip(rows, bursts, strict=True))
 
+    def _verified(self, slots: np.ndarray, start: np.ndarray, tokens: list[list[int]], draft: _Draft) -> Tensor:
+        """Logits [B, g + 1, V] of all layers. Those below the first that the draft skips need not run anew: only the last drafted token
+        has not passed them yet, which `lift` has it do."""
+        caches, hidden = self._dispatch.caches, None
+        if self._lift is not None:
+            end = start + len(draft.hidden)
+            (last,) = self._dispatch.outputs(self._lift, slots, end, [each[-1:] for each in tokens])
+            hidden = torch.cat([*draft.hidden, last], 1)
+        caches.rewind(slots, start, self._verify.layers)
+        return self._dispatch.outputs(self._verify, slots, start, tokens, hidden)[0]
+
     def _drafted(self, rows: Sequence[Row], count: int) -> _Draft:
-        draft = _Draft([[] for _ in rows], [])
+        draft = _Draft([[] for _ in rows], [], [])
         last = [row.tokens[-1] for row in rows]
         ids, slots = [row.id for row in rows], [row.slot for row in rows]
         for i in range(count):
             positions = [row.position + i for row in rows]
-            logits = self._dispatch.decode(self._draft, slots, positions, [[token] for token in last])
+            begin = self._dispatch.clock()
+            logits, *hidden = self._dispatch.outputs(self._draft, slots, positions, [[token] for token in last])
+            draft.hidden.extend(hidden)
             if self._sampler.is_greedy:
-                last = logits.argmax(-1).tolist()
+                last = first_of_largest(logits)
             else:
                 draft.weights.append(_normalised(self._sampler.weights(logits)))
                 last = draw(draft.weights[-1], self._sampler.uniforms(ids, [len(row.tokens) + i for row in rows]))
+            self._gains[len(rows)].draft.add(self._dispatch.clock() - begin)
             for drafted, token in zip(draft.tokens, last, strict=True):
                 drafted.append(token)
         return draft
@@ -86,7 +142,7 @@ class SpeculativeDecoding:
     def _judged_greedily(self, rows: Sequence[Row], counts: Sequence[int], draft: _Draft, logits: Tensor) -> list[list[int]]:
         """Of each row the drafted tokens that are the full model's, and its next one."""
         bursts = []
-        for drafted, full, count in zip(draft.tokens, logits.argmax(-1).tolist(), counts, strict=True):
+        for drafted, full, count in zip(draft.tokens, first_of_largest(logits), counts, strict=True):
             taken = next((i for i in range(count) if drafted[i] != full[i]), count)
             bursts.append(full[: taken + 1])
         return bursts
@@ -116,15 +172,13 @@ class SpeculativeDecoding:
             taken.append(next((i for i in range(count) if u[i] * q[b][i] >= p[b][i]), count))
         return taken
 
-    def _time_a_step_of_each(self, rows: Sequence[Row], slots: np.ndarray, start: np.ndarray) -> None:
-        """Seconds of one full and one draft step on these rows. Their tokens go nowhere, and what they write is written over."""
-        last = [row.tokens[-1:] for row in rows]
-        for step, seconds in ((self._full, self._figures.full_step_seconds), (self._draft, self._figures.draft_step_seconds)):
-            assert step is not None
-            begin = self._dispatch.clock()
-            self._dispatch.decode(step, slots, start, last).argmax(-1).tolist()  # which waits for the device
-            seconds.append(self._dispatch.clock() - begin)
-            self._dispatch.caches.rewind(slots, start)
+    def _time_a_full_step(self, rows: Sequence[Row]) -> None:
+        """Of these rows. Its tokens go nowhere, and what it writes is written over."""
+        slots, start = np.array([row.slot for row in rows]), np.array([row.position for row in rows])
+        begin = self._dispatch.clock()
+        self._dispatch.decode(self._full, slots, start, [row.tokens[-1:] for row in rows]).argmax(-1).tolist()  # which waits for the device
+        self._gains[len(rows)].full.add(self._dispatch.clock() - begin)
+        self._dispatch.caches.rewind(slots, start)
 
 
 def _normalised(weights: Tensor) -> Tensor:

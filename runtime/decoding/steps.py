@@ -1,11 +1,10 @@
 """The functions of a decoder as steps on caches, made ready on first use.
 
 A step's operands are by name: `tokens` i64[B, T], `position` i64[B] (the slot of each row's first token), `rows` i64[B] (its place in the
-caches), in prefill `lengths` i64[B] (how many of its T tokens are real, the rest is padding on the right), then the caches
-`cache_k_0`, `cache_v_0`, ... of the layers that the function runs.
+caches), in prefill `lengths` i64[B] (how many of its T tokens are real, the rest is padding on the right), in what resumes from them
+`hidden` [B, T, D], then the caches `cache_k_0`, `cache_v_0`, ... and states of the layers that the function runs (`ir/caches.py`).
 """
 
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,19 +14,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...ir import Program
+from ...ir import Function, Program
+from ...ir.caches import CacheType, cache_types
 from ...ir.errors import InputError
+from ...ir.lookups import lookup_limit
 from ...ir.symbols import UNBOUNDED
 from ..executor import Executor
-from .caches import CacheType
+from .gain import Gains
 
 # Of a row or a few, products are bound by reading weights, and a step made for just so many takes half the time of one for any number.
 FIXED_ROWS = (1, 2, 4, 8)
 FIXED_TOKENS = 8
 
 ExecutorOf = Callable[[str, Mapping[str, int]], Executor]
-
-_CACHE = re.compile(r"cache_([kv])_(\d+)")
 
 
 class Step(Protocol):
@@ -41,8 +40,11 @@ class Step(Protocol):
     def make_ready(self, batch: int, length: int) -> float:
         """Does what a first call of these sizes would have to wait for; the seconds that it took."""
 
-    def __call__(self, caches: list[Tensor], tokens: Tensor, position: Tensor, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits: [B, V], or [B, T, V] of a function that verifies. New caches are in the places of the old ones afterwards."""
+    def __call__(
+        self, caches: list[Tensor], tokens: Tensor, position: Tensor, rows: Tensor, lengths: Tensor | None, hidden: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Logits: [B, V], or [B, T, V] of a function that verifies; behind them, or in their place, hidden states. New caches are in the
+        places of the old ones afterwards."""
 
 
 class Decoder(Protocol):
@@ -53,6 +55,7 @@ class Decoder(Protocol):
     device: torch.device
     cache_types: tuple[CacheType, ...]
     schedules: Mapping[str, Any]
+    gains: Gains  # what speculation brought so far
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -68,26 +71,28 @@ class ProgramDecoder:
     """
 
     def __init__(self, program: Program, executor_of: ExecutorOf, *, fixed: bool):
+        if program.schedules.get("expert-choice", {}).get("leaks_future"):
+            raise InputError(
+                "experts of this model choose among all positions, so what a token gets depends on later ones, which are not there when "
+                "tokens come one by one: compile it without expert-choice"
+            )
         if "prefill" not in program.functions:
             raise InputError("this model has no functions that decode: make it with compile_decoder, or compile it with passes='kv-cache'")
         self._program, self._executor_of, self._fixed = program, executor_of, fixed
         self._steps: dict[str, ProgramStep] = {}
         self._lock = threading.Lock()
-        types = {
-            argument.name: _cache_type(argument.name, argument.value)
-            for function in program.functions.values()
-            for argument in function.signature().inputs
-            if _CACHE.fullmatch(argument.name)
-        }
+        types = {name: each for function in program.functions.values() for name, each in cache_types(function).items()}
         self._places = {name: place for place, name in enumerate(sorted(types, key=lambda name: (types[name].layer, name)))}
         self.cache_types = tuple(types[name] for name in self._places)
         self.device = self.cache_types[0].device
         prefill = program.functions["prefill"].signature()
         self.vocabulary = int(prefill.outputs[0].shape[-1])
-        # The most tokens that the model was captured for: it may hold a table of so many positions.
+        # The most tokens that the model was captured for, and those for which it has entries in tables that it looks positions up in.
         longest = program.symbols.highest(prefill.inputs[0].value.shape[1])
-        self.max_positions = longest if longest < UNBOUNDED else None
+        tabled = positions_of(program.functions["prefill"])
+        self.max_positions = min((n for n in (longest, tabled) if n is not None and n < UNBOUNDED), default=None)
         self.schedules = program.schedules
+        self.gains = Gains()
 
     def __contains__(self, name: str) -> bool:
         return name in self._program.functions
@@ -106,17 +111,18 @@ class ProgramStep:
         signature = program.functions[name].signature()
         names = [argument.name for argument in signature.inputs]
         caches = [each for each in names if each in places]
-        if names not in (["tokens", "position", "rows", *caches], ["tokens", "position", "rows", "lengths", *caches]):
-            raise InputError(f"function {name} takes {', '.join(names)}: a step takes tokens, position, rows, [lengths,] caches")
+        others = names[3 : len(names) - len(caches)]
+        if names != ["tokens", "position", "rows", *others, *caches] or others not in ([], ["lengths"], ["hidden"]):
+            raise InputError(f"function {name} takes {', '.join(names)}: a step takes tokens, position, rows, [lengths or hidden,] caches")
         kept = [state for state in signature.new_states if state.removeprefix("input:") not in caches]
         if kept:
             raise InputError(f"function {name} updates {kept[0]}: a step keeps nothing but caches")
         self.layers = tuple(sorted({int(each.rsplit("_", 1)[1]) for each in caches}))
         self._make = partial(executor_of, name)
         self._executors: dict[tuple[int, int] | None, Executor] = {}
-        self._takes_lengths = "lengths" in names
+        self._others = others
         # Prompts have any length: what is made ready for each would be run once.
-        self._is_fixed = fixed and not self._takes_lengths
+        self._is_fixed = fixed and "lengths" not in others
         self._symbols = [program.symbols.text(size) if isinstance(size, torch.SymInt) else "" for size in signature.inputs[0].value.shape]
         self._read = [places[each] for each in caches]
         self._written = [places[each.removeprefix("input:")] for each in signature.new_states]
@@ -130,12 +136,15 @@ class ProgramStep:
         self._executor(batch, length)
         return time.perf_counter() - begin
 
-    def __call__(self, caches: list[Tensor], tokens: Tensor, position: Tensor, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
-        inputs = [tokens, position, rows, *([lengths] if self._takes_lengths else []), *[caches[place] for place in self._read]]
-        (logits,), new_caches = self._executor(*tokens.shape)(inputs)
+    def __call__(
+        self, caches: list[Tensor], tokens: Tensor, position: Tensor, rows: Tensor, lengths: Tensor | None, hidden: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        others = [{"lengths": lengths, "hidden": hidden}[name] for name in self._others]
+        inputs = [tokens, position, rows, *others, *[caches[place] for place in self._read]]
+        outputs, new_caches = self._executor(*tokens.shape)(inputs)
         for place, cache in zip(self._written, new_caches.values(), strict=True):
             caches[place] = cache
-        return logits
+        return tuple(outputs)
 
     def _executor(self, batch: int, length: int) -> Executor:
         """That of these sizes, or that of any."""
@@ -149,6 +158,7 @@ class ProgramStep:
         return self._executors[sizes]
 
 
-def _cache_type(name: str, value: Tensor) -> CacheType:
-    _, heads, _, width = value.shape
-    return CacheType(int(name.rsplit("_", 1)[1]), int(heads), int(width), value.dtype, value.device)
+def positions_of(function: Function) -> int | None:
+    """How many positions a function of one step can look up; None where it has no table of them."""
+    position = next(node for node in function.placeholders if str(node.target) == "position")
+    return lookup_limit(function, position)

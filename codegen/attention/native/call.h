@@ -3,18 +3,20 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "numbers.h"
+#include <softmax.h>
 
 namespace {
 
 enum Type : int64_t { kFloat32, kBFloat16, kFloat16 };
 
-// to[rows[b], h, position[b] + i] = from[b, h, i]. All fields are 8 bytes, in the order of `_APPEND` in cached.py; strides in elements.
+// to[rows[b], h, position[b] + i] = from[b, h, i], in a ring slot (position[b] + i) % capacity. All fields are 8 bytes, in the order of `_APPEND` in cached.py; strides in elements.
 struct Append {
   int64_t to, from, itemsize;
   int64_t to_row, to_head, to_slot, from_row, from_head, from_slot;
   int64_t position, rows;                          // int64 [batch]
-  int64_t batch, heads, slots, depth, cache_rows, capacity, threads;
+  int64_t batch, heads, slots, depth, cache_rows, capacity, threads, ring;
+
+  bool holds(int64_t position) const { return ring ? slots <= capacity : position <= capacity - slots; }
 };
 
 // y [batch, queries, heads, width]. All fields are 8 bytes, in the order of `_CALL` in cached.py; strides in elements.
@@ -23,35 +25,31 @@ struct Call {
   int64_t q_row, q_head, q_query, k_row, k_head, k_slot, v_row, v_head, v_slot;
   int64_t position, rows;                          // int64 [batch]
   int64_t batch, heads, kv_heads, queries, depth, width, cache_rows, capacity;
-  int64_t window, threads, scratch;
+  int64_t window, threads, ring, scratch;
   double scale, softcap;
+
+  bool holds(int64_t position) const { return position <= capacity - queries || (ring && capacity >= window + queries - 1); }
+  // Where a block of positions begins: a ring whose blocks are not whole holds no more positions than slots.
+  int64_t slot(int64_t position) const { return ring ? position % capacity : position; }
 };
-
-constexpr int64_t kBlock = 64;   // slots whose keys are transposed at once: [depth, 64] float32 of depth 64 is 16 KiB
-constexpr int64_t kChunk = 256;  // slots after which partial results are joined, whoever computed them
-constexpr int64_t kTile = 64;    // queries, of all heads that share keys, that meet a block of them
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 inline const int64_t* integers(int64_t address) { return reinterpret_cast<const int64_t*>(address); }
 
 // The first b whose row or slots lie outside of the cache, or -1.
 template <class Operands>
-int64_t first_outside(const Operands& c, int64_t slots) {
+int64_t first_outside(const Operands& c) {
   for (int64_t b = 0; b < c.batch; ++b) {
     const int64_t row = integers(c.rows)[b], position = integers(c.position)[b];
-    if (row < 0 || row >= c.cache_rows || position < 0 || position > c.capacity - slots) return b;
+    if (row < 0 || row >= c.cache_rows || position < 0 || !c.holds(position)) return b;
   }
   return -1;
 }
 
 // How a call is cut: a tile is `step` queries of a row and head of the cache, a unit one tile, or one chunk of slots of a tile.
-struct Plan {
-  int64_t group, step, tiles, height;  // query heads a key head; of a row and key head; queries times heads of a tile
-  int64_t depth, width;                // padded to whole vectors
-  bool is_split;                       // units are chunks
+struct Plan : Shape {
+  int64_t group, step, tiles;  // query heads a key head; of a row and key head
+  bool is_split;               // units are chunks
   int64_t units;
-  int64_t partial, own;                // floats of a partial result and of a thread's scratch
 };
 
 struct Slots {
@@ -82,8 +80,6 @@ inline Plan plan_of(const Call& c) {
     for (int64_t b = 0; b < c.batch; ++b)
       for (int64_t tile = 0; tile < p.tiles; ++tile) p.units += slots_of(c, p, b, tile).chunks() * c.kv_heads;
   }
-  p.partial = p.height * (p.width + 2);
-  p.own = round_up(p.height * (p.depth + kBlock) + kBlock * (p.depth + std::max(p.depth, p.width)) + 2 * p.partial, 16);
   return p;
 }
 

@@ -26,7 +26,8 @@ def attend(
     q_ptr, k_ptr, v_ptr, position_ptr, rows_ptr, y_ptr, stats_ptr,
     q_row, q_head, q_query, k_row, k_head, k_slot, v_row, v_head, v_slot,
     kv_heads, queries, capacity, cache_rows, scale, softcap,
-    GROUP: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, IS_RING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, IS_SPLIT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One split of the slots that a tile of queries sees, for one row and head of the cache, as in FlashAttention (arXiv 2205.14135).
@@ -47,7 +48,9 @@ def attend(
     of_query = (head * GROUP + r % GROUP) * q_head + t * q_query.to(tl.int64)
     q = tl.load(q_ptr + b * q_row + of_query[:, None] + d[None, :], mask=in_q[:, None] & (d < DEPTH)[None, :], other=0.0)  # [BQ, BD]
     last = position + t
-    end = tl.minimum(position + tl.minimum((tl.program_id(1) * BLOCK_Q + BLOCK_Q - 1) // GROUP, queries - 1) + 1, capacity)
+    end = position + tl.minimum((tl.program_id(1) * BLOCK_Q + BLOCK_Q - 1) // GROUP, queries - 1) + 1
+    if not IS_RING:
+        end = tl.minimum(end, capacity)
     begin = position * 0
     if WINDOW > 0:
         begin = tl.maximum(begin, position + tl.program_id(1) * BLOCK_Q // GROUP - WINDOW + 1)
@@ -61,10 +64,16 @@ def attend(
     sums = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
     keys = k_ptr + row * k_row + head * k_head
     values = v_ptr + row * v_row + head * v_head
+    at = (begin % capacity).to(tl.int32)  # the slot of a block's first position in a ring
     for start in range(begin, end, BLOCK_S):
         j = start + tl.arange(0, BLOCK_S).to(tl.int64)  # [BS]
         is_live = j < end
-        k = tl.load(keys + j[None, :] * k_slot + d[:, None], mask=is_live[None, :] & (d < DEPTH)[:, None], other=0.0)  # [BD, BS]
+        slot = j
+        if IS_RING:  # which a block goes around once at most
+            slot = at + tl.arange(0, BLOCK_S)
+            slot = tl.where(slot >= capacity, slot - capacity, slot).to(tl.int64)
+            at = tl.where(at + BLOCK_S >= capacity, at + BLOCK_S - capacity, at + BLOCK_S)
+        k = tl.load(keys + slot[None, :] * k_slot + d[:, None], mask=is_live[None, :] & (d < DEPTH)[:, None], other=0.0)  # [BD, BS]
         score = dot(q, k) * scale  # [BQ, BS]
         if HAS_SOFTCAP:
             score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
@@ -76,7 +85,7 @@ def attend(
         base = tl.where(new == float("-inf"), 0.0, new)  # a query may see no slot of a block
         weight = tl.exp(score - base[:, None])
         factor = tl.exp(largest - base)
-        v = tl.load(values + j[:, None] * v_slot + e[None, :], mask=is_live[:, None] & (e < WIDTH)[None, :], other=0.0)  # [BS, BE]
+        v = tl.load(values + slot[:, None] * v_slot + e[None, :], mask=is_live[:, None] & (e < WIDTH)[None, :], other=0.0)  # [BS, BE]
         sums = sums * factor[:, None] + dot(weight.to(v.dtype), v)
         total = total * factor + tl.sum(weight, 1)
         largest = new
@@ -121,16 +130,19 @@ def join(
 def append(
     to_ptr, from_ptr, position_ptr, rows_ptr, to_row, to_head, to_slot, from_row, from_head, from_slot,
     heads, slots, capacity, cache_rows,
-    DEPTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr, IS_RING: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """to[rows[b], h, position[b] + i] = from[b, h, i], for one b and h and BLOCK_T neighbours i."""
+    """to[rows[b], h, position[b] + i] = from[b, h, i], for one b and h and BLOCK_T neighbours i; in a ring the slot modulo its slots."""
     b = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     i = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     row = tl.load(rows_ptr + b)
     slot = tl.load(position_ptr + b) + i
-    is_inside = (i < slots) & (slot >= 0) & (slot < capacity) & (row >= 0) & (row < cache_rows)
+    is_inside = (i < slots) & (slot >= 0) & (row >= 0) & (row < cache_rows)
+    if IS_RING:
+        slot = slot % capacity
+    is_inside = is_inside & (slot < capacity)
     mask = is_inside[:, None] & (d < DEPTH)[None, :]
     new = tl.load(from_ptr + b * from_row + head * from_head + i[:, None] * from_slot + d[None, :], mask=mask)
     tl.store(to_ptr + row * to_row + head * to_head + slot[:, None] * to_slot + d[None, :], new, mask=mask)

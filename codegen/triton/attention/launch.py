@@ -54,19 +54,28 @@ def is_fit(q: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, rows: 
 
 
 def cached_attention(
-    q: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor, rows: Tensor, *, scale: float, window: int = 0, softcap: float = 0.0
+    q: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    position: Tensor,
+    rows: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    ring: bool = False,
 ) -> Tensor:
     """`gw.cached_attention`, by its body where the kernels have no form for the operands."""
     batch, heads, queries, depth = q.shape
-    width, kv_heads = cache_v.size(3), cache_k.size(1)
-    if not is_fit(q, cache_k, cache_v, position, rows, window) or q.numel() == 0:
-        return torch.ops.gw.cached_attention.default(q, cache_k, cache_v, position, rows, scale=scale, window=window, softcap=softcap)
+    width, kv_heads, capacity = cache_v.size(3), cache_k.size(1), cache_k.size(2)
+    target, group = target_of(q.device), heads // max(kv_heads, 1)
+    tile = tile_of(queries, group, depth, width, q.element_size(), target)
+    if not is_fit(q, cache_k, cache_v, position, rows, window) or q.numel() == 0 or (ring and capacity < tile.s):
+        body = torch.ops.gw.cached_attention.default
+        return body(q, cache_k, cache_v, position, rows, scale=scale, window=window, softcap=softcap, ring=ring)
     from . import kernels
 
     q, position, rows = q if q.stride(3) == 1 else q.contiguous(), position.contiguous(), rows.contiguous()
-    group, capacity = heads // kv_heads, cache_k.size(2)
-    target = target_of(q.device)
-    tile = tile_of(queries, group, depth, width, q.element_size(), target)
     tiles = -(-queries * group // tile.q)
     splits = splits_of(batch * kv_heads * tiles, min(capacity, window + queries) if window else capacity, tile, target)
     y = torch.empty(batch, queries, heads, width, dtype=q.dtype, device=q.device)
@@ -76,8 +85,8 @@ def cached_attention(
         kernels.attend[(batch * kv_heads, tiles, splits)](
             q, cache_k, cache_v, position, rows, sums, stats, *q.stride()[:3], *cache_k.stride()[:3], *cache_v.stride()[:3],
             kv_heads, queries, capacity, cache_k.size(0), scale, softcap,
-            GROUP=group, DEPTH=depth, WIDTH=width, WINDOW=window, HAS_SOFTCAP=softcap != 0, IS_SPLIT=splits > 1, **tile.blocks,
-            num_warps=tile.num_warps,
+            GROUP=group, DEPTH=depth, WIDTH=width, WINDOW=window, IS_RING=ring, HAS_SOFTCAP=softcap != 0, IS_SPLIT=splits > 1,
+            **tile.blocks, num_warps=tile.num_warps,
         )  # fmt: skip
         if splits > 1:
             places = batch * queries * heads
@@ -85,11 +94,13 @@ def cached_attention(
     return y.transpose(1, 2)
 
 
-def append_in_place(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, position: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def append_in_place(
+    cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, position: Tensor, rows: Tensor, *, ring: bool = False
+) -> tuple[Tensor, Tensor]:
     """`gw.kv_append` where nobody reads the old caches any more: they are written to, and are the result. By ATen where the kernel has no
     form for the operands."""
     if k.numel() == 0 or not are_of_one_append(cache_k, cache_v, k, v, position, rows):
-        return append_by_aten(cache_k, cache_v, k, v, position, rows)
+        return append_by_aten(cache_k, cache_v, k, v, position, rows, ring=ring)
     from . import kernels
 
     position, rows = position.contiguous(), rows.contiguous()
@@ -100,7 +111,7 @@ def append_in_place(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, posi
             block = min(32, _power_of_two(slots))
             kernels.append[(batch * heads, -(-slots // block))](
                 cache, new, position, rows, *cache.stride()[:3], *new.stride()[:3], heads, slots, cache.size(2), cache.size(0),
-                DEPTH=depth, BLOCK_T=block, BLOCK_D=_power_of_two(depth), num_warps=1 if slots == 1 else 4,
+                DEPTH=depth, IS_RING=ring, BLOCK_T=block, BLOCK_D=_power_of_two(depth), num_warps=1 if slots == 1 else 4,
             )  # fmt: skip
     return cache_k, cache_v
 

@@ -1,0 +1,1 @@
+"""Products of up to eight rows with a weight by a kernel in C++ that reads it once, where it lies."""

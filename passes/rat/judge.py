@@ -1,0 +1,50 @@
+"""The limit points at which a recurrence is the attention that it stands for, as rewrites of the program that has it.
+
+closed gates, chunk 1                       any window, sinks and local form
+local "raw", a window over the sequence     any gates
+local "state", such a window                closed gates
+"""
+
+from typing import Any
+
+import torch
+
+from ...ir import Node, Program, Rewriter
+from ...ir.pattern import named_arguments
+from .gates import CLOSED
+
+aten, gw = torch.ops.aten, torch.ops.gw
+
+RAT = gw.rat_attention.default
+
+
+def with_chunks_of_one(program: Program) -> Program:
+    """`program` with chunks of one token and closed gates."""
+    return _edited(program, lambda arguments: {"chunk": 1, "summary_bias": 0.0}, lambda arguments: True)
+
+
+def with_window_over_all(program: Program, length: int) -> Program:
+    """`program` with a window over `length` tokens; where local tokens are states, with closed gates."""
+    return _edited(program, lambda arguments: {"window": length}, lambda arguments: arguments["local"] == "state")
+
+
+def _edited(program: Program, attributes: Any, closes: Any) -> Program:
+    edited = program.copy()
+    rewriter = Rewriter(edited, pass_name="limit-point")
+    for node in rewriter.nodes():
+        if node.target is not RAT:
+            continue
+        arguments = named_arguments(node)
+        with rewriter.step("limit-point"):
+            if closes(arguments):
+                arguments["gate"], arguments["chunk_bias"] = _closed(rewriter, node, arguments["gate"]), None
+            new = arguments | attributes(arguments)
+            rewriter.set_arguments(node, [new.pop(name) for name in _POSITIONAL], new)
+    return edited
+
+
+def _closed(rewriter: Rewriter, before: Node, gate: Node) -> Node:
+    return rewriter.insert(aten.full_like.default, (gate, CLOSED), before=before, origin=before)
+
+
+_POSITIONAL = tuple(argument.name for argument in RAT._schema.arguments if not argument.kwarg_only)

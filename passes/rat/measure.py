@@ -1,0 +1,163 @@
+"""What a recurrence costs on calibration tokens: the error of each layer on the original's inputs, and of the logits end to end."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...ir import Node, Program
+from ...ir.errors import PassError
+from ...ir.ops.rat import rat_attention
+from ...ir.run import run
+from .emit import Form
+from .gates import Gates
+from .sites import Site, Sites
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One attention on one batch: what it read, q [B, H, T, E] and so on before turning, cos and sin [B|1, T, dr], and what it gave."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    gave: Tensor
+
+    def squared_error(self, form: Form, gates: Gates, scale: float) -> Tensor:
+        """The sum of squares by which a recurrence with these gates differs from what the attention gave; it can be differentiated."""
+        batch, heads, length, width = self.k.shape
+        wide = torch.promote_types(self.k.dtype, torch.float32)
+        gate = gates.bias.to(self.k.device, wide).reshape(1, heads, 1, -1).expand(batch, heads, length, width)
+        bias = None if gates.chunk_bias is None else gates.chunk_bias.to(self.k.device, wide)
+        tables = [None if table is None else self._rows(table, form) for table in (self.cos, self.sin)]
+        attributes = {"window": form.window, "sinks": form.sinks, "local": form.local, "reset": form.reset}
+        out = rat_attention(
+            self.q, self.k, self.v, gate, bias, *tables, chunk=form.chunk, scale=scale, summary_bias=gates.summary_bias, **attributes
+        )
+        return (out - self.gave).to(wide).square().sum()
+
+    def _rows(self, table: Tensor, form: Form) -> Tensor:
+        if form.rope == "token":
+            return table
+        return table[:, torch.arange(table.size(1), device=table.device) // form.chunk]
+
+
+class Watched:
+    """The attentions of `sites` as the original program has them on each of `batches`."""
+
+    def __init__(self, program: Program, sites: Sites, batches: Sequence[Tensor]):
+        self._program, self._sites, self._batches = program, sites, batches
+
+    def seen(self, chosen: Sequence[Site]) -> Iterator[list[Seen]]:
+        """For each batch those of the `chosen` sites."""
+        wanted = {node for site in chosen for node in (site.q, site.k, site.v, site.cos, site.sin, site.root) if node is not None}
+        for tokens in self._batches:
+            values = _values(self._program, self._sites, tokens, wanted)
+            tables: dict[Node | None, Tensor | None] = {None: None}
+            tables |= {each: _as_rows(values[each]) for site in chosen for each in (site.cos, site.sin) if each is not None}
+            yield [
+                Seen(values[site.q], values[site.k], values[site.v], tables[site.cos], tables[site.sin], values[site.root])
+                for site in chosen
+            ]
+
+    def errors(self, chosen: Sequence[Site], form: Form, gates: Sequence[Gates]) -> list[float]:
+        """Of each site: mean square of the difference over mean square of what the attention gave."""
+        wrong, whole = [0.0] * len(chosen), [0.0] * len(chosen)
+        for batch in self.seen(chosen):
+            for n, (seen, site, each) in enumerate(zip(batch, chosen, gates, strict=True)):
+                with torch.no_grad():
+                    wrong[n] += float(seen.squared_error(form, each, site.attention.scale))
+                whole[n] += float(seen.gave.float().square().sum())
+        return [a / (b or 1.0) for a, b in zip(wrong, whole, strict=True)]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of a rewritten model on calibration tokens: KL(original, rewritten) in nats a token, and both perplexities of the next token."""
+
+    kl: float
+    before: float
+    after: float
+
+
+def measure(before: Program, after: Program, sites: Sites, batches: Sequence[Tensor]) -> Quality:
+    """Both programs take the same inputs, of which `sites` says which are tokens and positions."""
+    kl, nats, count, predicted = 0.0, [0.0, 0.0], 0, 0
+    for tokens in batches:
+        logits = [_logits(run(program, inputs_of(before, sites, tokens))[0]) for program in (before, after)]
+        logs = [each.double().log_softmax(-1) for each in logits]
+        kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+        count += tokens.numel()
+        targets = tokens[:, 1:].flatten()
+        for n, each in enumerate(logs):
+            nats[n] += float(F.nll_loss(each[:, :-1].flatten(0, 1), targets, reduction="sum"))
+        predicted += targets.numel()
+    return Quality(kl / count, *(math.exp(each / max(predicted, 1)) for each in nats))
+
+
+def inputs_of(program: Program, sites: Sites, tokens: Tensor) -> list[Any]:
+    """One value for each input of `main`: positions 0, 1, .., and of other inputs of that shape (masks) ones."""
+    places = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+    given = {str(sites.tokens.target): tokens}
+    if sites.positions is not None:
+        given[str(sites.positions.target)] = places
+    inputs = []
+    for node in program.main.placeholders:
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            value = given.get(str(node.target), torch.ones_like(places)).to(value.dtype)
+        inputs.append(value)
+    return inputs
+
+
+def checked_batches(items: Any, sites: Sites, vocabulary: int) -> tuple[Tensor, ...]:
+    """The calibration items as tokens i64[B, T].
+
+    Raises:
+        PassError: there are none, or one is no tensor of tokens of the sizes that the program takes.
+    """
+    like = sites.tokens.meta["val"]
+    batches = []
+    for number, item in enumerate(items):
+        value = item[0] if isinstance(item, tuple) and len(item) == 1 else item
+        if not isinstance(value, Tensor) or value.dim() != 2 or value.dtype not in (torch.int64, torch.int32) or value.shape[1] < 2:
+            raise PassError(f"rat-recurrence: calibration item {number} is no tensor of tokens [B, T] with at least 2 of them in each row")
+        if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+            raise PassError(f"rat-recurrence: calibration item {number} has tokens beyond 0 to {vocabulary - 1}")
+        if any(isinstance(size, int) and size != own for size, own in zip(like.shape, value.shape, strict=True)):
+            raise PassError(f"rat-recurrence: calibration item {number} is {list(value.shape)}, and the program takes {list(like.shape)}")
+        batches.append(value.to(like.device, torch.int64))
+    if not batches:
+        raise PassError("rat-recurrence: calibration has no items: give at least one tensor of tokens [B, T]")
+    return tuple(batches)
+
+
+def _values(program: Program, sites: Sites, tokens: Tensor, wanted: set[Node]) -> dict[Node, Tensor]:
+    values: dict[Node, Tensor] = {}
+
+    def observe(node: Node, value: Any) -> Any:
+        if node in wanted:
+            values[node] = value
+        return value
+
+    run(program, inputs_of(program, sites, tokens), observe=observe)
+    for node in wanted - values.keys():  # a folded table
+        tensor = program.weights[str(node.target)].tensor
+        assert tensor is not None
+        values[node] = tensor
+    return values
+
+
+def _as_rows(table: Tensor) -> Tensor:
+    """[B|1, T, dr] of what multiplies [B, H, T, dr]."""
+    return table.squeeze(1) if table.dim() == 4 else table.reshape(-1, *table.shape[-2:])
+
+
+def _logits(outputs: Sequence[Any]) -> Tensor:
+    return next(each for each in outputs if isinstance(each, Tensor) and each.dim() == 3)

@@ -1,0 +1,459 @@
+"""`rat-recurrence`: fires on each family that it claims, is the original at its limit points, says what it costs, and refuses the rest by name;
+decoders that it made generate over caches of chunks."""
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import graphwright as gw
+from graphwright import models
+from graphwright.ir.caches import cache_types
+from graphwright.ir.decoder_example import decoder_example
+from graphwright.ir.float64 import to_float64
+from graphwright.ir.pattern import named_arguments
+from graphwright.ir.rewriter import Rewriter
+from graphwright.ir.run import run
+from graphwright.passes.check import Reference
+from graphwright.passes.inputs import random_inputs
+from graphwright.passes.kv_cache.stepping import empty_caches, largest_difference
+from graphwright.passes.rat.judge import with_chunks_of_one, with_window_over_all
+from graphwright.tests import decoders
+
+RAT = torch.ops.gw.rat_attention.default
+SMALL = {"chunk": 4, "window": 1, "sinks": 0}
+CLAIMED = [
+    "zoo",
+    "llama",
+    "qwen3",
+    "gpt2",
+    "opt",
+    "phi",
+]  # RoPE of all channels, with norms, learned positions twice, RoPE of some channels
+
+
+def tokens_of(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, decoders.VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def captured(family: str) -> gw.Program:
+    module = decoders.FAMILIES[family]()
+    example = decoder_example(module)
+    return gw.PassManager(gw.CLEANUPS).run(gw.capture(module, (), example.kwargs, dynamic_shapes=example.dynamic_shapes)).program
+
+
+@functools.cache
+def fixed() -> gw.Program:
+    """The zoo's decoder at fixed sizes, which takes a tenth of the time to rewrite."""
+    tokens = tokens_of(2, 12)
+    kwargs = {"input_ids": tokens, "position_ids": torch.arange(12).repeat(2, 1)}
+    return gw.PassManager(gw.CLEANUPS).run(gw.capture(models.load("decoder", "tiny")[0], (), kwargs)).program
+
+
+def rewritten(program: gw.Program, **options: Any) -> gw.Program:
+    return gw.PassManager([gw.RatRecurrence(**(SMALL | options))]).run(program).program
+
+
+def report(program: gw.Program, **options: Any) -> Any:
+    return gw.PassManager([gw.RatRecurrence(**(SMALL | options))]).run(program).reports[-1]
+
+
+def recurrences(program: gw.Program) -> list[dict[str, Any]]:
+    return [named_arguments(node) for node in program.main.calls if node.target is RAT]
+
+
+def logits(program: gw.Program, tokens: torch.Tensor) -> torch.Tensor:
+    places = torch.arange(tokens.shape[1]).repeat(tokens.shape[0], 1)
+    given = {"input_ids": tokens, "position_ids": places}
+    return run(program, [given.get(str(node.target), node.meta["val"]) for node in program.main.placeholders])[0][0]
+
+
+def off(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return largest_difference(got, expected, float(expected.abs().max()))
+
+
+# --- every family, and the limit points ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CLAIMED)
+def test_each_attention_of_every_family_becomes_a_recurrence_that_is_the_original_at_its_limits(family: str) -> None:
+    before, after = captured(family), rewritten(captured(family))
+    assert len(recurrences(after)) == (2 if family == "zoo" else decoders.LAYERS)
+    assert str(gw.parse(str(after))) == str(after)
+    wide, tokens = to_float64(before), tokens_of(2, 9)
+    expected = logits(wide, tokens)
+    assert off(logits(to_float64(with_chunks_of_one(after)), tokens), expected) <= 1e-10
+    assert off(logits(to_float64(with_window_over_all(after, 9)), tokens), expected) <= 1e-10
+    assert off(logits(to_float64(after), tokens), expected) > 1e-3, "this window is no limit point"
+    for before_far in (1, 4):  # raw keys and values: equal up to the window and a chunk, whatever the gates
+        assert off(logits(to_float64(after), tokens[:, :before_far]), expected[:, :before_far]) <= 1e-10
+
+
+OPTIONS = [
+    {},
+    {"local": "state", "sinks": 3},
+    {"gate": "head", "output_gate": True},
+    {"gate": "bias", "init": "chrono", "summary_bias": "log_chunk"},
+    {"rope": "chunk"},
+    {"layers": "even", "others": 2},
+    {"layers": [1], "init": "closed"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_contract_holds_for_every_option(options: dict[str, Any]) -> None:
+    program, chosen = fixed(), gw.RatRecurrence(**(SMALL | options))
+    verdict = chosen.check(Reference(program, random_inputs(program)), rewritten(program, **options))
+    assert verdict.kind == "right", str(verdict)
+
+
+def test_a_rewrite_that_is_not_the_original_at_its_limits_is_wrong() -> None:
+    program, after = fixed(), rewritten(fixed())
+    rewriter = Rewriter(after)
+    node = next(each for each in rewriter.nodes() if each.target is RAT)
+    with rewriter.step("spoil"):
+        rewriter.set_arguments(node, node.args, {**node.kwargs, "scale": 2 * node.kwargs["scale"]})
+    assert gw.RatRecurrence(**SMALL).check(Reference(program, random_inputs(program)), after).kind == "wrong"
+
+
+def test_chunks_of_one_token_with_closed_or_mean_gates_are_the_original() -> None:
+    wide, tokens = to_float64(fixed()), tokens_of(2, 12)
+    for init in ("closed", "mean"):
+        assert off(logits(to_float64(rewritten(fixed(), chunk=1, init=init)), tokens), logits(wide, tokens)) <= 1e-10
+
+
+def test_an_output_gate_changes_no_bit_before_training() -> None:
+    tokens = tokens_of(2, 12)
+    gated, plain = (logits(rewritten(fixed(), output_gate=flag), tokens) for flag in (True, False))
+    assert torch.equal(gated, plain)
+
+
+def test_one_program_serves_all_lengths() -> None:
+    program, tokens = rewritten(captured("zoo")), tokens_of(1, 40)
+    whole = logits(program, tokens)
+    for length in (2, 5, 17):
+        # sums over other lengths take another order
+        assert off(logits(program, tokens[:, :length]), whole[:, :length]) <= 2e-5
+
+
+def test_at_fixed_sizes_the_recurrence_may_run_on_and_its_tables_may_be_constants() -> None:
+    module, args, kwargs = models.load("decoder", "tiny")
+    program = gw.PassManager(gw.CLEANUPS).run(gw.capture(module, args, kwargs)).program
+    for options in ({"rope": "chunk"}, {"reset": False, "local": "state"}):
+        chosen = gw.RatRecurrence(**(SMALL | options))
+        assert chosen.check(Reference(program, random_inputs(program)), rewritten(program, **options)).kind == "right"
+
+
+def test_attributes_and_layers_are_as_asked_for() -> None:
+    (only,) = recurrences(rewritten(fixed(), layers="even", window=5, sinks=3, summary_bias="log_chunk"))
+    assert (only["chunk"], only["window"], only["sinks"], only["local"], only["reset"]) == (4, 5, 4, "raw", True)
+    assert only["summary_bias"] == math.log(4)
+    assert recurrences(rewritten(fixed(), local="state", sinks=3))[0]["sinks"] == 3
+
+
+def test_rows_of_chunk_rotation_are_those_of_the_chunks_numbers() -> None:
+    values = {}
+    program = rewritten(fixed(), rope="chunk")
+    wanted = recurrences(program)[0]["cos"]
+    tokens = tokens_of(2, 12)
+    places = torch.arange(12).repeat(2, 1)
+    run(program, [tokens, places], observe=lambda node, value: values.setdefault(node, value))
+    by_token = {}
+    plain = rewritten(fixed())
+    run(plain, [tokens, places], observe=lambda node, value: by_token.setdefault(node, value))
+    assert torch.equal(values[wanted], by_token[recurrences(plain)[0]["cos"]][:, torch.arange(12) // 4])
+
+
+# --- weights --------------------------------------------------------------------------------------------------------------------
+
+
+def test_new_weights_are_marked_and_the_others_are_the_models_own() -> None:
+    before, after = fixed(), rewritten(fixed(), output_gate=True)
+    new = {name: weight.kind for name, weight in after.weights.items() if name not in before.weights}
+    stem = "layers.0.self_attn.rat"
+    assert {f"{stem}.gate.weight", f"{stem}.gate.bias", f"{stem}.chunk_bias", f"{stem}.output_gate.weight"} <= new.keys()
+    assert set(new.values()) == {"added"} and len(new) == 8
+    assert all(after.weights[name].tensor is weight.tensor for name, weight in before.weights.items() if name in after.weights)
+
+
+@pytest.mark.parametrize(("init", "expected"), [("closed", [0, 0, 0, 0]), ("mean", [0, 1 / 2, 2 / 3, 3 / 4])])
+def test_gates_start_as_named(init: str, expected: list[float]) -> None:
+    program = rewritten(fixed(), init=init)
+    bias = program.weights["layers.0.self_attn.rat.gate.bias"].tensor
+    places = program.weights.get("layers.0.self_attn.rat.chunk_bias")
+    logits = bias[0] + (torch.zeros(4) if places is None else places.tensor.flatten())
+    torch.testing.assert_close(logits.sigmoid(), torch.tensor(expected, dtype=torch.float32), rtol=1e-6, atol=1e-6)
+
+
+def test_chrono_gates_have_memories_of_all_lengths_of_a_chunk() -> None:
+    g = rewritten(fixed(), init="chrono").weights["layers.0.self_attn.rat.gate.bias"].tensor.sigmoid()
+    memory = g / (1 - g)
+    assert memory.min() >= 1 and memory.max() <= 3 and memory.std() > 0.2
+
+
+# --- the report -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_measures_on_calibration_tokens() -> None:
+    tokens = tokens_of(2, 12)
+    found = report(fixed(), calibration=[tokens])
+    after = rewritten(fixed())
+    before, changed = (logits(program, tokens).double().log_softmax(-1) for program in (fixed(), after))
+    kl = float((before.exp() * (before - changed)).sum(-1).mean())
+    assert found.data["kl"] == pytest.approx(kl, rel=1e-6)
+    perplexities = [math.exp(F.nll_loss(each[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()) for each in (before, changed)]
+    assert found.data["perplexity"] == pytest.approx(perplexities, rel=1e-6)
+    assert len(found.data["layer_errors"]) == 2 and all(0 < error < 2 for error in found.data["layer_errors"])
+    assert any(line.startswith("logits: KL") for line in found.lines)
+    assert any("needs training" in line for line in found.lines)
+
+
+def test_a_window_over_the_sequence_costs_nothing() -> None:
+    found = report(fixed(), window=20, calibration=[tokens_of(2, 12)])
+    assert found.data["kl"] <= 1e-9 and max(found.data["layer_errors"]) <= 1e-10
+
+
+@pytest.mark.parametrize("rope", ["token", "chunk"])
+def test_fitted_gates_are_no_worse_than_closed_and_mean_ones(rope: str) -> None:
+    found = report(fixed(), init="fit", calibration=[tokens_of(2, 12)], rope=rope)
+    for error, fits in zip(found.data["layer_errors"], found.data["fits"]):
+        assert error == pytest.approx(min(fits.values()), rel=1e-3)
+        assert set(fits) == {"closed", "mean", "fitted"}
+        assert fits["fitted"] < fits["mean"]
+
+
+def test_closed_gates_over_chunks_are_not_called_a_recurrence() -> None:
+    assert "dilated sparse attention" in report(fixed(), init="closed").lines[0]
+    assert "recurrence" not in report(fixed(), init="closed").lines[0]
+    assert "chunked recurrence with mean gates" in report(fixed()).lines[0]
+    assert any("unmeasured" in line for line in report(fixed()).lines)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "option chunk is 0, but must be a number of tokens, at least 1"),
+        ({"chunk": 2.5}, "option chunk is 2.5"),
+        ({"init": "fit"}, "init=fit is fitted to tokens: give calibration="),
+        ({"init": "chrono", "chunk": 1}, "init=chrono spreads memories over a chunk, and chunk=1 has none"),
+        ({"layers": "odd"}, "option layers is 'odd'"),
+        ({"others": "drop"}, "option others is 'drop'"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(gw.PassError, match=message):
+        gw.RatRecurrence(**options)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("zoo", {"layers": [2]}, "layers name attention 2, and there are 0 to 1"),
+        ("zoo", {"layers": []}, "layers names none"),
+        ("zoo", {"reset": False}, "reset=False takes as many steps as the logarithm of the length, so the length must be fixed"),
+        ("zoo", {"calibration": []}, "calibration has no items"),
+        ("zoo", {"calibration": [torch.zeros(3)]}, r"calibration item 0 is no tensor of tokens \[B, T\]"),
+        ("zoo", {"calibration": [torch.full((1, 4), 999)]}, "calibration item 0 has tokens beyond 0 to 255"),
+        ("gemma2", {}, "its scores are capped"),
+        ("mistral", {}, r"it sees 4 tokens alone, and a recurrence sees all before: name it in layers=\[0\], with a window of at least 3"),
+        ("gptj", {}, "rotary positions of another form than"),
+    ],
+)
+def test_what_is_no_plain_causal_attention_is_refused_by_name(family: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(gw.PassError, match=message):
+        rewritten(captured(family), **options)
+
+
+def test_attention_to_a_window_is_taken_where_it_is_named_and_the_window_covers_it() -> None:
+    assert len(recurrences(rewritten(captured("mistral"), layers=[0, 2], window=3))) == 2
+
+
+class Small(nn.Module):
+    """One attention, as `attend(q, k, v, ids)` has it, of 2 heads on an embedding of 8 channels."""
+
+    def __init__(self, attend: Any = None, keys: int = 8):
+        super().__init__()
+        self.table, self.attend = nn.Embedding(decoders.VOCABULARY, 8), attend
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, keys), nn.Linear(8, 8)
+
+    def forward(self, ids, mask=None):
+        x = self.table(ids)
+        q, k, v = (product(x).unflatten(-1, (2, -1)).transpose(1, 2) for product in (self.q, self.k, self.v))
+        return self.joined(x, q, k, v, mask)
+
+    def joined(self, x, q, k, v, mask):
+        return x + self.attend(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def causal(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def both(q, k, v, mask):
+    return causal(q, k, v, mask) + F.scaled_dot_product_attention(q * 2, k, v, is_causal=True)
+
+
+def biased(q, k, v, mask):
+    place = torch.arange(q.size(2))
+    bias = (place - place.unsqueeze(1)).to(q.dtype).masked_fill(place > place.unsqueeze(1), -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, bias)
+
+
+def mixed(q, k, v, mask):
+    return causal(q, k.cumsum(2), v, mask)
+
+
+def added(q, k, v, mask):
+    return causal(q + q.flip(-1), k + k.flip(-1), v, mask)
+
+
+CASES = {
+    "a mask that an input gives": (lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask[:, None]), "its mask depends on input mask: .*or say assume_causal=True"),
+    "no mask": (lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v), "attention without a mask sees positions that are yet to come"),
+    "a bias of positions": (biased, "positions have a bias"),
+    "keys that two attentions read": (both, "another attention reads its keys or values too"),
+    "tokens that meet before attention": (mixed, "something else than norms, views and rotary positions stands between a product and attention"),
+    "sums of another form": (added, "rotary positions of another form than"),
+    "dropout": (lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1), "attention drops weights at random"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_of_another_kind_is_refused(name: str) -> None:
+    attend, message = CASES[name]
+    ids, mask = torch.zeros(2, 6, dtype=torch.int64), torch.ones(6, 6).tril().bool().repeat(2, 1, 1)
+    program = gw.capture(Small(attend).eval(), (ids, mask) if "input" in name else (ids,), {})
+    with pytest.raises(gw.PassError, match=message):
+        rewritten(program)
+
+
+def test_a_mask_of_an_input_is_taken_for_causal_where_the_user_says_so() -> None:
+    ids, mask = torch.zeros(2, 6, dtype=torch.int64), torch.ones(6, 6).tril().bool().repeat(2, 1, 1)
+    module = Small(CASES["a mask that an input gives"][0])
+    assert recurrences(rewritten(gw.capture(module, (ids, mask), {}), assume_causal=True))
+
+
+def test_what_gives_its_attention_weights_is_refused() -> None:
+    class Telling(Small):
+        def joined(self, x, q, k, v, mask):
+            hidden = torch.ones(6, 6).triu(1).bool()
+            weights = (q @ k.transpose(2, 3) + torch.zeros(6, 6).masked_fill(hidden, -torch.inf)).softmax(-1)
+            return x + (weights @ v).transpose(1, 2).flatten(2), weights
+
+    with pytest.raises(gw.PassError, match="its weights are read by something else"):
+        rewritten(gw.capture(Telling(), (torch.zeros(2, 6, dtype=torch.int64),), {}))
+
+
+def test_keys_of_another_width_than_values_are_refused() -> None:
+    class Wide(Small):
+        def joined(self, x, q, k, v, mask):
+            return x + causal(torch.cat([q], -1)[..., :2], k, v, mask).transpose(1, 2).flatten(2)
+
+    with pytest.raises(gw.PassError, match="keys are 2 wide and values 4"):
+        rewritten(gw.capture(Wide(keys=4), (torch.zeros(2, 6, dtype=torch.int64),), {}))
+
+
+def test_what_looks_up_no_tokens_is_no_decoder() -> None:
+    class OfFloats(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    with pytest.raises(gw.PassError, match="no input of integers .* is looked up in an embedding"):
+        rewritten(gw.capture(OfFloats(), (torch.ones(1, 2, 5, 4),), {}))
+
+
+# --- generation ---------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(family: str, **options: Any) -> gw.CompiledModel:
+    if family == "native":
+        return gw.compile_decoder(models.load("rat", "tiny")[0], backend="aten", cache=False)
+    passes = [gw.RatRecurrence(**(SMALL | options))]
+    return gw.compile_decoder(decoders.FAMILIES[family](), passes, backend="aten", cache=False)
+
+
+@functools.cache
+def wide(family: str, **options: Any) -> gw.Program:
+    return to_float64(compiled(family, **options).program)
+
+
+def step(program: gw.Program, function: str, held: dict[str, torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    outputs, new = run(program, [*inputs, *(held[each] for each in cache_types(program.functions[function]))], function=function)
+    held.update({name.removeprefix("input:"): value for name, value in new.items()})
+    return outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("zoo", {}), ("zoo", {"rope": "chunk", "gate": "head", "output_gate": True}), ("zoo", {"layers": "even", "others": 2}),
+     ("zoo", {"local": "state", "sinks": 2}), ("llama", {}), ("qwen3", {"layers": "even"}), ("gpt2", {}), ("native", {})],
+)  # fmt: skip
+def test_every_split_of_a_sequence_is_the_whole_forward(family: str, options: dict[str, Any]) -> None:
+    tokens = tokens_of(2, 10)
+    # the exact contract's figure; float32 against itself in another order of sums
+    for program, tolerance, splits in ((wide(family, **options), 1e-10, range(1, 10)), (compiled(family, **options).program, 2e-5, [4])):
+        assert list(program.functions) == ["main", "prefill", "decode"]
+        expected = logits(program, tokens)
+        for prompt in splits:
+            held, rows = empty_caches(program, 3, 11), torch.tensor([2, 0])
+            got = [step(program, "prefill", held, tokens[:, : prompt + 1], 0 * rows, rows, torch.full_like(rows, prompt))]
+            got += [step(program, "decode", held, tokens[:, n : n + 1], torch.full_like(rows, n), rows) for n in range(prompt, 10)]
+            assert max(off(each, expected[:, place]) for place, each in enumerate(got, prompt - 1)) <= tolerance, prompt
+
+
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_ragged_prompts_in_chunks_in_a_few_rows_generate_what_the_whole_forward_does(data: Any) -> None:
+    model = compiled("zoo", layers="even", others=2)
+    lengths = data.draw(st.lists(st.integers(1, 11), min_size=1, max_size=4))
+    prompts = [tokens_of(1, length, seed=number)[0].tolist() for number, length in enumerate(lengths)]
+    chunk, batch = data.draw(st.sampled_from([None, 1, 3, 5])), data.draw(st.sampled_from([None, 1, 2]))
+    found = model.generate(prompts, 5, chunk=chunk, batch=batch)
+    for prompt, tokens in zip(prompts, found.tokens):
+        sequence = torch.tensor([prompt + tokens])
+        # Greedy: of logits in another order of sums the most likely token may differ by rounding, which these do not.
+        assert logits(model.program, sequence)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+def test_cache_bytes_are_those_of_the_formula() -> None:
+    program = compiled("llama", chunk=4, window=5, sinks=8).program
+    types = cache_types(program.functions["decode"]).values()
+    heads, width, slots = 2, 8, 8 + math.ceil(1001 / 4) + 5 + 4
+    per_layer = 2 * heads * width * slots * 4 + 2 * heads * width * 4
+    assert sum(each.nbytes(1, 1001) for each in types) == decoders.LAYERS * per_layer
+    held = decoders.LAYERS * (2 * heads * width * (8 + 1024 + 9) * 4 + 2 * heads * width * 4)
+    assert f"{held} bytes a row at 4096 positions" in str(compiled("llama", chunk=4, window=5, sinks=8).report())
+
+
+def test_drafts_are_refused_since_they_could_not_be_taken_back() -> None:
+    passes = [gw.RatRecurrence(**SMALL), gw.KVCache(), gw.LayerSkip(mode="speculative")]
+    with pytest.raises(gw.PassError, match="a chunked recurrence cannot take drafted tokens back"):
+        gw.compile_decoder(decoders.FAMILIES["zoo"](), passes, backend="aten", cache=False)
+    assert "nothing is drafted here" in str(compiled("zoo").report())
+
+
+def test_a_recurrence_that_runs_on_from_chunk_to_chunk_has_no_steps() -> None:
+    after = rewritten(captured("zoo"))
+    for node in after.main.calls:
+        if node.target is RAT:
+            node.kwargs = {**node.kwargs, "reset": False}
+    with pytest.raises(gw.PassError, match=r"runs on from chunk to chunk \(reset=False\)"):
+        gw.KVCache().run(Rewriter(after))
+
+
+def test_the_recurrence_comes_before_the_caches() -> None:
+    with pytest.raises(gw.PassError):
+        gw.PassManager("kv-cache,rat-recurrence")
+    with pytest.raises(gw.PassError, match="the program has functions of one step already"):
+        gw.PassManager([gw.RatRecurrence(**SMALL)]).run(compiled("zoo").program)
