@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--opset", type=int, default=21, help="of the standard's operators (default: 21)")
     exporting.add_argument("--external-data", action="store_true", default=None, help="weights beside the model, also small ones")
     dumping = add("dump", ("programs", "dump"), "print a program as text, as captured or after passes", model, passes)
+    dumping.add_argument("--ops", action="store_true", help="print how often each operator is called instead")
     dumping.add_argument("--weights", action="store_true", help="print the table of its weights instead")
     differing = add("diff", ("programs", "diff"), "print what differs between two programs, paired by where operations came from", common)
     differing.add_argument("a", metavar="A")

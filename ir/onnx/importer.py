@@ -18,6 +18,7 @@ from ..symbols import UNBOUNDED, Symbol, SymbolTable
 from ..tree import LEAF, Tree, flat
 from . import operators  # noqa: F401 - declares the readers
 from .builder import Builder, Unsupported, Value
+from .dialect import declaration_of, read_call
 from .dtypes import torch_dtype
 from .opaque import opaque
 from .reading import Tensors, read_model
@@ -171,6 +172,18 @@ class _Importer:
     def _read(self, node: Any, inputs: list[Value], scope: _Scope) -> tuple[Value, ...]:
         domain = _domain(node.domain)
         local = self.functions.get((node.domain, node.op_type)) or self.functions.get((domain, node.op_type))
+        declared = declaration_of(node, local)
+        if declared is not None:
+            mark = next(iter(reversed(self.builder.graph.nodes)), None)
+            attributes = [*(local.attribute_proto if local is not None else ()), *node.attribute]
+            try:
+                return read_call(self.builder, declared, {each.name: self._attribute(each) for each in attributes}, inputs)
+            except Unsupported as reason:
+                if local is None:
+                    raise CaptureError(
+                        f"{node.op_type} at {self.builder.where.module} is no call of gw.{declared.name}: {reason}"
+                    ) from reason
+            self._forget_after(mark)
         if local is not None:
             return self._call_function(local, node, inputs, scope)
         version = scope.opsets.get(domain, 1)

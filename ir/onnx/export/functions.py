@@ -15,7 +15,8 @@ from ...calls import GETITEM
 from ...program import Node
 from ...symbols import SymbolTable
 from ...types import type_text
-from .lower import DOMAIN, Site
+from ..dialect import DOMAIN, OP_KEY
+from .lower import Site
 from .own_sizes import of_own_sizes
 from .translate import Piece, Translated
 
@@ -111,7 +112,7 @@ class LocalFunction:
         inputs = [ir.Value(name=None) if operand is None else next(made) for operand in operands(self.site)]
         graph = ir.Graph(inputs, part.outputs, nodes=nodes, opset_imports={"": opset}, name=self.name)
         function = ir.Function(DOMAIN, self.name, graph=graph, attributes=attributes(self.site))
-        function.metadata_props["graphwright.op"] = f"gw.{op_name(self.site)}"
+        function.metadata_props[OP_KEY] = f"gw.{op_name(self.site)}"
         return function
 
 

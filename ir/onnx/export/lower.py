@@ -21,6 +21,7 @@ from ...program import Function, Node, Program
 from ...region import Region, narrow, slice_bounds, sliced
 from ...region_call import RegionCall
 from ...symbols import SymbolTable
+from ..dialect import DOMAIN
 from ..dtypes import element_type
 from . import low_bit
 from .scalars import exact
@@ -28,7 +29,6 @@ from .translate import Piece
 
 aten = torch.ops.aten
 
-DOMAIN = "graphwright"
 SITE = "Site"
 
 

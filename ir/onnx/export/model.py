@@ -10,9 +10,10 @@ import torch
 from ...errors import CaptureError
 from ...program import Function, Node, Program
 from ...region import sliced
+from ..dialect import DOMAIN
 from ..dtypes import element_type
 from . import functions, low_bit, opaque, regions
-from .lower import DOMAIN, SITE, Lowering, Site
+from .lower import SITE, Lowering, Site
 from .names import output_names, unique
 from .translate import Piece, Translated, quiet, translate
 
