@@ -3,13 +3,17 @@
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..compiler import compile as compile_model
 from ..ir import Program
 from ..ir import verify as verify_program
 from ..ir.calling import Call, parameters_of
+from ..ir.calls import name_of
 from ..ir.diff import compare
 from ..ir.errors import ContractError, GraphwrightError, VerifyError
 from ..passes import CLEANUPS, Pass, PassManager, PassReport, parse_pipeline
@@ -23,7 +27,7 @@ from .sources import load, program_of, users_code
 def compile_(options: argparse.Namespace) -> Result:
     choose_backend(options.backend)  # a wrong one is said before the work
     output = _writable(options.output)
-    passes = _parsed(options.passes)
+    passes = parsed(options.passes)
     model = load(options.model, options.trusted)
     if isinstance(model.model, Program) and options.model.endswith(".txt"):
         raise Mistake(f"{options.model} has no weights: compile takes a .gw, .onnx or .pt2 file, a zoo name or module:factory")
@@ -87,6 +91,8 @@ def dump(options: argparse.Namespace) -> Result:
     model = load(options.model, options.trusted)
     with progress() as manager.progress:
         program = manager.run(program_of(model, options.trusted)).program
+    if options.ops:
+        return _operators(program)
     weights = [
         {"name": w.name, "kind": w.kind, "dtype": str(w.dtype).removeprefix("torch."), "shape": list(w.shape), "bytes": w.nbytes}
         for w in program.weights.values()
@@ -96,6 +102,18 @@ def dump(options: argparse.Namespace) -> Result:
     rows = [[w["name"], w["kind"], w["dtype"], str(w["shape"]), f"{w['bytes']:,}"] for w in weights]
     total = f"{len(weights)} weights, {sum(w.nbytes for w in program.weights.values()):,} bytes"
     return Result(table(["weight", "kind", "dtype", "shape", "bytes"], rows) + total, {"pipeline": program.pipeline, "weights": weights})
+
+
+def _operators(program: Program) -> Result:
+    """How often each operator is called, in regions once; those that stayed ONNX by their own names, apart."""
+    calls = [node for node in program.nodes() if node.op == "call_function"]
+    opaque = Counter(str(node.kwargs["op"]) for node in calls if node.target is torch.ops.gw.onnx_node.default)
+    counts = Counter(name_of(node.target) for node in calls if node.target is not torch.ops.gw.onnx_node.default)
+    rows = [[name, str(count)] for name, count in counts.most_common()]
+    text = table(["operator", "calls"], rows)
+    if opaque:
+        text += "\n" + table(["run by onnxruntime", "calls"], [[name, str(count)] for name, count in opaque.most_common()])
+    return Result(text, {"pipeline": program.pipeline, "operators": dict(counts), "opaque": dict(opaque)})
 
 
 def diff(options: argparse.Namespace) -> Result:
@@ -150,10 +168,10 @@ def _verdict_line(report: PassReport) -> str:
 
 
 def pipeline_of(options: argparse.Namespace) -> tuple[Pass, ...]:
-    asked = _parsed(options.passes)
+    asked = parsed(options.passes)
     return asked if options.no_cleanups else parse_pipeline([*CLEANUPS, *asked])
 
 
-def _parsed(pipeline: str | None) -> tuple[Pass, ...]:
+def parsed(pipeline: str | None) -> tuple[Pass, ...]:
     with users_code():
         return parse_pipeline(pipeline or "")

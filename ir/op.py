@@ -21,6 +21,7 @@ class OpDeclaration:
     name: str
     body: Callable[..., Any]
     overload: Any
+    is_opaque: bool = False  # computed by something other than torch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
@@ -62,7 +63,7 @@ def opaque_op(name: str, *, types: Callable[..., Any]) -> Callable[[Callable[...
         _LIBRARY.define(torch.library.infer_schema(body, mutates_args=(), op_name=name))
         _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gw::{name}", types, lib=_LIBRARY)
-        REGISTRY[name] = OpDeclaration(name, body, getattr(torch.ops.gw, name).default)
+        REGISTRY[name] = OpDeclaration(name, body, getattr(torch.ops.gw, name).default, is_opaque=True)
         return REGISTRY[name]
 
     return declare

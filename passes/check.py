@@ -130,6 +130,24 @@ class Reference:
             ]
         )
 
+    def judge_values(self, values: Mapping[str, Any]) -> Verdict:
+        """The verdict on outputs and new states, by label, that something else computed in the program's working dtype (an exported
+        file in its runtime): types, and the second rule. Of a program that draws random numbers, types alone."""
+        for label, own in self.own.tensors.items():
+            got = values[label]
+            if isinstance(own, torch.Tensor) and (got.dtype, got.shape) != (own.dtype, own.shape):
+                return Verdict("wrong", f"{label} is {got.dtype}{list(got.shape)}, not {own.dtype}{list(own.shape)}")
+        try:
+            r, noise64, noise = self.float64.tensors, self.noise64, self.noise
+        except NoFloat64 as error:
+            return Verdict("inconclusive", str(error))
+        places = _places(self.program)
+        comparisons = [
+            Comparison(label, places[label], value, value, self.own.tensors[label], values[label], noise64[label], noise[label])
+            for label, value in r.items()
+        ]
+        return worst_of([each.judge(random=self._is_random) for each in comparisons])
+
     def judge_structure(self, candidate: Program) -> Verdict:
         """Whether `candidate` returns the same tree of the same types, strides and aliases."""
         working = self._run_candidate(candidate)

@@ -35,6 +35,7 @@ from .training import as_trained, parameters_of
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
+    from .onnx_file import Exported
 
 Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 
@@ -179,6 +180,37 @@ class CompiledModel(nn.Module):
             ArtifactError: it cannot be written; a file that was there before is as it was.
         """
         artifact.save(self.saved, path)
+
+    def export_onnx(
+        self,
+        path: str | Path,
+        *,
+        dialect: str = "function",
+        regions: str = "loop",
+        opset: int = 21,
+        functions: Sequence[str] | None = None,
+        external_data: bool | None = None,
+    ) -> "Exported":
+        """Writes the program as an ONNX model, whole or not at all, after onnx's checker took it and onnxruntime gave what the
+        program gives, on random, hard and zero inputs.
+
+        Operators of the dialect are functions of the model in the domain `graphwright` (`dialect="function"`), standard operators
+        ("inline") or custom operators without a body ("custom", which nothing here can run). Regions are loops ("loop") or are written out
+        slice by slice ("unroll"). A program of several functions becomes a model each, `model.onnx` for main and `model.decode.onnx` for
+        decode, all or those of `functions`. States and caches are inputs, and their new values outputs. Weights of more than 1.5 GB, and
+        those of several models, lie in one file beside them; `external_data` says otherwise.
+
+        Raises:
+            CaptureError: an operator has no ONNX form; the message names it and the user's line.
+            ContractError: the model's results are not the program's.
+            TargetError: a package is missing, or onnxruntime does not run the model.
+            InputError: an option is none. ArtifactError: the file cannot be written.
+        """
+        from .onnx_file import export
+
+        return export(
+            self.saved.program, path, dialect=dialect, regions=regions, opset=opset, functions=functions, external_data=external_data
+        )
 
     def measure(self, *args: Any, **kwargs: Any) -> Measurement:
         """Runs the model on these arguments (once to warm up, once for memory, once for time) and keeps the figures for the report.

@@ -318,3 +318,26 @@ def test_a_pipeline_that_the_shell_split_is_told_to_be_quoted(run):
 def test_a_misspelled_network_with_a_size_is_told_the_nearest(run):
     code, _, err = run("dump", "vidio_unet:tiny")
     assert code == 2 and "did you mean video_unet:tiny?" in err
+
+
+def test_export_writes_an_onnx_model_and_says_how_it_was_checked(tmp_path, capsys):
+    output = tmp_path / "vit.onnx"
+    assert main(["export", "vit:tiny", "-o", str(output), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["files"] == [str(output)] and said["verdict"] == {"kind": "right", "reason": ""} and output.stat().st_size > 0
+    assert main(["export", "vit:tiny", "-o", str(tmp_path / "vit.bin")]) == 2
+    assert "ONNX models are called something.onnx" in capsys.readouterr().err
+
+
+def test_dump_counts_operators_those_of_onnx_apart(tmp_path, capsys):
+    onnx = pytest.importorskip("onnx", reason="needs the package onnx: pip install 'graphwright[onnx]'")
+    node = onnx.helper.make_node("NonMaxSuppression", ["boxes", "scores"], ["y"])
+    infos = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in (("boxes", [1, 6, 4]), ("scores", [1, 1, 6]))]
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT64, ["n", 3])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["boxes"], ["r"]), node], "g", infos, [result])
+    graph.node[1].input[0] = "r"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    assert main(["dump", str(tmp_path / "m.onnx"), "--ops", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["operators"]["aten.relu.default"] == 1 and said["opaque"] == {"ai.onnx.NonMaxSuppression": 1}
+    assert main(["diff", str(tmp_path / "m.onnx"), str(tmp_path / "m.onnx")]) == 0

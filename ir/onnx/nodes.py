@@ -10,6 +10,7 @@ from ..errors import ArtifactError, CaptureError
 from ..program import Node, Where
 from . import operators  # noqa: F401 - declares the readers
 from .builder import Builder, Unsupported, Value
+from .dialect import declaration_of, read_call
 from .opaque import opaque, type_proto
 from .reading import Tensors
 from .registry import READERS, Call
@@ -44,6 +45,9 @@ class Nodes:
     def _read(self, node: Any, inputs: list[Value], scope: Scope) -> tuple[Value, ...]:
         domain = domain_of(node.domain)
         local = self.functions.get((node.domain, node.op_type)) or self.functions.get((domain, node.op_type))
+        ours = self._call_of_ours(node, local, inputs)
+        if ours is not None:
+            return ours
         if local is not None:
             return self._call_function(local, node, inputs, scope)
         version = scope.opsets.get(domain, 1)
@@ -74,6 +78,21 @@ class Nodes:
         raise CaptureError(
             f"{domain or 'ai.onnx'}.{node.op_type} at {self.builder.where.module} has no form in a program: " + "; ".join(reasons)
         )
+
+    def _call_of_ours(self, node: Any, local: Any, inputs: list[Value]) -> tuple[Value, ...] | None:
+        """The call of a dialect operator that the node is; None where it is none, or where its function's body says what it is."""
+        declared = declaration_of(node, local)
+        if declared is None:
+            return None
+        mark = next(iter(reversed(self.builder.graph.nodes)), None)
+        attributes = [*(local.attribute_proto if local is not None else ()), *node.attribute]
+        try:
+            return read_call(self.builder, declared, {each.name: self._attribute(each) for each in attributes}, inputs)
+        except Unsupported as reason:
+            if local is None:
+                raise CaptureError(f"{node.op_type} at {self.builder.where.module} is no call of gw.{declared.name}: {reason}") from reason
+        self._forget_after(mark)
+        return None
 
     def _by_reader(self, reader: Any, domain: str, call: Call, inputs: list[Value]) -> tuple[Value, ...]:
         try:

@@ -45,13 +45,13 @@ def onnx_node(inputs: list[Tensor], sizes: list[int], *, op: str, model: str, dt
     """
     runner = session(model)
     names = [each.name for each in runner.get_inputs()]
-    feeds = {name: _array(tensor) for name, tensor in zip(names, inputs, strict=True)}
+    feeds = {name: to_array(tensor) for name, tensor in zip(names, inputs, strict=True)}
     try:
         results = runner.run(None, feeds)
     except Exception as error:  # onnxruntime has an exception of its own for each status
         raise TargetError(f"onnxruntime fails in {op}: {_first_line(error)}") from error
     device = inputs[0].device if inputs else torch.device("cpu")
-    return [_tensor(result, _DTYPES[dtype]).to(device) for result, dtype in zip(results, dtypes, strict=True)]
+    return [from_array(result, _DTYPES[dtype]).to(device) for result, dtype in zip(results, dtypes, strict=True)]
 
 
 _LOCK = threading.Lock()
@@ -82,7 +82,8 @@ def session(model: str) -> Any:
         return _new_session(model)
 
 
-def _array(tensor: Tensor) -> Any:
+def to_array(tensor: Tensor) -> Any:
+    """The tensor as onnxruntime takes it."""
     tensor = tensor.detach().to("cpu").contiguous()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes
@@ -91,7 +92,8 @@ def _array(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
-def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
+def from_array(array: Any, dtype: torch.dtype) -> Tensor:
+    """What onnxruntime gives, as a tensor of its own."""
     import numpy as np
 
     if dtype == torch.bfloat16:
