@@ -8,7 +8,7 @@ import torch
 
 from ..build import set_outputs
 from ..derive import drop_unused
-from ..errors import ArtifactError, CaptureError, InputError
+from ..errors import ArtifactError, CaptureError, GraphwrightError, InputError
 from ..infer import contiguous_stride, fake_like
 from ..parser import is_symbol_name
 from ..program import Function, Node, Program
@@ -30,7 +30,15 @@ def read(model: Any, sizes: dict[str, int], constants: dict[str, torch.Tensor], 
     """As `from_onnx`."""
     if isinstance(model, str | Path):
         folder, model = Path(model).resolve().parent, read_model(model)
-    return _Importer(model, sizes, constants, None if folder is None else Path(folder)).program()
+    importer = _Importer(model, sizes, constants, None if folder is None else Path(folder))
+    try:
+        return importer.program()
+    except GraphwrightError:
+        raise
+    except Exception as error:  # whatever the package and the readers raise for fields of other types and sizes than an operator has
+        at = f" at {importer.builder.where.module}" if importer.builder.where.module else ""
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        raise ArtifactError(f"the model is malformed{at}: what stands there is not what the operator takes ({reason})") from error
 
 
 class _Importer:

@@ -1,0 +1,94 @@
+"""ONNX files: time of an export and of an import a node, at 100, 1,000 and 10,000 nodes; and a sliced network's peak memory in onnxruntime.
+
+Times are a node's, of one call each, and the ratio is that to the smallest size: 1 where time grows linearly. An export is timed without
+the check in onnxruntime, whose time is that of runs. Peaks are those of a process that runs the file once, less what importing onnxruntime
+takes.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import onnx_ir
+import torch
+from harness import Bench
+
+import graphwright as gw
+from graphwright.ir.onnx.export import to_onnx
+
+SIZES = (100, 1_000, 10_000)
+
+# VmHWM, since getrusage keeps the peak of the process that started this one.
+PEAK = """
+import re, sys
+import numpy, onnxruntime
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+kinds = {"tensor(float)": numpy.float32, "tensor(int64)": numpy.int64}
+session.run(None, {each.name: numpy.ones(each.shape, kinds[each.type]) for each in session.get_inputs()})
+print((peak() - before) * 1024)
+"""
+
+
+class Chain(torch.nn.Module):
+    """`length` operations one after another, of few kinds, on a small tensor."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.weight = length, torch.nn.Parameter(torch.eye(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for step in range(self.length // 4):
+            x = torch.tanh(x @ self.weight + step).reshape(2, 4)
+        return x
+
+
+def grow(bench: Bench, folder: Path) -> None:
+    first: dict[str, float] = {}
+    for size in SIZES[:2] if bench.quick else SIZES:
+        program = gw.compile(Chain(size), example_inputs=(torch.randn(2, 4),), backend="aten", cache=False, cleanups=False).program
+        if size == SIZES[0]:
+            to_onnx(program, "main", dialect="function", regions_as="loop", opset=21)  # imports the exporter
+        begin = time.perf_counter()
+        model = to_onnx(program, "main", dialect="function", regions_as="loop", opset=21)
+        exported = time.perf_counter() - begin
+        onnx_ir.save(model, folder / "chain.onnx")
+        begin = time.perf_counter()
+        gw.from_onnx(folder / "chain.onnx")
+        imported = time.perf_counter() - begin
+        calls = len(program.main.calls)
+        for what, seconds in (("export", exported), ("import", imported)):
+            each = seconds / calls
+            bench.row(f"{what} of {size:,} nodes", "time a node", "s", each, {f"{SIZES[0]} nodes": first.setdefault(what, each)})
+
+
+def peak(bench: Bench, folder: Path) -> None:
+    size = "tiny" if bench.quick else "small"
+    module, args, kwargs = gw.models.load("video_unet", size)
+    peaks = {}
+    for name, passes, regions in (("unsliced", "", "loop"), ("loop", SLICED, "loop"), ("unroll", SLICED, "unroll")):
+        compiled = gw.compile(module, passes, example_inputs=args, example_kwargs=kwargs, backend="aten", cache=False)
+        path = folder / f"{name}.onnx"
+        compiled.export_onnx(path, regions=regions)
+        done = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
+        peaks[name] = int(done.stdout)
+    for name in ("loop", "unroll"):
+        bench.row(f"video_unet/{size}, regions as {name}", "peak_bytes", "B", peaks[name], {"unsliced": peaks["unsliced"]})
+
+
+SLICED = "slice-groups{memory_budget=25%}"
+
+
+def main() -> None:
+    bench = Bench("onnx_files", peers={f"{SIZES[0]} nodes": "torch", "unsliced": "onnxruntime"})
+    with tempfile.TemporaryDirectory() as name:
+        grow(bench, Path(name))
+        peak(bench, Path(name))
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
