@@ -19,8 +19,8 @@ from .program import Function, Node
 
 MAX_PIECES = 12  # in one layer: OPT's, which flattens to [B*T, D] and back, have four
 
-# Attributes in which layers may differ and be one kind of layer: some attend to a window, others to all.
-_FREE_ATTRIBUTES = {"window"}
+# Attributes in which layers may differ and still be alike: some attend to a window, whose cache may be a ring, others to all.
+_FREE_ATTRIBUTES = {"window", "ring"}
 _ADDS = (torch.ops.aten.add.Tensor,)
 
 
@@ -133,9 +133,9 @@ def _signature(start: Node, nodes: Sequence[Node]) -> tuple[Any, ...]:
 
 
 def _type_text(value: Any) -> str:
-    """Type and sizes; those of caches, which are inputs of their own sizes, too."""
+    """Type and sizes; symbolic ones are alike, since the cache of a window has fewer slots than one of all positions."""
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype}[{', '.join(str(size) for size in value.shape)}]"
+        return f"{value.dtype}[{', '.join(str(size) if isinstance(size, int) else '?' for size in value.shape)}]"
     return str(value)
 
 

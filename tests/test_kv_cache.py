@@ -448,7 +448,7 @@ def test_a_negative_row_is_an_index_error_of_attention_and_counts_from_the_end_i
 
 def test_a_negative_window_is_a_value_error() -> None:
     cache, q = torch.zeros(1, 1, 3, 2), torch.ones(1, 1, 1, 2)
-    with pytest.raises(ValueError, match="a window is a number of slots, or 0 for all, not -1"):
+    with pytest.raises(ValueError, match="a window is a number of slots, or 0 for all, which no ring has, not -1"):
         ops.cached_attention(q, cache, cache, at(0), at(0), scale=1.0, window=-1)
 
 

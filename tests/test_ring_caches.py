@@ -154,7 +154,7 @@ def test_a_layer_with_a_window_keeps_what_a_step_can_see() -> None:
     caches = Caches([whole, ring], rows=1, capacity=1000, most_tokens=20)
     assert [each.size(2) for each in caches.tensors] == [1000, 128]  # 100 + 20 - 1, in blocks of 64
     assert Caches([ring], rows=1, capacity=90, most_tokens=20).tensors[0].size(2) == 90
-    with pytest.raises(InputError, match=r"caches of 1 rows x 9223372036854775807 slots take \d+"):
+    with pytest.raises(InputError, match=r"caches of 1 rows x 9223372036854775807 positions take \d+"):
         Caches([whole, ring], rows=1, capacity=2**63 - 1)
 
 
