@@ -2,24 +2,12 @@
 
 import argparse
 
-from ..compiler import compile as compile_model
-from ..ir import Program
-from .programs import parsed
-from .result import Mistake, Result, progress
-from .sources import load
+from .programs import compiled_from
+from .result import Result
 
 
 def export(options: argparse.Namespace) -> Result:
-    passes = parsed(options.passes)
-    model = load(options.model, options.trusted)
-    if isinstance(model.model, Program) and options.model.endswith(".txt"):
-        raise Mistake(f"{options.model} has no weights: export takes a .gw, .onnx or .pt2 file, a zoo name or module:factory")
-    args, kwargs = model.example or (None, None)
-    with progress() as tell:
-        compiled = compile_model(
-            model.model, passes, example_inputs=args, example_kwargs=kwargs, backend="aten", cleanups=not options.no_cleanups,
-            trusted=options.trusted, progress=tell,
-        )  # fmt: skip
+    compiled = compiled_from(options, "export", backend="aten")
     written = compiled.export_onnx(
         options.output, dialect=options.dialect, regions=options.regions, opset=options.opset, external_data=options.external_data
     )

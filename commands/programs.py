@@ -20,6 +20,7 @@ from ..passes import CLEANUPS, Pass, PassManager, PassReport, parse_pipeline
 from ..passes.manager import UNCHANGED
 from ..runtime.atomic import check_writable
 from ..runtime.backend import choose_backend
+from ..runtime.compiled import CompiledModel
 from .result import FOUND, OK, Mistake, Result, progress, table
 from .sources import load, program_of, users_code
 
@@ -27,23 +28,7 @@ from .sources import load, program_of, users_code
 def compile_(options: argparse.Namespace) -> Result:
     choose_backend(options.backend)  # a wrong one is said before the work
     output = _writable(options.output)
-    passes = parsed(options.passes)
-    model = load(options.model, options.trusted)
-    if isinstance(model.model, Program) and options.model.endswith(".txt"):
-        raise Mistake(f"{options.model} has no weights: compile takes a .gw, .onnx or .pt2 file, a zoo name or module:factory")
-    args, kwargs = model.example or (None, None)
-    with progress() as tell:
-        compiled = compile_model(
-            model.model,
-            passes,
-            example_inputs=args,
-            example_kwargs=kwargs,
-            backend=options.backend,
-            verify="numeric" if options.numeric else "structure",
-            cleanups=not options.no_cleanups,
-            trusted=options.trusted,
-            progress=tell,
-        )
+    compiled = compiled_from(options, "compile", backend=options.backend, verify="numeric" if options.numeric else "structure")
     report = compiled.report()
     if output is not None:
         compiled.save(output)
@@ -57,6 +42,26 @@ def compile_(options: argparse.Namespace) -> Result:
         "output": None if output is None else str(output),
     }
     return Result(str(report) + (f"wrote {output}\n" if output is not None else ""), data)
+
+
+def compiled_from(options: argparse.Namespace, command: str, **choices: Any) -> CompiledModel:
+    """MODEL with its passes, for a `command` that needs its weights. `choices` are those of `compile`."""
+    passes = parsed(options.passes)
+    model = load(options.model, options.trusted)
+    if isinstance(model.model, Program) and options.model.endswith(".txt"):
+        raise Mistake(f"{options.model} has no weights: {command} takes a .gw, .onnx or .pt2 file, a zoo name or module:factory")
+    args, kwargs = model.example or (None, None)
+    with progress() as tell:
+        return compile_model(
+            model.model,
+            passes,
+            example_inputs=args,
+            example_kwargs=kwargs,
+            cleanups=not options.no_cleanups,
+            trusted=options.trusted,
+            progress=tell,
+            **choices,
+        )
 
 
 def _writable(output: str | None) -> Path | None:

@@ -9,6 +9,11 @@ class GraphwrightError(Exception):
     """Base of all errors below: `except gw.GraphwrightError` catches what graphwright itself has to say."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another package's exception says, as part of one sentence; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class CaptureError(GraphwrightError):
     """A model could not be turned into a program; the message lists every blocker found."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from .calls import GETITEM, is_size_function
+from .errors import first_line
 from .region import Region
 from .symbols import SymbolTable, hint, same_size
 
@@ -34,7 +35,7 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
         with symbols.inference(), torch.amp.autocast("cpu", enabled=False):
             value = target(*operands, **keywords)
     except Exception as error:
-        raise InferenceError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+        raise InferenceError(first_line(error)) from error
     for tensor in tensors_of(value):
         if tensor.layout != torch.strided:
             kind = str(tensor.layout).removeprefix("torch.")

@@ -28,7 +28,7 @@ from torch import fx
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import target_of
-from .errors import ParseError
+from .errors import ParseError, first_line
 from .infer import InferenceError, contiguous_stride, fake_like
 from .printer import VERSION
 from .program import Function, Program, Stage, Weight, Where
@@ -268,7 +268,7 @@ class _Parser:
             try:
                 tensor = torch.empty_strided(weight.shape, weight.stride, dtype=weight.dtype, device=tensor.device).copy_(tensor)
             except RuntimeError as error:
-                self.fail(f"{weight.name} cannot be laid out in strides {list(weight.stride)}: {_first_line(error)}", token)
+                self.fail(f"{weight.name} cannot be laid out in strides {list(weight.stride)}: {first_line(error)}", token)
         filled = replace(weight, tensor=tensor, known_digest=None, _memo={})
         if weight.known_digest != "?" and not filled.digest.startswith(weight.known_digest or ""):
             self.fail(f"{weight.name} has other contents in the weight table than in the text", token)
@@ -393,7 +393,7 @@ class _Parser:
         try:
             return fake_like(self.symbols, dtype, shape, stride, device)
         except (RuntimeError, AssertionError) as error:
-            self.fail(f"no such tensor: {_first_line(error)}", token)
+            self.fail(f"no such tensor: {first_line(error)}", token)
 
     def _tree(self) -> Tree:
         self._enter()
@@ -701,10 +701,6 @@ def _last_address(shape: list[Any], stride: list[Any]) -> int:
     if not all(isinstance(size, int) for size in (*shape, *stride)):
         return 0
     return max([sum(size * step for size, step in zip(shape, stride, strict=True)), *stride, 0])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _shown(token: _Token) -> str:

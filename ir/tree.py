@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 
-from .errors import ArtifactError, CaptureError
+from .errors import ArtifactError, CaptureError, first_line
 
 _FACTORIES = ("list", "dict", "set", "tuple", "int", "float", "str", "bool")
 _BUILTIN: dict[type, str] = {tuple: "tuple", list: "list", dict: "dict"}
@@ -87,7 +87,7 @@ class Tree:
             _refuse_foreign_factory(cls, context)
             return pytree.TreeSpec(cls, load(context) if load else context, children)
         except Exception as error:
-            raise ArtifactError(f"this program has a {self.type_name} of unreadable context: {_first_line(error)}") from error
+            raise ArtifactError(f"this program has a {self.type_name} of unreadable context: {first_line(error)}") from error
 
 
 LEAF = Tree("leaf")
@@ -159,7 +159,7 @@ def unflatten(spec: pytree.TreeSpec, leaves: list[Any]) -> Any:
     try:
         return pytree.tree_unflatten(leaves, spec)
     except Exception as error:
-        raise ArtifactError(f"the program's outputs do not fit the classes that they are returned in: {_first_line(error)}") from error
+        raise ArtifactError(f"the program's outputs do not fit the classes that they are returned in: {first_line(error)}") from error
 
 
 def _refuse_foreign_factory(cls: type, context: Any) -> None:
@@ -169,7 +169,3 @@ def _refuse_foreign_factory(cls: type, context: Any) -> None:
     module, name = context.get("default_factory_module"), context.get("default_factory_name")
     if module != "builtins" or name not in _FACTORIES:
         raise ValueError(f"its missing items are made by {module}.{name}, and a program calls none but {', '.join(_FACTORIES)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

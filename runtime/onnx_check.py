@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..ir import Function, Node, Program
-from ..ir.errors import ContractError, TargetError
+from ..ir.errors import ContractError, TargetError, first_line
 from ..ir.ops.onnx_node import from_array, to_array
 from ..passes.check import Reference
 from ..passes.inputs import hard_inputs, random_inputs, zero_inputs
@@ -30,7 +30,7 @@ def check_form(path: Path) -> None:
         onnx.checker.check_model(str(path))
     except Exception as error:  # of whatever class
         raise ContractError(
-            f"the ONNX model that was made is not valid, which is a defect of graphwright's: {_first_line(error)}"
+            f"the ONNX model that was made is not valid, which is a defect of graphwright's: {first_line(error)}"
         ) from error
 
 
@@ -62,7 +62,7 @@ def _session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has an exception of its own for each status
-        raise TargetError(f"onnxruntime does not load the ONNX model of this program: {_first_line(error)}") from error
+        raise TargetError(f"onnxruntime does not load the ONNX model of this program: {first_line(error)}") from error
 
 
 def _alone(program: Program, function: Function) -> Program:
@@ -101,7 +101,7 @@ def _results(session: Any, program: Program, inputs: list[Any]) -> dict[str, Any
     try:
         results = iter(session.run(None, dict(zip([each.name for each in session.get_inputs()], arrays, strict=True))))
     except Exception as error:
-        raise TargetError(f"onnxruntime fails on the ONNX model of this program: {_first_line(error)}") from error
+        raise TargetError(f"onnxruntime fails on the ONNX model of this program: {first_line(error)}") from error
     signature, leaves = program.main.signature(), program.main.outputs
     labels = [f"output {place}" for place in range(len(signature.outputs))] + [f"state {name}" for name in signature.new_states]
     return {label: _value(leaf, results) for label, leaf in zip(labels, leaves, strict=True)}
@@ -116,7 +116,3 @@ def _value(leaf: Any, results: Any) -> Any:
         return leaf
     kind = leaf.meta["val"]
     return from_array(next(results), kind.dtype) if isinstance(kind, torch.Tensor) else int(next(results))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...ir.ops.rat import LOCALS, ROPE_STYLES, ring_of
+
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # and their numbers in native/call.h
-_LOCALS, _STYLES = ("state", "raw"), ("half", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Options:
 
     @property
     def are_valid(self) -> bool:
-        return self.chunk >= 1 and min(self.window, self.sinks) >= 0 and self.local in _LOCALS and self.rope_style in _STYLES
+        return self.chunk >= 1 and min(self.window, self.sinks) >= 0 and self.local in LOCALS and self.rope_style in ROPE_STYLES
 
     @property
     def is_raw(self) -> bool:
@@ -32,7 +33,7 @@ class Options:
 
     @property
     def ring(self) -> int:
-        return self.window + (self.chunk if self.local == "raw" else 1)
+        return ring_of(self.chunk, self.window, self.local)
 
 
 @dataclass(frozen=True)

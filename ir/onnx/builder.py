@@ -14,7 +14,7 @@ from torch import fx
 from ..build import add_call, add_placeholder, add_weight
 from ..calls import GETITEM, name_of
 from ..derive import ancestors
-from ..errors import CaptureError
+from ..errors import CaptureError, first_line
 from ..infer import InferenceError
 from ..program import Node, Weight, Where
 from ..symbols import SymbolTable
@@ -192,7 +192,7 @@ class Builder:
             with torch.no_grad():
                 result = target(*args, **kwargs)
         except Exception as error:
-            raise Unsupported(f"{name_of(target)} fails on constants: {_first_line(error)}") from error
+            raise Unsupported(f"{name_of(target)} fails on constants: {first_line(error)}") from error
         results = result if isinstance(result, tuple | list) else [result]
         if sum(each.numel() for each in results if isinstance(each, torch.Tensor)) > _MOST_FOLDED:
             return None
@@ -303,7 +303,3 @@ def _leaves(value: Any) -> list[Any]:
     if isinstance(value, tuple | list):
         return [leaf for each in value for leaf in _leaves(each)]
     return [value]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -3,22 +3,9 @@
 import torch
 
 from ..errors import CaptureError
+from ..ops.onnx_node import DTYPES as NUMBERED
 
-# TensorProto.DataType: the numbers are the format's own.
-_DTYPES = {
-    1: torch.float32,
-    2: torch.uint8,
-    3: torch.int8,
-    4: torch.uint16,
-    5: torch.int16,
-    6: torch.int32,
-    7: torch.int64,
-    9: torch.bool,
-    10: torch.float16,
-    11: torch.float64,
-    12: torch.uint32,
-    13: torch.uint64,
-    16: torch.bfloat16,
+_DTYPES = NUMBERED | {
     17: torch.float8_e4m3fn,
     18: torch.float8_e4m3fnuz,
     19: torch.float8_e5m2,

@@ -15,7 +15,7 @@ import torch
 
 from ..build import add_call
 from ..program import Node
-from ..symbols import SymbolTable
+from ..symbols import SymbolTable, same_size
 
 
 class Size:
@@ -97,7 +97,7 @@ def _extreme(a: Any, b: Any, of_numbers: Callable[..., Any], of_sizes: Callable[
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are provably one."""
     if isinstance(a, Size) and isinstance(b, Size):
-        return bool(a.value.node.expr == b.value.node.expr)
+        return same_size(a.value, b.value)
     return not isinstance(a, Size) and not isinstance(b, Size) and int(a) == int(b)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TargetError
+from ..errors import TargetError, first_line
 from ..op import opaque_op
 
-# TensorProto.DataType of what an opaque operator may give.
-_DTYPES = {
+# By TensorProto.DataType, whose numbers are the format's own: what an opaque operator may take and give.
+DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
     10: torch.float16, 11: torch.float64, 12: torch.uint32, 13: torch.uint64, 16: torch.bfloat16,
 }  # fmt: skip
@@ -25,7 +25,7 @@ def _types(inputs: list[Tensor], sizes: list[int], *, op: str, model: str, dtype
     results, start = [], 0
     for dtype, rank in zip(dtypes, ranks, strict=True):
         shape = [_size(size) for size in sizes[start : start + rank]]
-        results.append(torch.empty(shape, dtype=_DTYPES[dtype], device=device))
+        results.append(torch.empty(shape, dtype=DTYPES[dtype], device=device))
         start += rank
     return results
 
@@ -49,9 +49,9 @@ def onnx_node(inputs: list[Tensor], sizes: list[int], *, op: str, model: str, dt
     try:
         results = runner.run(None, feeds)
     except Exception as error:  # onnxruntime has an exception of its own for each status
-        raise TargetError(f"onnxruntime fails in {op}: {_first_line(error)}") from error
+        raise TargetError(f"onnxruntime fails in {op}: {first_line(error)}") from error
     device = inputs[0].device if inputs else torch.device("cpu")
-    return [from_array(result, _DTYPES[dtype]).to(device) for result, dtype in zip(results, dtypes, strict=True)]
+    return [from_array(result, DTYPES[dtype]).to(device) for result, dtype in zip(results, dtypes, strict=True)]
 
 
 _LOCK = threading.Lock()
@@ -69,7 +69,7 @@ def _new_session(model: str) -> Any:
         content = zlib.decompress(base64.b85decode(model))
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise TargetError(f"onnxruntime refuses an operator of this program: {_first_line(error)}") from error
+        raise TargetError(f"onnxruntime refuses an operator of this program: {first_line(error)}") from error
 
 
 def session(model: str) -> Any:
@@ -101,7 +101,3 @@ def from_array(array: Any, dtype: torch.dtype) -> Tensor:
     if dtype == torch.uint64:  # which has two names in NumPy, of which torch knows one
         return torch.from_numpy(array.view(np.int64).copy()).view(dtype)
     return torch.from_numpy(np.array(array))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 
 from ..op import op
 
-_LOCALS = ("state", "raw")
-_ROPE_STYLES = ("half", "interleaved")
+LOCALS = ("state", "raw")
+ROPE_STYLES = ("half", "interleaved")
 
 
 def ring_of(chunk: int, window: int, local: str) -> int:
@@ -39,8 +39,8 @@ class _Layout:
             raise ValueError(f"a chunk has at least one token, not {self.chunk}")
         if self.window < 0 or self.sinks < 0:
             raise ValueError(f"a window and sinks are numbers of tokens, not {self.window} and {self.sinks}")
-        if self.local not in _LOCALS:
-            raise ValueError(f"near tokens are read as one of {', '.join(_LOCALS)}, not {self.local}")
+        if self.local not in LOCALS:
+            raise ValueError(f"near tokens are read as one of {', '.join(LOCALS)}, not {self.local}")
 
     @property
     def ring(self) -> int:
@@ -200,8 +200,8 @@ class _Rotation:
     """Turns the first dr channels of x [B, H, T, E] by cos and sin [B|1, T, dr]."""
 
     def __init__(self, cos: Tensor | None, sin: Tensor | None, style: str, wide: torch.dtype):
-        if style not in _ROPE_STYLES:
-            raise ValueError(f"channels are paired in one of the styles {', '.join(_ROPE_STYLES)}, not {style}")
+        if style not in ROPE_STYLES:
+            raise ValueError(f"channels are paired in one of the styles {', '.join(ROPE_STYLES)}, not {style}")
         if (cos is None) != (sin is None):
             raise ValueError("cos and sin come together, or neither does")
         if cos is not None and cos.size(-1) % 2:

@@ -10,7 +10,7 @@ import torch
 from ..builder import WIDER, Unsupported, Value, aten
 from ..dtypes import torch_dtype
 from ..registry import Call, reader
-from ..sizes import Size, maximum, minimum
+from ..sizes import Size, maximum, minimum, same
 
 _UNARY = {
     "Abs": "abs",
@@ -190,7 +190,7 @@ def _is_equal(a: Any, b: Any) -> bool | None:
     if not isinstance(a, Size) and not isinstance(b, Size):
         return bool(a == b)
     if isinstance(a, Size) and isinstance(b, Size):
-        return True if a.value.node.expr == b.value.node.expr else None
+        return True if same(a, b) else None
     number = b if isinstance(a, Size) else a
     return False if number < 0 else None
 

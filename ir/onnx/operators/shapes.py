@@ -10,7 +10,7 @@ import torch
 
 from ..builder import Unsupported, Value, aten
 from ..registry import Call, reader
-from ..sizes import Size, known, maximum, minimum, provably_not, same
+from ..sizes import Size, known, maximum, provably_not, same
 
 _LAST = 2**63 - 1
 
@@ -350,8 +350,3 @@ def col2im(call: Call, x: Value, image: Value, block: Value) -> Value:
     if len(sizes) != 2 or pads[:2] != pads[2:]:
         raise Unsupported("torch has it for two dims and even padding")
     return builder.call(aten.col2im.default, x, sizes, blocks, call.get("dilations", [1, 1]), pads[:2], call.get("strides", [1, 1]))
-
-
-def clamped(place: Any, length: Any) -> Any:
-    """A place between 0 and `length`."""
-    return minimum(maximum(place, 0), length)
