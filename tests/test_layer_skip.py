@@ -467,8 +467,19 @@ def test_layers_without_a_bypass_are_refused_by_name() -> None:
 
 
 def test_keys_shared_across_layers_are_refused() -> None:
-    with pytest.raises(gw.PassError, match="no layers repeat.*share keys and values"):
+    place = r"\S*test_layer_skip\.py:\d+"
+    with pytest.raises(gw.PassError, match=f"the attention at {place} reads keys and values of the one at {place}: a layer whose keys"):
         gw.compile_decoder(Stack(shared=True).eval(), "layer-skip", backend="aten", cache=False)
+
+
+def test_layers_that_are_not_alike_are_refused() -> None:
+    class Uneven(Stack):
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            x = self.table(input_ids).unsqueeze(1)
+            return F.scaled_dot_product_attention(x, x, x, is_causal=True).squeeze(1).relu()
+
+    with pytest.raises(gw.PassError, match="no layers repeat: there is no value through which all passes between them"):
+        gw.compile_decoder(Uneven().eval(), "layer-skip", backend="aten", cache=False)
 
 
 def test_calibration_beyond_a_table_of_places_is_refused() -> None:
