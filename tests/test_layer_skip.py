@@ -405,6 +405,22 @@ def test_levels_beyond_the_budget_are_left_out() -> None:
         skipped(levels=[[0]], calibration=calibration, max_kl=0.0)
 
 
+def test_the_kl_of_a_level_is_of_the_layers_that_read_the_prompt_too() -> None:
+    tokens, levels = tokens_of(2, 10), [[0, 2], [0]]
+    decoder = decoder_of(cached())
+    reference = SkipReference(cached(), decoder, find_units(cached(), decoder, "layer"))
+
+    def log_probabilities(prompt: list[int], behind: list[int]) -> torch.Tensor:
+        return reference.logits(tokens, [prompt] * 5 + [behind] * 5)[:, 5:].double().log_softmax(-1)
+
+    whole = log_probabilities([0, 1, 2], [0, 1, 2])
+    for prefill, prompt in (("full", [0, 1, 2]), ("first", levels[0])):
+        result = gw.PassManager([gw.LayerSkip(levels=levels, prefill=prefill, calibration=[tokens])]).run(cached())
+        seen = [log_probabilities(prompt, level) for level in levels]
+        expected = [float(F.kl_div(each, whole, log_target=True, reduction="none").sum(-1).mean()) for each in seen]
+        assert result.reports[0].data["kl_of_level"] == pytest.approx(expected, rel=1e-3)  # log-probabilities of float32
+
+
 # --- contract ------------------------------------------------------------------------------------------------------------------
 
 

@@ -226,7 +226,7 @@ class LayerSkip(Pass):
         """The schedule without levels beyond `max_kl`, and the KL of each that stays."""
         if profile is None:
             return schedule, []
-        kls = [profile.kl(level) for level in schedule.levels]
+        kls = [profile.kl(level, schedule.levels[0] if self.prefill == "first" else None) for level in schedule.levels]
         if self.max_kl is None:
             return schedule, kls
         kept = next((n for n, kl in enumerate(kls) if kl > self.max_kl), len(kls))

@@ -60,25 +60,27 @@ class Profile:
         self._reference = self._unscaled = SkipReference(program, decoder, units)
         self._tell = tell
         everything = [unit.index for unit in units]
-        self._expected = [self._log_probabilities(tokens, everything) for tokens in calibration.batches]
-        self._known: dict[frozenset[int], float] = {}
+        self._expected = [self._log_probabilities(tokens, everything, everything) for tokens in calibration.batches]
+        self._known: dict[tuple[frozenset[int], frozenset[int]], float] = {}
         self._scores: dict[str, dict[int, float]] = {}
         if compensates:
             self.units = scaled(units, [float(f"{scale:.6g}") for scale in self.scores("growth").values()])
             self._reference = SkipReference(program, decoder, self.units)
 
-    def kl(self, kept: Sequence[int]) -> float:
-        """Mean KL(p, p') in nats over the tokens behind the prompts, p' of the network with `kept` layers there."""
-        key = frozenset(kept)
+    def kl(self, kept: Sequence[int], prefill: Sequence[int] | None = None) -> float:
+        """Mean KL(p, p') in nats over the tokens behind the prompts, p' of the network with `kept` layers there, and in the prompts with
+        `prefill` (None: all)."""
+        before = [unit.index for unit in self.units] if prefill is None else prefill
+        key = frozenset(kept), frozenset(before)
         if key not in self._known:
             pairs = zip(self.calibration.batches, self._expected, strict=True)
-            sums = [kl_divergence(expected, self._log_probabilities(tokens, kept)) for tokens, expected in pairs]
+            sums = [kl_divergence(expected, self._log_probabilities(tokens, kept, before)) for tokens, expected in pairs]
             self._known[key] = sum(float(each.sum()) for each in sums) / sum(each.numel() for each in sums)
         return self._known[key]
 
-    def _log_probabilities(self, tokens: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
-        prompt, everything = Calibration.prompt(tokens), [unit.index for unit in self.units]
-        active = [everything] * prompt + [list(kept)] * (tokens.shape[1] - prompt)
+    def _log_probabilities(self, tokens: torch.Tensor, kept: Sequence[int], before: Sequence[int]) -> torch.Tensor:
+        prompt = Calibration.prompt(tokens)
+        active = [list(before)] * prompt + [list(kept)] * (tokens.shape[1] - prompt)
         return log_softmax(self._reference.logits(tokens, active)[:, prompt:])
 
     def ranking(self, metric: str, n_min: int, effort: str) -> list[int]:
