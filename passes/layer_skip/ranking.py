@@ -10,15 +10,18 @@
 `output_kl` alone sees what becomes of the output; the others are diagnostics, which rank late layers too low.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ...ir import Program
+from ...ir.errors import PassError
+from ...ir.lookups import lookup_limit
 from ..kv_cache.decoder import Decoder
 from .effects import LogitLens, effects, kl_divergence, log_softmax
 from .reference import SkipReference
@@ -35,8 +38,35 @@ class Calibration:
     batches: tuple[torch.Tensor, ...]
 
     @staticmethod
+    def of(items: Iterable[Any], program: Program, decoder: Decoder) -> "Calibration":
+        """`items` are tensors i[B, T], or tuples of one.
+
+        Raises:
+            PassError: one is none, or has tokens or positions that the model does not know; or there are none.
+        """
+        tabled = None if decoder.positions is None else lookup_limit(program.main, decoder.positions)
+        longest = min(n for n in (program.symbols.highest(decoder.length), tabled) if n is not None)
+        batches = tuple(_tokens(number, item, decoder, longest) for number, item in enumerate(items))
+        if not batches:
+            raise PassError("layer-skip: calibration has no items: give at least one tensor of tokens [B, T]")
+        return Calibration(batches)
+
+    @staticmethod
     def prompt(tokens: torch.Tensor) -> int:
         return max(tokens.shape[1] // 2, 1)
+
+
+def _tokens(number: int, item: Any, decoder: Decoder, longest: int) -> torch.Tensor:
+    value = item[0] if isinstance(item, tuple) and len(item) == 1 else item
+    is_tokens = isinstance(value, torch.Tensor) and value.dim() == 2 and value.dtype in (torch.int64, torch.int32)
+    if not is_tokens or value.shape[0] < 1 or value.shape[1] < 2:
+        raise PassError(f"layer-skip: calibration item {number} is no tensor of tokens [B, T] of a row or more, with at least 2 in each")
+    vocabulary = int(decoder.logits.meta["val"].size(2))
+    if not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+        raise PassError(f"layer-skip: calibration item {number} has tokens beyond 0 to {vocabulary - 1}")
+    if value.shape[1] > longest:
+        raise PassError(f"layer-skip: calibration item {number} has rows of {value.shape[1]} tokens, and the model takes {longest}")
+    return value.to(decoder.tokens.meta["val"].device, torch.int64)
 
 
 class Profile:
