@@ -418,6 +418,17 @@ def test_the_report_says_what_layers_were_ranked_by() -> None:
     assert "the same five likeliest tokens: " in text and "depth score " in text
 
 
+def test_a_schedule_says_what_its_layers_were_chosen_by() -> None:
+    def origin(**options: Any) -> dict[str, Any]:
+        return dict(skipped(**options).schedules["layer-skip"]["origin"])
+
+    assert origin(n_max=2) == {"rank": "top", "decay": "linear", "kl": []}
+    assert origin(levels=[[0]])["rank"] == origin(mode="speculative", draft=[0])["rank"] == "table"
+    ranked, again, other = (origin(n_max=2, rank="relative", calibration=[tokens_of(2, 8, seed)]) for seed in (0, 0, 1))
+    assert ranked["rank"] == "relative" and len(ranked["kl"]) == 1
+    assert ranked["calibration"] == again["calibration"] != other["calibration"]
+
+
 def test_levels_beyond_the_budget_are_left_out() -> None:
     calibration = [tokens_of(2, 10)]
     free = gw.PassManager([gw.LayerSkip(n_min=1, horizon=3, calibration=calibration)]).run(cached())

@@ -174,7 +174,7 @@ class LayerSkip(Pass):
                     "clock": self.clock,
                     "prefill": self.prefill,
                     "merge": self.merge,
-                    **self._origin(units, kls),
+                    **self._origin(units, kls, profile),
                 },
             )
         lines = (*described(program, units, schedule, functions, kls, self.clock), *self._measured(profile))
@@ -245,9 +245,13 @@ class LayerSkip(Pass):
         steps_of = tuple(min(level, kept - 1) for level in schedule.level_of_step)
         return Schedule(schedule.levels[:kept], steps_of), kls[:kept]
 
-    def _origin(self, units: Sequence[Unit], kls: Sequence[float]) -> dict[str, Any]:
+    def _origin(self, units: Sequence[Unit], kls: Sequence[float], profile: Profile | None) -> dict[str, Any]:
+        """What the layers were chosen by, for whoever reads the schedule later."""
         rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
-        origin = {"rank": "table" if self.levels is not None else rank, "decay": self.decay, "kl": [float(f"{kl:.6g}") for kl in kls]}
+        is_table = self.levels is not None or self.draft is not None
+        origin = {"rank": "table" if is_table else rank, "decay": self.decay, "kl": [float(f"{kl:.6g}") for kl in kls]}
+        if profile is not None:
+            origin["calibration"] = profile.calibration.digest
         scales = {} if self.compensation is None else {"scales": [unit.scale for unit in units]}
         return {"unit": self.unit, "units": len(units), "origin": origin} | scales
 
@@ -295,7 +299,7 @@ class LayerSkip(Pass):
                     "draft_layers": list(layers),
                     "gamma": self.gamma,
                     "reuse_prefix": self.reuse_prefix,
-                    **self._origin(units, kls),
+                    **self._origin(units, kls, profile),
                 },
             )
         count = "as many tokens as gain most" if self.gamma is None else f"{self.gamma} tokens"

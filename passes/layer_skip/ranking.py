@@ -10,6 +10,7 @@
 `output_kl` alone sees what becomes of the output; the others are diagnostics, which rank late layers too low.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +55,14 @@ class Calibration:
     @staticmethod
     def prompt(tokens: torch.Tensor) -> int:
         return max(tokens.shape[1] // 2, 1)
+
+    @property
+    def digest(self) -> str:
+        """The first 16 digits of the SHA-256 of sizes and tokens, by which a calibration set is known again."""
+        found = hashlib.sha256()
+        for tokens in self.batches:
+            found.update(repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
 
 
 def _tokens(number: int, item: Any, decoder: Decoder, longest: int) -> torch.Tensor:
