@@ -197,6 +197,7 @@ def _schedules(bench: Bench, sizes: Sizes, decays: Sequence[Decay]) -> None:
         for name, batch in zip(names, sizes.batches, strict=True):
             if bench.options.case in name:
                 _schedule_case(bench, name, full, scheduled, torch.randint(0, VOCABULARY, (batch, PROMPT)))
+                bench.save()
 
 
 def _schedule_case(bench: Bench, name: str, full: gw.CompiledModel, scheduled: Mapping[Decay, gw.CompiledModel], prompts: Tensor) -> None:

@@ -1,6 +1,5 @@
 """Trains networks of the zoo: `python -m graphwright.models.train dit` makes the weights that `load("dit", "digits")` reads,
-`decoder` and `rat` those of `load("decoder", "text")` and `load("rat", "text")`; `moe_dlm` trains a network of that size whose weights
-come with no package yet.
+`decoder`, `rat` and `moe_dlm` those of `load("decoder", "text")`, `load("rat", "text")` and `load("moe_dlm", "text")`.
 
 One seed gives one network on one machine with one number of threads; sums are taken in other orders with another.
 """
