@@ -44,6 +44,10 @@ class Recurrence:
         return self.operands[1]  # type: ignore[return-value]
 
     @property
+    def v(self) -> Node:
+        return self.operands[2]  # type: ignore[return-value]
+
+    @property
     def reads(self) -> list[Node]:
         """What a step computes for it."""
         return [each for each in self.operands if each is not None]
