@@ -303,6 +303,14 @@ def test_a_seed_draws_the_same_whatever_was_measured_in_between(monkeypatch):
     assert generate(decoder, prompts, 20, temperature=1.0).tokens == first.tokens
 
 
+def test_a_call_that_draws_has_as_many_drafts_whatever_the_longest_prompt_leaves_room_for():
+    decoder = drafting_decoder((0,), None)
+    decoder.max_positions = 10
+    assert generate(decoder, [[1]], 7, temperature=1.0).tokens == generate(decoder, [[1], [2]], 7, temperature=1.0).tokens[:1]
+    with pytest.raises(InputError, match="prompt 1 has 2 tokens and the model 10 positions, 3 of which drafts need"):
+        generate(decoder, [[1], [2, 3]], 7, temperature=1.0)
+
+
 def test_a_program_that_lacks_a_function_of_its_schedule_is_refused():
     decoder = drafting_decoder((0,), 2)
     del decoder.functions["verify"]
