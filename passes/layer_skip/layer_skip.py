@@ -51,7 +51,8 @@ class LayerSkip(Pass):
     levels, level_of_step: a table of ones own in place of all these.
     clock: what a step's index in the schedule counts: "step" the tokens that were generated, "position" those of the prompt too, so that
         rows of prompts of different lengths are on different levels and run apart.
-    prefill: "full" runs the prompt on all layers, "first" on those of the first level.
+    prefill: "full" runs the prompt on all layers, "first" on those of the first level (layers are ranked with all in the prompt: which
+        level is the first is not known before).
     unit: "layer", or "sublayer" for each attention and MLP by itself.
     calibration: batches of tokens i64[B, T]; with them the KL of each level is measured, and levels beyond `max_kl` nats are left out.
     effort: "greedy" drops the layer that costs least and measures again, about N^2 / 2 passes; "one_shot" sorts N single removals.
