@@ -234,7 +234,7 @@ class Recipe:
 RECIPES = {
     "dit": Recipe("digits", train_dit, steps=3000),
     "decoder": Recipe("text", train_decoder, steps=4000),
-    "moe_dlm": Recipe("text", train_moe_dlm, steps=2000),
+    "moe_dlm": Recipe("text", train_moe_dlm, steps=5000),
     "rat": Recipe("text", train_rat, steps=2400),
 }
 
