@@ -39,7 +39,7 @@ class RatRecurrence(Pass):
     chunk, window, sinks: tokens of a chunk; tokens before each that it sees by themselves; first tokens that all see (with local="raw" up
         to a multiple of the chunk). Everything else is seen as the last state of its chunk.
     local: near tokens as keys and values ("raw", each past token is then seen once) or as states ("state").
-    reset: whether a chunk starts from nothing; without it sizes must be fixed.
+    reset: whether a chunk starts from nothing.
     rope: the time that turns a token: its own ("token") or its chunk's number ("chunk").
     init: gates before training: "closed", "mean", "chrono", or "fit", which minimises each layer's error on `calibration`.
     gate: logits of each channel ("channel") or head ("head") of keys from the layer's input, or constants ("bias").
@@ -139,8 +139,6 @@ class RatRecurrence(Pass):
             raise PassError(_refusal(sites))
         if not sites.found:
             raise PassError(_refusal(sites.refused[0][1]))
-        if not self.reset and not isinstance(sites.tokens.meta["val"].size(1), int):
-            raise PassError("rat-recurrence: reset=False takes as many steps as the logarithm of the length, so the length must be fixed")
         return sites
 
     def _chosen(self, sites: Sites) -> tuple[list[Site], tuple[LeftAlone, ...]]:

@@ -23,6 +23,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from ...calls import name_of
 from ...errors import CaptureError
 from ...program import Node, Where
+from .translations import translations
 
 _MARK = "graphwright node "
 
@@ -80,7 +81,9 @@ def translate(pieces: Sequence[Piece], opset: int) -> list[Translated]:
     exported = _exported(graph)
     try:
         with quiet():
-            model = torch.onnx.export(exported, dynamo=True, optimize=False, verbose=False, opset_version=opset).model
+            model = torch.onnx.export(
+                exported, dynamo=True, optimize=False, verbose=False, opset_version=opset, custom_translation_table=translations()
+            ).model
     except Exception as error:
         raise _explained(error, pieces) from error
     values, results = list(model.graph.inputs), list(model.graph.outputs)
