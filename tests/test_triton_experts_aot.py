@@ -17,6 +17,8 @@ CASES = {  # operation, dtype, sequences, positions of each, experts, experts a 
     "odd sizes": ("token_choice_moe", "bfloat16", 1, 333, 7, 2, 123, 63),
     "choosing experts": ("expert_mlp", "bfloat16", 4, 1024, 64, 8, 2048, 1024),
     "choosing experts, float32": ("expert_mlp", "float32", 1, 256, 64, 8, 2048, 1024),
+    "sizes of one, which are constants": ("token_choice_moe", "float16", 1, 1, 1, 1, 1, 1),
+    "an expert that chooses one": ("expert_mlp", "bfloat16", 1, 1, 1, 1, 1, 1),
     "groups": ("grouped_mm", "bfloat16", 8, 512, 64, 1, 2048, 2048),
 }
 EXPECTED = {
