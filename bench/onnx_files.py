@@ -1,10 +1,15 @@
-"""ONNX files: time of an export and of an import a node, at 100, 1,000 and 10,000 nodes; and a sliced network's peak memory in onnxruntime.
+"""ONNX files: time of an export and of an import a node, at 100, 1,000 and 10,000 nodes; a sliced network's peak memory in onnxruntime; and
+which networks of the zoo come back through which passes.
+
+`round trips` (`--only`): how far what comes back is from float64, over how far the program itself is or its rounding explains: up to 4 is
+right. A program is exported, imported and run, each function of a decoder by itself, and the worst counts.
 
 Times are a node's, of one call each, and the ratio is that to the smallest size: 1 where time grows linearly. An export is timed without
 the check in onnxruntime, whose time is that of runs. Peaks are those of a process that runs the file once, less what importing onnxruntime
 takes.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -17,6 +22,7 @@ from harness import Bench
 
 import graphwright as gw
 from graphwright.ir.onnx.export import to_onnx
+from graphwright.tests.onnx_round_trips import trips, verdicts
 
 SIZES = (100, 1_000, 10_000)
 
@@ -79,15 +85,34 @@ def peak(bench: Bench, folder: Path) -> None:
         bench.row(f"video_unet/{size}, regions as {name}", "peak_bytes", "B", peaks[name], {"unsliced": peaks["unsliced"]})
 
 
+def round_trips(bench: Bench, folder: Path) -> None:
+    for trip in trips()[:: 12 if bench.quick else 1]:
+        try:
+            found = verdicts(trip.compiled(), folder, **trip.options)
+        except gw.GraphwrightError as error:
+            bench.note(f"{trip}: {type(error).__name__}: {error}")
+            continue
+        for name, verdict in found.items():
+            if verdict.kind != "right":
+                bench.note(f"{trip}, {name}: {verdict}")
+        bench.row(f"round trip of {trip}", "error", "1", max(verdict.error_ratio for verdict in found.values()), {})
+
+
 SLICED = "slice-groups{memory_budget=25%}"
+SECTIONS = {"growth": grow, "peak": peak, "round trips": round_trips}
 
 
 def main() -> None:
-    bench = Bench("onnx_files", peers={f"{SIZES[0]} nodes": "torch", "unsliced": "onnxruntime"})
-    with tempfile.TemporaryDirectory() as name:
-        grow(bench, Path(name))
-        peak(bench, Path(name))
+    bench = Bench("onnx_files", peers={f"{SIZES[0]} nodes": "torch", "unsliced": "onnxruntime"}, add_arguments=add_only)
+    for section, measure in SECTIONS.items():
+        if bench.options.only in (None, section):
+            with tempfile.TemporaryDirectory() as name:
+                measure(bench, Path(name))
     bench.finish()
+
+
+def add_only(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", choices=SECTIONS, help="one section alone")
 
 
 if __name__ == "__main__":

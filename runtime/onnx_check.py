@@ -1,7 +1,8 @@
 """Whether an ONNX file is the function that it was made from: checked, loaded in onnxruntime, and run beside the program on inputs that
 neither was made with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,32 @@ def check_form(path: Path) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A function on inputs of one kind: `inputs` are what a model of it takes, in order."""
+
+    kind: str
+    inputs: list[torch.Tensor]
+    program: Program  # the function alone
+    _reference: Reference
+
+    def judge(self, results: Sequence[Any]) -> Verdict:
+        """The verdict on what a model gave: tensors, one for each output and new state that is no constant."""
+        given, signature = iter(results), self.program.main.signature()
+        labels = [f"output {place}" for place in range(len(signature.outputs))] + [f"state {name}" for name in signature.new_states]
+        leaves = zip(labels, self.program.main.outputs, strict=True)
+        return self._reference.judge_values({label: _given(leaf, given) for label, leaf in leaves})
+
+
+def trials(program: Program, function: str) -> Iterator[Trial]:
+    """`function` of `program` on random, hard and zero inputs that it was not made with."""
+    alone = _alone(program, program.functions[function])
+    states = _states(alone)
+    for kind, make in _KINDS:
+        inputs = _fitting(alone, make(alone, _SEED))
+        yield Trial(kind, _fed(alone, inputs, states), alone, Reference(alone, inputs, states))
+
+
 def check_values(path: Path, program: Program, function: str) -> Verdict:
     """How far onnxruntime's results of the file are from those of `function`, on random, hard and zero inputs.
 
@@ -41,12 +68,11 @@ def check_values(path: Path, program: Program, function: str) -> Verdict:
         ContractError: they differ by more than the rounding of the program itself (specs/trust.md, section 2).
         TargetError: onnxruntime is missing, does not load the file, or fails on it.
     """
-    session, alone = _session(path), _alone(program, program.functions[function])
-    verdicts = []
-    for kind, inputs in ((kind, _fitting(alone, make(alone, _SEED))) for kind, make in _KINDS):
-        verdict = Reference(alone, inputs, _states(alone)).judge_values(_results(session, alone, inputs))
+    session, verdicts = _session(path), []
+    for trial in trials(program, function):
+        verdict = trial.judge(_results(session, trial))
         if verdict.fails:
-            raise ContractError(f"the ONNX model of {function} is not the program on {kind} inputs: {verdict}")
+            raise ContractError(f"the ONNX model of {function} is not the program on {trial.kind} inputs: {verdict}")
         verdicts.append(verdict)
     return worst_of(verdicts)
 
@@ -92,27 +118,27 @@ def _fitting(program: Program, inputs: list[Any]) -> list[Any]:
     return [given.get(name, value) for name, value in zip(named, inputs, strict=True)]
 
 
-def _results(session: Any, program: Program, inputs: list[Any]) -> dict[str, Any]:
-    """Outputs and new states by label, as `Reference` has them; constants are no outputs of a model."""
-    states, given = _states(program), iter(inputs)
-    values = [states[str(node.target)] if node.meta.get("role", "input") == "state" else next(given) for node in program.main.placeholders]
-    fed = [value for node, value in zip(program.main.placeholders, values, strict=True) if _is_fed(node)]
-    arrays = [to_array(value if isinstance(value, torch.Tensor) else torch.tensor(value)) for value in fed]
+def _fed(program: Program, inputs: list[Any], states: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """States and inputs in the order of the function's; constants of the capture are no inputs of a model, and sizes are tensors."""
+    given = iter(inputs)
+    nodes = program.main.placeholders
+    values = [states[str(node.target)] if node.meta.get("role", "input") == "state" else next(given) for node in nodes]
+    fed = [value for node, value in zip(nodes, values, strict=True) if isinstance(node.meta["val"], torch.Tensor | torch.SymInt)]
+    return [value if isinstance(value, torch.Tensor) else torch.tensor(value) for value in fed]
+
+
+def _results(session: Any, trial: Trial) -> list[torch.Tensor]:
+    names = [each.name for each in session.get_inputs()]
     try:
-        results = iter(session.run(None, dict(zip([each.name for each in session.get_inputs()], arrays, strict=True))))
+        arrays = session.run(None, dict(zip(names, map(to_array, trial.inputs), strict=True)))
     except Exception as error:
         raise TargetError(f"onnxruntime fails on the ONNX model of this program: {first_line(error)}") from error
-    signature, leaves = program.main.signature(), program.main.outputs
-    labels = [f"output {place}" for place in range(len(signature.outputs))] + [f"state {name}" for name in signature.new_states]
-    return {label: _value(leaf, results) for label, leaf in zip(labels, leaves, strict=True)}
+    kinds = [leaf.meta["val"] for leaf in trial.program.main.outputs if isinstance(leaf, Node)]
+    return [from_array(array, getattr(kind, "dtype", torch.int64)) for array, kind in zip(arrays, kinds, strict=True)]
 
 
-def _is_fed(node: Node) -> bool:
-    return isinstance(node.meta["val"], torch.Tensor | torch.SymInt)
-
-
-def _value(leaf: Any, results: Any) -> Any:
+def _given(leaf: Any, results: Iterator[Any]) -> Any:
     if not isinstance(leaf, Node):
         return leaf
-    kind = leaf.meta["val"]
-    return from_array(next(results), kind.dtype) if isinstance(kind, torch.Tensor) else int(next(results))
+    value = next(results)
+    return value if isinstance(leaf.meta["val"], torch.Tensor) else int(value)

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import graphwright as gw
 from graphwright.cli import main
 
 MODELS = """
@@ -327,6 +330,17 @@ def test_export_writes_an_onnx_model_and_says_how_it_was_checked(tmp_path, capsy
     assert said["files"] == [str(output)] and said["verdict"] == {"kind": "right", "reason": ""} and output.stat().st_size > 0
     assert main(["export", "vit:tiny", "-o", str(tmp_path / "vit.bin")]) == 2
     assert "ONNX models are called something.onnx" in capsys.readouterr().err
+
+
+def test_diff_shows_what_differs_between_two_onnx_models(tmp_path, capsys):
+    pytest.importorskip("onnx", reason="needs the package onnx: pip install 'graphwright[onnx]'")
+    paths = [str(tmp_path / name) for name in ("plain.onnx", "active.onnx")]
+    for path, layers in zip(paths, ([nn.Linear(4, 3)], [nn.Linear(4, 3), nn.ReLU()]), strict=True):
+        gw.compile(nn.Sequential(*layers), example_inputs=(torch.randn(2, 4),), backend="aten", cache=False).export_onnx(path)
+    assert main(["diff", *paths, "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert [said["summary"][f"calls_{which}"] for which in ("before", "after")] == [1, 2]
+    assert any(line.startswith("+") and "aten.relu.default" in line for line in said["diff"].splitlines())
 
 
 def test_dump_counts_operators_those_of_onnx_apart(tmp_path, capsys):

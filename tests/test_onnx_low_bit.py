@@ -99,6 +99,14 @@ def test_the_least_and_greatest_of_all_elements(function, tmp_path):
     assert torch.equal(in_onnxruntime(function, x, tmp_path)[0], function(x))
 
 
+@pytest.mark.parametrize("descending", [False, True])
+def test_equal_elements_stay_in_their_order(descending, tmp_path):
+    x = torch.randint(0, 5, (3, 40, 2)).float()
+    values, places = in_onnxruntime(lambda x: torch.sort(x, dim=1, descending=descending, stable=True), x, tmp_path)
+    expected = torch.sort(x, dim=1, descending=descending, stable=True)
+    assert torch.equal(values, expected.values) and torch.equal(places, expected.indices)
+
+
 def test_bits_of_other_types_are_refused(tmp_path):
     with pytest.raises(gw.CaptureError, match="aten.view.dtype .*has no ONNX form|bits are read as another type"):
         compiled_of(Function(lambda x: x.view(torch.int16)), torch.randn(2, 4)).export_onnx(tmp_path / "m.onnx")

@@ -2,14 +2,18 @@
 
 import inspect
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from ..errors import ArtifactError, CaptureError
+from ..op import OpDeclaration
 from ..program import Node, Where
+from ..types import type_text
 from . import operators  # noqa: F401 - declares the readers
 from .builder import Builder, Unsupported, Value
+from .claims import holds
 from .dialect import declaration_of, read_call
 from .opaque import opaque, type_proto
 from .reading import Tensors
@@ -18,6 +22,8 @@ from .scope import Scope, domain_of, shown
 from .standard import body_of, known_attributes, misfit
 
 _MOST_NESTED = 64
+# Elements of a tensor of functions that are compared with what they say they are; more in files of large weights, of 4 bits each perhaps.
+_MOST_COMPARED, _COMPARED_A_BYTE = 2**24, 2
 # What Python and torch say of attributes that are missing or of another type, as a file may have them.
 _MISFITS = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError, NotImplementedError)
 
@@ -28,6 +34,7 @@ class Nodes:
     def __init__(self, builder: Builder, tensors: Tensors, functions: dict[tuple[str, str], Any]):
         self.builder, self.tensors, self.functions = builder, tensors, functions
         self.depth = 0
+        self.claims: dict[tuple[Any, ...], bool] = {}  # of functions that say they are an operator of ours, whether they are
 
     def read(self, nodes: Any, scope: Scope) -> None:
         for node in nodes:
@@ -85,14 +92,39 @@ class Nodes:
         if declared is None:
             return None
         mark = next(iter(reversed(self.builder.graph.nodes)), None)
-        attributes = [*(local.attribute_proto if local is not None else ()), *node.attribute]
+        protos = [*(local.attribute_proto if local is not None else ()), *node.attribute]
+        attributes = {each.name: self._attribute(each) for each in protos}
         try:
-            return read_call(self.builder, declared, {each.name: self._attribute(each) for each in attributes}, inputs)
+            results = read_call(self.builder, declared, attributes, inputs)
+            if local is None or self._is(declared, local, node, attributes, inputs):
+                return results
         except Unsupported as reason:
             if local is None:
                 raise CaptureError(f"{node.op_type} at {self.builder.where.module} is no call of gw.{declared.name}: {reason}") from reason
         self._forget_after(mark)
         return None
+
+    def _is(self, declared: OpDeclaration, local: Any, node: Any, attributes: Mapping[str, Any], inputs: list[Value]) -> bool:
+        """Whether the body of a function is the operator that it says; found once for calls alike."""
+        symbols = self.builder.symbols
+        types = [
+            type_text(each.meta["val"], symbols) if isinstance(each, Node) else (getattr(each, "dtype", None), getattr(each, "shape", None))
+            for each in inputs
+        ]
+        key = (local.name, tuple(each.SerializeToString() for each in node.attribute), tuple(types))
+        if key not in self.claims:
+            self.claims[key] = False  # while it is found out, in bodies that call the function itself
+            with self._one_deeper(), suppress(Unsupported, CaptureError):
+                most = max(_MOST_COMPARED, _COMPARED_A_BYTE * self.tensors.bytes)
+                body = partial(self._body_on, local, node)
+                self.claims[key] = holds(declared, attributes, inputs, symbols, body, most)
+        return self.claims[key]
+
+    def _body_on(self, function: Any, node: Any, builder: Builder, values: list[Value]) -> tuple[Value, ...]:
+        """What a function gives on `values`, as calls added to `builder`."""
+        inside = Nodes(builder, self.tensors, self.functions)
+        inside.depth, inside.claims = self.depth, self.claims
+        return inside._call_function(function, node, values, Scope({}))
 
     def _by_reader(self, reader: Any, domain: str, call: Call, inputs: list[Value]) -> tuple[Value, ...]:
         try:

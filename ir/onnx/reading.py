@@ -50,6 +50,7 @@ class Tensors:
     def __init__(self, folder: Path | None):
         self._folder = folder
         self._maps: dict[str, tuple[mmap.mmap, int]] = {}
+        self.bytes = 0  # of all tensors that were read
 
     def tensor(self, proto: Any) -> torch.Tensor:
         """A TensorProto's elements; those of 4 and 2 bits in 8, bytes of files mapped and not read.
@@ -63,6 +64,7 @@ class Tensors:
         count = _count(name, dims)
         narrow = _SMALL_CODES.get(proto.data_type)
         dtype = narrow or torch_dtype(proto.data_type)
+        self.bytes += count * _BITS.get(proto.data_type, 8 * dtype.itemsize) // 8
         if proto.data_location == 1:  # TensorProto.EXTERNAL
             data = self._external(proto, name, -(-count * _BITS.get(proto.data_type, 8 * dtype.itemsize) // 8))
             if narrow is None:

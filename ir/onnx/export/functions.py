@@ -2,7 +2,7 @@
 
 There is one function for each set of attributes and types. Its attributes are those of the call, with their values as defaults: they say
 what the function is, and `from_onnx` reads it back by them. A float is a float64 tensor there, since ONNX's own float attributes are
-float32.
+float32, and a dtype the number of its element type.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from ...program import Node
 from ...symbols import SymbolTable
 from ...types import type_text
 from ..dialect import DOMAIN, OP_KEY
+from ..dtypes import element_type
 from .lower import Site
 from .own_sizes import of_own_sizes
 from .translate import Piece, Translated
@@ -60,9 +61,18 @@ def attributes(site: Site) -> dict[str, Any]:
         value = named[argument.name]
         if "Tensor" in str(argument.type) or value is None:
             continue
-        exact = ir.tensor(torch.tensor(value, dtype=torch.float64).numpy()) if isinstance(value, float) else value
-        result[argument.name] = ir.convenience.convert_attribute(argument.name, int(exact) if isinstance(exact, bool) else exact)
+        result[argument.name] = ir.convenience.convert_attribute(argument.name, _plain(value))
     return result
+
+
+def _plain(value: Any) -> Any:
+    import onnx_ir as ir
+
+    if isinstance(value, float):
+        return ir.tensor(torch.tensor(value, dtype=torch.float64).numpy())
+    if isinstance(value, torch.dtype):
+        return element_type(value)
+    return int(value) if isinstance(value, bool) else value
 
 
 def key(site: Site, symbols: SymbolTable) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
-"""ONNX forms of operators of ATen that torch's exporter has none for: the least and greatest of all elements, and what takes float32
-numbers apart into exponent and mantissa, and puts them together. Scales that are powers of two are made by the latter, so each is exact,
-with powers of two from a table: Pow may be off."""
+"""ONNX forms of operators of ATen that torch's exporter has none for: the least and greatest of all elements, a stable order, and what
+takes float32 numbers apart into exponent and mantissa, and puts them together. Scales that are powers of two are made by the latter, so
+each is exact, with powers of two from a table: Pow may be off."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,8 @@ _FRACTION, _LOWEST, _HIGHEST = 23, -149, 128  # bits of a float32's fraction; ex
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """By overload, as `torch.onnx.export(custom_translation_table=...)` takes them."""
-    return {aten.amin.default: amin, aten.amax.default: amax, aten.frexp.Tensor: frexp, aten.view.dtype: number_of_bits}
+    extremes = {aten.amin.default: amin, aten.amax.default: amax}
+    return {**extremes, aten.sort.stable: sort, aten.frexp.Tensor: frexp, aten.view.dtype: number_of_bits}
 
 
 def amin(self: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
@@ -32,6 +33,13 @@ def _axes(dim: Sequence[int]) -> Any:
     import onnx
 
     return _operators().Constant(value=onnx.numpy_helper.from_array(np.array(dim, np.int64))) if len(dim) else None
+
+
+def sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
+    """Elements in order along `dim`, and where each was; of equal ones the standard, too, has the first come first."""
+    op = _operators()
+    size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+    return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
 
 def frexp(self: Any) -> Any:
