@@ -159,6 +159,21 @@ def test_attributes_and_layers_are_as_asked_for() -> None:
     assert recurrences(rewritten(fixed(), local="state", sinks=3))[0]["sinks"] == 3
 
 
+@pytest.mark.parametrize("options", [{"layers": [1, 0, 1], "rope": "chunk"}, {"layers": [1], "others": 2}])
+def test_layers_may_be_named_in_any_order_and_stand_behind_those_that_are_not(options: dict[str, Any]) -> None:
+    program = rewritten(captured("zoo"), **options)
+    assert len(recurrences(program)) == len(set(options["layers"]))
+    tokens = tokens_of(2, 9)
+    in_order = rewritten(captured("zoo"), **options | {"layers": sorted(set(options["layers"]))})
+    assert torch.equal(logits(program, tokens), logits(in_order, tokens))
+
+
+def test_errors_of_layers_are_reported_in_their_order() -> None:
+    given = {"calibration": [tokens_of(2, 12)], "init": "fit"}
+    orders = [report(fixed(), layers=layers, **given).data for layers in ([1, 0], [0, 1])]
+    assert orders[0]["layer_errors"] == orders[1]["layer_errors"] and orders[0]["fits"] == orders[1]["fits"]
+
+
 def test_rows_of_chunk_rotation_are_those_of_the_chunks_numbers() -> None:
     values = {}
     program = rewritten(fixed(), rope="chunk")
