@@ -113,7 +113,9 @@ def compile_decoder(model: nn.Module, passes: Pipeline = (), **options: Any) -> 
     if unfit:
         raise InputError(f"compile_decoder makes its own example: leave {sorted(unfit)[0]} out, or use compile with the pass kv-cache")
     if not isinstance(model, nn.Module) or isinstance(model, CompiledModel):
-        raise InputError(f"compile_decoder takes a module, not a {type(model).__name__}: compile(.., passes='kv-cache') takes programs")
+        named = "transformers' AutoModelForCausalLM.from_pretrained makes one of a name"
+        instead = named if isinstance(model, str) else "compile(.., passes='kv-cache') takes programs"
+        raise InputError(f"compile_decoder takes a module, not a {type(model).__name__}: {instead}")
     example, pipeline = decoder_example(model), list(parse_pipeline(passes))
     if all(each.name != KVCache.name for each in pipeline):
         place = next((n for n, each in enumerate(pipeline) if each.name not in KVCache.after), len(pipeline))

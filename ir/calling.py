@@ -222,8 +222,9 @@ class _LeafCheck:
         """`value` as the program takes it: laid out in memory as at capture."""
         if self.kind == "constant":
             if not _equal_constants(value, self.constant):
+                captured = _shown(self.constant)
                 raise InputError(
-                    f"argument {path} is {_shown(value)}, but the model was captured for {_shown(self.constant)}: compile it again"
+                    f"argument {path} is {_shown(value)}, but the model was captured for {captured}: give {captured}, or compile it again"
                 )
             return value
         if self.kind == "size":

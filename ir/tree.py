@@ -7,6 +7,7 @@ name; the class is looked up only when a call has to build one. So are named tup
 import json
 import sys
 from collections import defaultdict, namedtuple
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ class Tree:
         named = named_tuple_class(self)
         if named is not None:
             return pytree.TreeSpec(namedtuple, named, children) if _is_plain(named) else pytree.TreeSpec(named, None, children)
-        cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(self.type_name)
+        cls = _registered(self.type_name)
         if cls is None:
             raise ArtifactError(
                 f"this program returns a {self.type_name}, which is not known in this process: import the module that defines it first"
@@ -91,6 +92,14 @@ class Tree:
 
 
 LEAF = Tree("leaf")
+
+
+def _registered(type_name: str) -> type | None:
+    """The class of that name, where a module has registered it with torch; those of transformers' outputs are looked for there."""
+    if type_name.startswith("transformers.modeling_outputs.") and type_name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        with suppress(ImportError):
+            import transformers.modeling_outputs  # noqa: F401 - registers its classes
+    return pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(type_name)
 
 
 def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:

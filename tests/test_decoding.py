@@ -282,7 +282,7 @@ PROMPTS = [[1, 2, 3], [4]]
         ([[True]], "prompt 0 is a flat sequence of integers"),
         ([[[1], [2, 3]]], "prompt 0 is a flat sequence of integers"),
         ([[[1, 2]]], "prompt 0 is a flat sequence of integers"),
-        ([[1], [2, VOCABULARY]], f"prompt 1 has the token {VOCABULARY}, and the model knows 0 to {VOCABULARY - 1}"),
+        ([[1], [2, VOCABULARY]], f"prompt 1 has the token {VOCABULARY}, and the model gives logits of 0 to {VOCABULARY - 1}"),
         ([[-1]], "prompt 0 has the token -1"),
     ],
 )  # fmt: skip
@@ -303,6 +303,8 @@ def test_prompts_that_are_none_are_refused(prompts, message):
         ({"top_k": 0}, "top_k is an integer from 1 on, not 0"),
         ({"top_p": 0.0}, "top_p is a probability above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is a probability"),
+        ({"top_k": 3}, "top_k has no effect, since temperature is 0"),
+        ({"top_p": 0.5}, "top_p has no effect, since temperature is 0"),
         ({"seed": -1}, "seed is an integer from 0 on"),
         ({"seed": 2**64}, "seed is below"),
         ({"eos": VOCABULARY}, "eos is a token of the vocabulary, 0 to 10, or several"),

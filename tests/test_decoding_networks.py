@@ -1,6 +1,10 @@
 """Decoders that users bring generate, in float64, what the whole forward does token by token: plainly, by a schedule, and with drafts."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +95,14 @@ def test_greedy_tokens_are_those_of_transformers_generate():
     prompt = random_prompts([6], seed=2)[0]
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert decoder_of("llama").generate([prompt], 12).tokens == [theirs[0, len(prompt) :].tolist()]
+
+
+def test_a_saved_decoder_of_transformers_generates_where_nobody_imported_transformers(tmp_path):
+    decoder_of("llama").save(tmp_path / "llama.gw")
+    script = "import sys, graphwright as gw; print(gw.load(sys.argv[1], backend='aten').generate([[1, 2]], 3).tokens)"
+    environment = os.environ | {"PYTHONPATH": str(Path(gw.__file__).parent.parent)}
+    made = subprocess.run([sys.executable, "-c", script, tmp_path / "llama.gw"], capture_output=True, text=True, env=environment)
+    assert made.stdout.strip() == str(decoder_of("llama").generate([[1, 2]], 3).tokens), made.stderr
 
 
 def test_a_table_of_positions_is_not_read_past_its_end():

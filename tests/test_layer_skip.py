@@ -86,7 +86,7 @@ def test_the_papers_setting_runs_half_of_the_layers_in_the_mean() -> None:
         ([[0, 1, 2], [0]], [0, 1, 0], r"step 2 runs layers 1, 2 again, which step 1 left out"),
         ([[0, 1], [0, 1]], [0, 1], "is given twice"),
         ([[0, 1], []], [0, 1], "a level has no layers"),
-        ([[0, 1], [0]], [0, 0], "names each level once or more"),
+        ([[0, 1], [0]], [0, 0], "level_of_step names each of the 2 levels once or more, 0 to 1, and no other"),
     ],
 )
 def test_tables_that_are_not_nested_are_refused(levels: Any, steps: Any, message: str) -> None:
@@ -155,7 +155,7 @@ def test_options_that_the_others_leave_without_effect_are_refused(options: Any, 
             {"mode": "speculative", "draft": [0, 1, 2], "reuse_prefix": True},
             "reuse_prefix has no effect, since the draft leaves out no layer",
         ),
-        ({"levels": [[0, 1], [1]], "level_of_step": [5, 0]}, "level_of_step names each level once or more"),
+        ({"levels": [[0, 1], [1]], "level_of_step": [5, 0]}, "level_of_step names each of the 2 levels once or more"),
         ({"calibration": []}, "calibration has no items"),
         ({"calibration": [torch.full((1, 4), 64)]}, "calibration item 0 has tokens beyond 0 to 63"),
         ({"calibration": [torch.zeros(1, 4000, dtype=torch.int64)]}, "has rows of 4000 tokens, and the model takes 2048"),

@@ -35,13 +35,14 @@ class Schedule:
         if any(not level for level in self.levels):
             raise PassError("layer-skip: a level has no layers: at least one must run")
         if not self.level_of_step or set(self.level_of_step) != set(range(len(self.levels))):
-            raise PassError("layer-skip: level_of_step names each level once or more, from 0 on")
+            count = len(self.levels)
+            raise PassError(f"layer-skip: level_of_step names each of the {count} levels once or more, 0 to {count - 1}, and no other")
         for step, (before, after) in enumerate(zip(self.level_of_step, self.level_of_step[1:], strict=False)):
             if after < before:
                 back = sorted(set(self.levels[after]) - set(self.levels[before]))
                 raise PassError(
                     f"layer-skip: step {step + 1} runs layers {', '.join(map(str, back))} again, which step {step} left out: their keys "
-                    "and values of that position are missing; the level of a step is never above that of the step before"
+                    "and values of that position are missing; numbers in level_of_step never fall"
                 )
 
     def layers_at(self, step: int) -> tuple[int, ...]:

@@ -53,7 +53,10 @@ def _checked_prompt(prompt: Any, number: int, vocabulary: int) -> np.ndarray:
         raise InputError(f"prompt {number} is a flat sequence of integers, and holds something else: tokenize it first")
     outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
     if outside.size:
-        raise InputError(f"prompt {number} has the token {outside[0]}, and the model knows 0 to {vocabulary - 1}: look at its tokenizer")
+        raise InputError(
+            f"prompt {number} has the token {outside[0]}, and the model gives logits of 0 to {vocabulary - 1}: look at its tokenizer, and "
+            "whether the model has its head"
+        )
     return tokens.astype(np.int64)
 
 
@@ -113,6 +116,11 @@ def checked_sampler(temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Samp
         _check_integer("top_k", top_k, 1)
     if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
         raise InputError(f"top_p is a probability above 0 and at most 1, not {top_p!r}")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        name = "top_p" if top_k is None else "top_k"
+        raise InputError(
+            f"{name} has no effect, since temperature is 0, which takes the likeliest token: give temperature=1.0, or leave {name} out"
+        )
     _check_integer("seed", seed, 0)
     if seed >= 2**64:
         raise InputError(f"seed is below 2**64, not {seed}")
