@@ -10,7 +10,7 @@ BENCH_FLAGS ?= --quick
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -c constraints.txt
-BENCHES := $(filter-out bench/decoder_peers.py bench/gpu_kv_cache.py bench/gpu_low_rank.py bench/gpu_rat.py bench/harness.py bench/low_rank_networks.py bench/picture.py bench/trained_decoder.py,$(wildcard bench/*.py))
+BENCHES := $(filter-out bench/decoder_peers.py bench/gpu_experts.py bench/gpu_kv_cache.py bench/gpu_low_rank.py bench/gpu_rat.py bench/harness.py bench/low_rank_networks.py bench/picture.py bench/trained_decoder.py,$(wildcard bench/*.py))
 
 .PHONY: demo test lint bench bench-deps clean
 

@@ -4,11 +4,11 @@ A kernel's time is the device's, from a recorded CUDA graph, so that no launch i
 torch.compile makes it (by default and with max-autotune), and the roofline: the bytes that it must move at the measured rate of a copy, or
 the products that it must compute at the measured rate of a large one, whichever takes longer. Networks are called as a user calls them;
 torch.compile's mode "reduce-overhead" is its default with CUDA graphs, and "max-autotune" has them too. Low-rank layers are timed
-beside the bfloat16 linear layer that they replace ("eager"), attention over caches beside attention on the live slots alone, and over
-a chunked recurrence beside attention on all tokens.
+beside the bfloat16 linear layer that they replace ("eager"), attention over caches beside attention on the live slots alone, over
+a chunked recurrence beside attention on all tokens, and mixtures of experts beside torch's grouped and batched products.
 
-python bench/gpu.py [--quick] [--only kernels|low_rank|caches|rat|networks] [--kernels NAME;..] [--networks NAME,..] [--sizes small,base]
-    [--skip max-autotune,..] [--json FILE]
+python bench/gpu.py [--quick] [--only kernels|low_rank|caches|rat|experts|networks] [--kernels NAME;..] [--networks NAME,..]
+    [--sizes small,base] [--skip max-autotune,..] [--json FILE]
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu_experts  # noqa: E402
 import gpu_kv_cache  # noqa: E402
 import gpu_low_rank  # noqa: E402
 import gpu_rat  # noqa: E402
@@ -221,6 +222,10 @@ def rat(bench: Bench) -> None:
     gpu_rat.recurrences(bench, measured_machine(), DEVICE)
 
 
+def experts(bench: Bench) -> None:
+    gpu_experts.experts(bench, measured_machine(), DEVICE)
+
+
 def networks(bench: Bench) -> None:
     for name in bench.options.networks.split(","):
         for size in bench.options.sizes.split(","):
@@ -283,7 +288,7 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", choices=("kernels", "low_rank", "caches", "rat", "networks"), help="one part")
+    parser.add_argument("--only", choices=("kernels", "low_rank", "caches", "rat", "experts", "networks"), help="one part")
     parser.add_argument("--kernels", default="", metavar="NAME;..", help="families to run; all by default")
     parser.add_argument("--networks", default=",".join(NETWORKS), metavar="NAME,..", help="default %(default)s")
     parser.add_argument("--sizes", default="small,base", metavar="SIZE,..", help="default %(default)s; with --quick small")
@@ -297,7 +302,7 @@ def main() -> None:
     bench = Bench("gpu", PEERS, add_arguments=add_arguments)
     if bench.quick:
         bench.options.skip, bench.options.sizes = "torch.compile,reduce-overhead,max-autotune", "small"
-    for part in (kernels, low_rank, caches, rat, networks):
+    for part in (kernels, low_rank, caches, rat, experts, networks):
         if bench.options.only in (None, part.__name__):
             part(bench)
             bench.save()

@@ -4,9 +4,9 @@ Section "decode": `compile_decoder(model).generate` on a Llama of 100M random pa
 transformers and onnxruntime, which runs the same decoder with its caches bound from step to step. Then one decoding step against the
 time in which the machine reads the weights.
 
-Section "schedule": `layer-skip` on a deeper Llama. Steps of all levels cost n c + c_h, n the layers that run; c and c_h are fitted to
-steps of all layers and of few. Rows compare the mean step of a schedule with that of the full model, and with what its mean number of
-layers allows.
+Section "schedule": `layer-skip` on deeper Llamas, one of them of the sizes of OPT-1.3B. Steps of all levels cost n c + c_h, n the layers
+that run; c and c_h are fitted to steps of all layers and of few. Rows compare the mean step of a schedule with that of the full model,
+and with what its mean number of layers allows, each round by itself.
 
 Sections "quality" and "speculative": `trained_decoder.py` says what they are. With --quick ours runs kernels of ATen alone.
 
@@ -16,7 +16,7 @@ Sections "quality" and "speculative": `trained_decoder.py` says what they are. W
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,6 +74,7 @@ class Decay:
 
 DECODE, QUICK_DECODE = Sizes(768, 12), Sizes(256, 3, (1,), ("f32",))
 DEPTH, QUICK_DEPTH = Sizes(512, 24, dtypes=("f32",)), Sizes(256, 6, (1,), ("f32",))
+OPT_1_3B = Sizes(2048, 24, (1,), ("bf16",))  # those of the network that SkipDecode (2307.02628) is measured on
 FEW = 6  # c and c_h are fitted to steps of all layers and of a FEW-th of them
 
 
@@ -166,23 +167,37 @@ class Timed:
         """Seconds of a step, the median of generations."""
         return statistics.median(self._seconds)
 
+    def last(self, rounds: int) -> list[float]:
+        """Seconds of a step in each of the last generations."""
+        return self._seconds[-rounds:]
+
 
 # --- schedule --------------------------------------------------------------------------------------------------------------
 
 
 def schedule(bench: Bench) -> None:
     """A schedule's mean step against that of all layers, and against what its mean number of layers allows."""
-    sizes = QUICK_DEPTH if bench.quick else DEPTH
-    layers, few = sizes.layers, sizes.layers // FEW
-    decays = [Decay(2 * layers // 3, layers // 3), Decay(layers // 2, layers // 6), Decay(layers // 3, layers // 3)]
-    names = [f"{layers} layers, f32, batch {batch}" for batch in sizes.batches]
-    if not any(bench.options.case in name for name in names):
-        return
-    full = gw.compile_decoder(decoder_peers.llama(sizes.hidden, layers, torch.float32), backend=backend(bench))
-    scheduled = {decay: gw.compile(full, decay.passes, backend=backend(bench)) for decay in (*decays, Decay(few, few))}
-    for name, batch in zip(names, sizes.batches, strict=True):
-        if bench.options.case in name:
-            _schedule_case(bench, name, full, scheduled, torch.randint(0, VOCABULARY, (batch, PROMPT)))
+    for sizes in (QUICK_DEPTH,) if bench.quick else (DEPTH, OPT_1_3B):
+        layers = sizes.layers
+        if sizes is OPT_1_3B:
+            decays = [Decay(2 * layers // 3, layers // 3), Decay(layers // 3, layers // 12)]
+        else:
+            decays = [Decay(2 * layers // 3, layers // 3), Decay(layers // 2, layers // 6), Decay(layers // 3, layers // 3)]
+        _schedules(bench, sizes, decays)
+
+
+def _schedules(bench: Bench, sizes: Sizes, decays: Sequence[Decay]) -> None:
+    few = sizes.layers // FEW
+    for dtype in sizes.dtypes:
+        names = [f"{sizes.layers} layers of {sizes.hidden}, {dtype}, batch {batch}" for batch in sizes.batches]
+        if not any(bench.options.case in name for name in names):
+            continue
+        full = gw.compile_decoder(decoder_peers.llama(sizes.hidden, sizes.layers, DTYPES[dtype]), backend=backend(bench))
+        scheduled = {decay: gw.compile(full, decay.passes, backend=backend(bench)) for decay in (*decays, Decay(few, few))}
+        for name, batch in zip(names, sizes.batches, strict=True):
+            if bench.options.case in name:
+                _schedule_case(bench, name, full, scheduled, torch.randint(0, VOCABULARY, (batch, PROMPT)))
+                bench.save()
 
 
 def _schedule_case(bench: Bench, name: str, full: gw.CompiledModel, scheduled: Mapping[Decay, gw.CompiledModel], prompts: Tensor) -> None:
@@ -191,23 +206,31 @@ def _schedule_case(bench: Bench, name: str, full: gw.CompiledModel, scheduled: M
     for each in (whole, *timed.values()):
         each()  # compiles every level
         each.forget()
-    samples = {each: statistics.median(values) for each, values in bench.interleaved(contestants).items()}
+    samples = bench.interleaved(contestants)
+    seconds = {each: statistics.median(values) / NEW for each, values in samples.items()}
+    rounds = len(samples["full"])
     *decays, few = scheduled
     layers = int(scheduled[few].program.schedules["layer-skip"]["units"])
-    of_layer = (whole.step - timed[few].step) / (layers - few.n_min)
-    of_head = whole.step - layers * of_layer
     for decay in decays:
         mean = mean_layers(scheduled[decay])
-        allowed = of_layer * mean + of_head
+        between = (mean - few.n_min) / (layers - few.n_min)
+        allowed = [least + between * (most - least) for most, least in zip(whole.last(rounds), timed[few].last(rounds), strict=True)]
+        share = _median_ratio(allowed, timed[decay].last(rounds))
+        gain, step = _median_ratio(whole.last(rounds), timed[decay].last(rounds)), timed[decay].step
         case = f"{name}, {decay}"
-        bench.row(case, "decode step", "s", timed[decay].step, {"all layers": whole.step, "by mean layers": allowed})
-        bench.row(case, "time a token", "s", samples[str(decay)] / NEW, {"all layers": samples["full"] / NEW})
-        realised, possible = whole.step / timed[decay].step, whole.step / allowed
+        bench.row(case, "decode step", "s", step, {"all layers": step * gain, "by mean layers": step * share})
+        bench.row(case, "time a token", "s", seconds[str(decay)], {"all layers": seconds["full"]})
         bench.note(
-            f"{case}: {mean:.1f} layers in the mean; decoding is {realised:.2f} x as fast, {realised / possible:.3f} of the "
-            f"{possible:.2f} x that they allow with the head ({layers / mean:.2f} x of layers alone)"
+            f"{case}: {mean:.1f} layers in the mean; decoding is {gain:.2f} x as fast, {share:.3f} of the {gain / share:.2f} x that they "
+            f"allow with the head ({layers / mean:.2f} x of layers alone)"
         )
-    bench.note(f"{name}: a layer costs {of_layer * 1e3:.3f} ms of a step, all else {of_head * 1e3:.3f} ms")
+    of_layer = (whole.step - timed[few].step) / (layers - few.n_min)
+    bench.note(f"{name}: a layer costs {of_layer * 1e3:.3f} ms of a step, all else {(whole.step - layers * of_layer) * 1e3:.3f} ms")
+
+
+def _median_ratio(ones: Sequence[float], others: Sequence[float]) -> float:
+    """Of what was measured in the same round, so that a machine that slows down for a while speaks for neither."""
+    return statistics.median(one / other for one, other in zip(ones, others, strict=True))
 
 
 def mean_layers(compiled: gw.CompiledModel) -> float:

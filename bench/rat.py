@@ -8,7 +8,7 @@ what a query sees; flash-linear-attention, where it was installed by `pip`, has 
 bytes, "SDPA" has those of all keys and values, and "formula" is 2 Hk E (sinks + ceil(T / L) + ring) elements and 2 Hk E numbers of float32
 a sequence.
 
-    python bench/rat.py [--quick] [--json FILE]
+    python bench/rat.py [--quick] [--case TEXT] [--json FILE]
 """
 
 from collections.abc import Callable
@@ -68,7 +68,9 @@ PREFILL = [Case(dtype, 1, 8, tokens, window) for dtype in DTYPES for tokens in (
 
 
 def main() -> None:
-    bench = Bench("rat", PEERS)
+    bench = Bench(
+        "rat", PEERS, add_arguments=lambda parser: parser.add_argument("--case", default="", help="only cases with it in their names")
+    )
     if library() is None:
         bench.note("no C++ compiler, so there is no kernel of ours: install g++")
         return bench.finish()
@@ -76,12 +78,14 @@ def main() -> None:
         bench.note("flash-linear-attention's recurrences are kernels for GPUs, and are not measured here")
     torch.manual_seed(0)
     with torch.no_grad():
-        for case in DECODE[:2] if bench.quick else DECODE:
-            decode(bench, case)
-        for case in DECODE[:4:3]:
-            cache_bytes(bench, case)
-        for case in PREFILL[2:4] if bench.quick else PREFILL:
-            prefill(bench, case)
+        cases = [
+            *(("decode", decode, case) for case in (DECODE[:2] if bench.quick else DECODE)),
+            *(("cache", cache_bytes, case) for case in DECODE[:4:3]),
+            *(("prefill", prefill, case) for case in (PREFILL[2:4] if bench.quick else PREFILL)),
+        ]
+        for section, measure, case in cases:
+            if bench.options.case in f"{section} {case.name}":
+                measure(bench, case)
     bench.finish()
 
 

@@ -1,25 +1,21 @@
 """Lets experts of the zoo's masked-diffusion language model choose their tokens, and trains its routers for it, everything else as it was.
 
-    python examples/retrofit_experts.py [--weights FILE] [--steps 200] [--k K]
+    python examples/retrofit_experts.py [--steps 200] [--k K]
 
-The model whose tokens choose is read from FILE, as `python -m graphwright.models.train moe_dlm` writes it, or trained first, for
-`--first` steps. Prints the loss on held-out text with tokens that choose, after the pass, and after training.
+Prints the loss on held-out text of the model as it comes, whose tokens choose, after the pass, and after training.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import graphwright as gw
-from graphwright.models import moe_dlm, text
+from graphwright.models import text
 from graphwright.models.denoising import LENGTH, denoising_loss, held_out_loss, masked
-from graphwright.models.train import train_moe_dlm
-from graphwright.models.trained_weights import read_weights
 
 Tell = Callable[[int, float], None]
 
@@ -76,16 +72,10 @@ def is_router(name: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, help="of the model whose tokens choose (default: it is trained first)")
-    parser.add_argument("--first", type=int, default=200, help="steps of that training (default: 200)")
     parser.add_argument("--steps", type=int, default=200, help="steps of training of the routers (default: 200)")
     parser.add_argument("--k", type=int, help="experts a token in the mean (default: as many as tokens chose)")
     options = parser.parse_args(argv)
-    if options.weights is None:
-        module = train_moe_dlm(options.first, tell=_tell)
-    else:
-        module = moe_dlm.MoEDLM(moe_dlm.SIZES["text"]).eval()
-        read_weights(module, options.weights)
+    module, _, _ = gw.models.load("moe_dlm", "text")
     ids = [text.encode(part) for part in (text.training(), text.held_out())]
     result = retrofit(module, gw.ExpertChoice(k=options.k), *ids, steps=options.steps, tell=_tell)
     print(f"tokens choose: {result.token_choice:.3f} nats a token")

@@ -35,7 +35,7 @@ _NETWORKS = {
     "decoder": Network(decoder.Decoder, decoder.SIZES, decoder.example_inputs, trained=("text",)),
     "rat": Network(rat_lm.RatLM, rat_lm.SIZES, rat_lm.example_inputs, trained=("text",)),
     "vit": Network(vit.ViT, vit.SIZES, vit.example_inputs),
-    "moe_dlm": Network(moe_dlm.MoEDLM, moe_dlm.SIZES, moe_dlm.example_inputs),
+    "moe_dlm": Network(moe_dlm.MoEDLM, moe_dlm.SIZES, moe_dlm.example_inputs, trained=("text",)),
 }
 
 
@@ -70,8 +70,8 @@ def load(name: str, size: str = "small", *, seed: int = 0, **sizes: int) -> tupl
         size: "tiny" (under a million parameters, for tests), "small" (tens of millions) or "base" (as published; the
             U-Nets are 5 GB, so a look at one is best taken on the meta device). "digits" of dit is trained: a diffusion
             model of scikit-learn's digits (`digits`, `sampling`), made by `python -m graphwright.models.train dit`. So is "text"
-            of decoder and of rat, by `python -m graphwright.models.train decoder` or `rat`: language models of Python's documentation
-            (`text`).
+            of decoder, rat and moe_dlm, by `python -m graphwright.models.train decoder` and so on: language models of Python's
+            documentation (`text`).
         seed: of the weights and the inputs; of the inputs alone where the weights are trained.
         sizes: of the inputs, in place of those of `size`: batch, frames, height, width (in latent pixels) for the U-Nets;
             batch, height, width for vit; batch, length (in tokens) for dit, decoder and moe_dlm.

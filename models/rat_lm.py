@@ -4,6 +4,10 @@ a window.
 A RAT layer smooths keys and values by a gated recurrence inside chunks of L tokens, and lets each token attend to the last state of every
 earlier chunk and to its own: of T tokens a cache keeps T / L entries. Queries and keys are shared by groups of heads, values and gates
 are each head's own. Norms, SwiGLU and windowed attention are the zoo's decoder's.
+
+RAT+ (arXiv 2602.18196) lets the recurrence run on through the chunks, and a token sees the states of the last `window` tokens and of the
+first `sinks` besides: with a window as long as the sequence it is attention to all states, which is how it is trained, and any chunk
+and window is a sparse form of the same weights.
 """
 
 from dataclasses import dataclass
@@ -20,7 +24,8 @@ GROUPS = 2  # of heads that share queries and keys
 @dataclass(frozen=True)
 class Config:
     """A size of the network and of its example inputs. With a `window` every second layer is attention to the last `window` tokens, in
-    which each of `num_kv_heads` keys serves num_heads / num_kv_heads queries; without one all layers are RAT.
+    which each of `num_kv_heads` keys serves num_heads / num_kv_heads queries; without one all layers are RAT. With `plus` all layers
+    are RAT+, and `window` and `sinks` are what each of them sees besides the ends of chunks.
 
     Raises: ValueError where heads fall into no two equal groups.
     """
@@ -38,6 +43,8 @@ class Config:
     batch: int = 1
     rope_base: float = 10000.0
     norm_eps: float = 1e-6
+    plus: bool = False
+    sinks: int = 0
 
     INPUT_SIZES = ("batch", "length")
 
@@ -49,6 +56,10 @@ class Config:
 SIZES = {
     "tiny": Config(
         vocabulary=256, dim=64, depth=2, num_heads=4, num_kv_heads=2, hidden=176, chunk=4, window=6, tied=True, length=16
+    ),
+    "plus": Config(
+        vocabulary=256, dim=64, depth=2, num_heads=4, num_kv_heads=4, hidden=176, chunk=4, window=6, tied=True, length=16, plus=True,
+        sinks=2,
     ),
     # trained on text of the standard library (`text`)
     "text": Config(
@@ -93,21 +104,47 @@ class RatMixer(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class Layer(nn.Module):
-    """Pre-norm RAT or windowed attention, and SwiGLU, each with a residual: [B, L, dim] -> [B, L, dim]."""
+class RatPlusMixer(nn.Module):
+    """W_out(sigmoid(z) * rat_attention(q, k, v, g)) with a recurrence over the whole sequence: [B, L, dim] -> [B, L, dim].
 
-    def __init__(self, config: Config, is_local: bool):
+    z, v, g, q and k are one product of x, each head has its own of all five, and keys and queries are turned by their tokens.
+    """
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.is_local = is_local
+        self.chunk, self.window, self.sinks = config.chunk, config.window, config.sinks
+        self.head_dim = config.dim // config.num_heads
+        self.in_proj = nn.Linear(config.dim, 5 * config.dim, bias=False)
+        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
+        z, *others = self.in_proj(x).chunk(5, dim=-1)
+        v, gate, q, k = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in others)  # [B, heads, L, D]
+        options = {"chunk": self.chunk, "window": self.window, "sinks": self.sinks, "reset": False, "scale": self.head_dim**-0.5}
+        attended = rat_attention(q, k, v, gate, None, rotation.cos, rotation.sin, **options)
+        return self.o_proj(z.sigmoid() * attended.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Pre-norm RAT, RAT+ or windowed attention, and SwiGLU, each with a residual: [B, L, dim] -> [B, L, dim]."""
+
+    def __init__(self, config: Config, mixer: type[nn.Module]):
+        super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.mixer: nn.Module = Attention(config) if is_local else RatMixer(config)
+        self.mixer = mixer(config)
         self.post_mixer_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.hidden)
 
-    def forward(self, x: Tensor, by_token: Rotation, by_chunk: Rotation, in_window: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention: Rotation, recurrence: Rotation, in_window: Tensor) -> Tensor:
         h = self.input_layernorm(x)
-        x = x + (self.mixer(h, by_token, in_window) if self.is_local else self.mixer(h, by_chunk))
+        x = x + (self.mixer(h, attention, in_window) if isinstance(self.mixer, Attention) else self.mixer(h, recurrence))
         return x + self.mlp(self.post_mixer_layernorm(x))
+
+
+def _mixer(config: Config, index: int) -> type[nn.Module]:
+    if config.plus:
+        return RatPlusMixer
+    return Attention if config.window > 0 and index % 2 == 1 else RatMixer
 
 
 class RatLM(nn.Module):
@@ -122,9 +159,9 @@ class RatLM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.head_dim, self.rope_base = config.dim // config.num_heads, config.rope_base
-        self.chunk, self.window = config.chunk, config.window
+        self.turned_every, self.window = 1 if config.plus else config.chunk, config.window
         self.embed_tokens = nn.Embedding(config.vocabulary, config.dim)
-        self.layers = nn.ModuleList(Layer(config, is_local=config.window > 0 and index % 2 == 1) for index in range(config.depth))
+        self.layers = nn.ModuleList(Layer(config, _mixer(config, index)) for index in range(config.depth))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocabulary, bias=False)
         if config.tied:
@@ -134,12 +171,12 @@ class RatLM(nn.Module):
         x = self.embed_tokens(input_ids)
         places = torch.arange(input_ids.shape[1], device=x.device)
         positions = places.unsqueeze(0) if position_ids is None else position_ids
-        by_token = Rotation.of_positions(positions.unsqueeze(1), self.head_dim, self.rope_base, like=x)
-        by_chunk = Rotation.of_positions(positions // self.chunk, self.head_dim, self.rope_base, like=x)
+        attention = Rotation.of_positions(positions.unsqueeze(1), self.head_dim, self.rope_base, like=x)
+        recurrence = Rotation.of_positions(positions // self.turned_every, self.head_dim, self.rope_base, like=x)
         behind = places.unsqueeze(1) - places
         in_window = (behind >= 0).logical_and(behind < self.window)
         for layer in self.layers:
-            x = layer(x, by_token, by_chunk, in_window)
+            x = layer(x, attention, recurrence, in_window)
         return self.lm_head(self.norm(x))
 
 

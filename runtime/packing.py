@@ -18,7 +18,6 @@ from ..codegen.cpu_packed import Pack, PackedCall, PackedConvolution, hinted, is
 from ..codegen.experts.packed import PackedExperts, packed_experts
 from ..ir import Node, SymbolTable
 from ..ir.infer import fake_like
-from ..ir.symbols import hint
 from .bindings import binding
 from .flat import FlatGraph
 from .probe import Probe
@@ -63,9 +62,8 @@ class Packing:
         if any(weight is None for weight in weights):
             return None
         shapes = [hinted(operand.meta["val"]) for operand in node.all_input_nodes]
-        question = (
-            f"{call} {call.activation} {call.combine_dtype} {[operand.meta['val'].dtype for operand in node.all_input_nodes]} {shapes}"
-        )
+        dtypes = [operand.meta["val"].dtype for operand in node.all_input_nodes]
+        question = f"{node.target} {call} {call.options} {dtypes} {shapes}"
         verdict = self.probe.known(call.kind, question)
         if verdict == "aten":
             return None
@@ -77,10 +75,8 @@ class Packing:
         return call
 
     def _faster_experts(self, node: Node, call: PackedExperts, weights: list[Any], question: str) -> str:
-        x, index, weight = (operand.meta["val"] for operand in node.args[:3])
-        draw = torch.Generator().manual_seed(0)
-        chosen = torch.rand(hint(index.size(0)), weights[0].size(0), generator=draw).argsort(1)[:, : hint(index.size(1))].contiguous()
-        values = (random_like(x), chosen, random_like(weight), *weights)
+        x, _, weight = (operand.meta["val"] for operand in node.args[:3])
+        values = (random_like(x), call.example_index(x), random_like(weight), *weights)
         plain = binding(node.target)
         ways = {"aten": lambda: plain(*values, **node.kwargs), "onednn": lambda: call(*values)}
         with torch.no_grad(), torch._C._DisableAutocast():

@@ -12,6 +12,7 @@ from torch import fx
 
 from ..codegen.cpu_kernels import IN_PLACE
 from ..codegen.triton.attention import launch as attention
+from ..codegen.triton.experts import launch as experts
 from ..codegen.triton.rat import launch as rat
 from ..ir import Function, Node, SymbolTable
 from ..ir.calls import GETITEM
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
 # Kernels written by hand that run in the place of one call.
 _KERNELS: dict[Any, Callable[..., Any]] = {
     torch.ops.gw.cached_attention.default: attention.cached_attention,
+    torch.ops.gw.expert_mlp.default: experts.expert_mlp,
+    torch.ops.gw.grouped_mm.default: experts.grouped_mm,
     torch.ops.gw.rat_attention.default: rat.rat_attention,
+    torch.ops.gw.token_choice_moe.default: experts.token_choice_moe,
 }
 
 

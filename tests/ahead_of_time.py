@@ -58,7 +58,8 @@ def compiled(function, arguments, target):
             signature[name] = _POINTERS[value.dtype] if is_tensor else "i32" if value < 2**31 else "i64"
             if is_tensor or value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    return binary_of(lambda: function, signature, constants, attributes, {"num_warps": arguments["num_warps"]}, target)
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    return binary_of(lambda: function, signature, constants, attributes, options, target)
 
 
 def figures(cases, launches):

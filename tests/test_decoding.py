@@ -125,11 +125,12 @@ def test_a_layer_that_was_skipped_does_not_run_again():
         generate(decoder, random_prompts([3]), 4)
 
 
-def test_without_that_check_it_would_read_what_nobody_wrote(monkeypatch):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_without_that_check_it_would_read_what_nobody_wrote(monkeypatch, temperature):
     monkeypatch.setattr(Caches, "check", lambda *_: None)
     decoder = skipping_decoder([(0, 1, 2, 3), (0, 3)], [1, 0])
     with pytest.raises(InputError, match="logits are NaN"):
-        generate(decoder, random_prompts([3]), 4, temperature=1.0)
+        generate(decoder, random_prompts([3]), 4, temperature=temperature)
 
 
 def test_a_check_of_caches_names_the_first_layer_and_row_that_lack_positions():

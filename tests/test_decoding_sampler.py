@@ -146,3 +146,11 @@ def test_logits_that_are_nan_are_refused_where_few_are_looked_at():
     logits[1, 777] = math.nan
     with pytest.raises(InputError, match="NaN"):
         Sampler(temperature=1.0, top_k=50).choose(logits, [0, 1], [0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_nan_are_refused_greedily_too(dtype):
+    logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, math.nan, 9.0]], dtype=dtype)
+    with pytest.raises(InputError, match="logits are NaN"):
+        Sampler().choose(logits, [0, 1], [0, 0])
+    assert Sampler().choose(torch.tensor([[0.0, -math.inf, math.inf]], dtype=dtype), [0], [0]) == [2]

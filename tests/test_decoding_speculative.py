@@ -148,6 +148,20 @@ def test_drafts_need_positions_behind_a_row_s_last_token():
     assert generate(decoder, prompts, 6, speculative=False).tokens == [decoder.naive(prompt, 6) for prompt in prompts]
 
 
+def test_a_draft_of_nan_is_refused_and_a_judge_that_gives_nan_is_an_error(monkeypatch):
+    call, broken = SmallStep.__call__, ["draft"]
+
+    def breaking(step, *operands):
+        return tuple(output * np.nan if step.name in broken else output for output in call(step, *operands))
+
+    monkeypatch.setattr(SmallStep, "__call__", breaking)
+    decoder, prompts = drafting_decoder((0, 3), 2), random_prompts([3, 4])
+    assert generate(decoder, prompts, 6, speculative=True).tokens == [decoder.naive(prompt, 6) for prompt in prompts]
+    broken.append("verify")
+    with pytest.raises(InputError, match="logits are NaN"):
+        generate(decoder, prompts, 6, speculative=True)
+
+
 def test_results_say_how_many_drafts_were_taken_and_what_they_cost():
     generated = generate(drafting_decoder((0, 1, 3), 2), random_prompts([3]), 30, speculative=True)
     figures = generated.figures
@@ -287,6 +301,14 @@ def test_a_seed_draws_the_same_whatever_was_measured_in_between(monkeypatch):
     first = generate(decoder, prompts, 20, temperature=1.0)
     generate(decoder, prompts, 90)
     assert generate(decoder, prompts, 20, temperature=1.0).tokens == first.tokens
+
+
+def test_a_call_that_draws_has_as_many_drafts_whatever_the_longest_prompt_leaves_room_for():
+    decoder = drafting_decoder((0,), None)
+    decoder.max_positions = 10
+    assert generate(decoder, [[1]], 7, temperature=1.0).tokens == generate(decoder, [[1], [2]], 7, temperature=1.0).tokens[:1]
+    with pytest.raises(InputError, match="prompt 1 has 2 tokens and the model 10 positions, 3 of which drafts need"):
+        generate(decoder, [[1], [2, 3]], 7, temperature=1.0)
 
 
 def test_a_program_that_lacks_a_function_of_its_schedule_is_refused():

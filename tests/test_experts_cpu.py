@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import graphwright as gw
 from graphwright.codegen import cpu_packed
 from graphwright.codegen.cpu_kernels import KERNELS
-from graphwright.codegen.experts.packed import PackedExperts, packed_experts
+from graphwright.codegen.experts.packed import PackedExperts, PackedTokenChoice, packed_experts
 from graphwright.ir.ops.experts import ACTIVATIONS
 from graphwright.runtime.probe import Probe
 from graphwright.tests import expert_oracles
@@ -107,7 +107,7 @@ needs_onednn = pytest.mark.skipif(not cpu_packed.is_available(), reason="this to
 @settings(max_examples=40)
 def test_experts_on_packed_weights_are_the_body_in_float64(data, dtype, activation):
     x, index, weight, gate_up, down = data.draw(calls(dtype))
-    call = PackedExperts(data.draw(st.integers(1, 40)), activation, torch.float32, index.shape[1], down.shape[2])
+    call = PackedTokenChoice(index, down, activation=activation, combine_dtype=torch.float32)
     call.both = tuple(cpu_packed.Pack(each, call.lay_out) for each in (gate_up, down))
     wide = [each.double() if each.is_floating_point() else each for each in (x, index, weight, gate_up, down)]
     body = moe(*wide, activation=activation, combine_dtype=torch.float64)

@@ -105,11 +105,9 @@ def test_tables_that_are_not_nested_are_refused(levels: Any, steps: Any, message
         ({"compensation": "scale"}, "compensation=scale is measured on tokens"),
         ({"level_of_step": [0]}, "level_of_step needs levels"),
         ({"mode": "both"}, 'mode is .both., but must be "schedule" or "speculative"'),
-        ({"levels": [[0]], "n_min": 1}, "n_min has no effect, since levels are a table"),
-        ({"mode": "speculative", "horizon": 4}, "horizon has no effect, since a draft has the layers draft="),
         ({"clock": "day"}, 'clock is .day., but must be "step" or "position"'),
-        ({"mode": "speculative", "clock": "position"}, "clock=position has no effect, since a draft has the same layers throughout"),
-        ({"reuse_prefix": True}, "reuse_prefix has no effect, since only mode=speculative drafts"),
+        ({"levels": []}, r"levels is \(\), but must be a list of lists of layers"),
+        ({"levels": [[0]], "level_of_step": []}, r"level_of_step is \(\), but must be a list of levels, one for each step"),
         ({"rank": "best"}, 'rank is .best., but must be "top", one of output_kl'),
     ],
 )
@@ -118,10 +116,35 @@ def test_options_that_do_not_fit_are_refused_at_once(options: Any, message: str)
         gw.LayerSkip(**options)
 
 
+FALL = {"decay": "power", "n_max": 2, "n_min": 1, "horizon": 4, "alpha": 0.5}
+CHOICE = {"rank": [0, 1, 2], "warmup": 0, "effort": "one_shot"}
+DRAFT = {"gamma": 3, "draft": [0], "reuse_prefix": True}
+SCHEDULED = FALL | {"levels": [[0]], "clock": "position", "prefill": "first", "merge": "down"}
+
+
+@pytest.mark.parametrize(
+    ("options", "idle", "reason"),
+    [
+        ({"mode": "speculative"}, SCHEDULED, "a draft has the layers draft= throughout"),
+        ({"mode": "speculative", "calibration": [torch.zeros(1, 4)]}, {"max_kl": 0.1}, "a draft has the layers draft="),
+        ({}, DRAFT, "only mode=speculative drafts"),
+        ({}, {"alpha": 0.5}, "only decay=power falls by a factor"),
+        ({"levels": [[0]]}, FALL | CHOICE, "levels are a table of their own"),
+        ({"mode": "speculative", "draft": [0]}, CHOICE, "draft names the layers"),
+    ],
+)
+def test_options_that_the_others_leave_without_effect_are_refused(options: Any, idle: Any, reason: str) -> None:
+    for name, value in idle.items():
+        with pytest.raises(gw.PassError, match=f"{name} has no effect, since {reason}"):
+            gw.LayerSkip(**options, **{name: value})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"n_max": 9}, "n_max=9 do not fit 3 layers"),
+        ({"n_max": 1, "warmup": 2}, "warmup=2 layers run at every step, which the 1 of the last do not hold"),
+        ({"warmup": 4}, "warmup=4 layers run at every step, which the 3 of the last do not hold"),
         ({"n_min": 2}, "say over how many tokens layers fall from 3 to 2: horizon=256"),
         ({"levels": [[0, 7]]}, "levels name layer 7, and there are 0 to 2"),
         ({"rank": [0, 1], "n_min": 1, "horizon": 2}, "rank must name each of the 3 layers once"),
@@ -137,6 +160,7 @@ def test_options_that_do_not_fit_are_refused_at_once(options: Any, message: str)
         ({"calibration": [torch.full((1, 4), 64)]}, "calibration item 0 has tokens beyond 0 to 63"),
         ({"calibration": [torch.zeros(1, 4000, dtype=torch.int64)]}, "has rows of 4000 tokens, and the model takes 2048"),
         ({"calibration": [torch.zeros(3)]}, r"calibration item 0 is no tensor of tokens \[B, T\]"),
+        ({"calibration": [torch.zeros(0, 4, dtype=torch.int64)]}, r"calibration item 0 is no tensor of tokens \[B, T\] of a row or more"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_refused(options: Any, message: str) -> None:
@@ -394,6 +418,17 @@ def test_the_report_says_what_layers_were_ranked_by() -> None:
     assert "the same five likeliest tokens: " in text and "depth score " in text
 
 
+def test_a_schedule_says_what_its_layers_were_chosen_by() -> None:
+    def origin(**options: Any) -> dict[str, Any]:
+        return dict(skipped(**options).schedules["layer-skip"]["origin"])
+
+    assert origin(n_max=2) == {"rank": "top", "decay": "linear", "kl": []}
+    assert origin(levels=[[0]])["rank"] == origin(mode="speculative", draft=[0])["rank"] == "table"
+    ranked, again, other = (origin(n_max=2, rank="relative", calibration=[tokens_of(2, 8, seed)]) for seed in (0, 0, 1))
+    assert ranked["rank"] == "relative" and len(ranked["kl"]) == 1
+    assert ranked["calibration"] == again["calibration"] != other["calibration"]
+
+
 def test_levels_beyond_the_budget_are_left_out() -> None:
     calibration = [tokens_of(2, 10)]
     free = gw.PassManager([gw.LayerSkip(n_min=1, horizon=3, calibration=calibration)]).run(cached())
@@ -403,6 +438,22 @@ def test_levels_beyond_the_budget_are_left_out() -> None:
     assert kept.program.schedules["layer-skip"]["levels"] == [[0, 1, 2], [0, 2]]
     with pytest.raises(gw.PassError, match="the first level already costs"):
         skipped(levels=[[0]], calibration=calibration, max_kl=0.0)
+
+
+def test_the_kl_of_a_level_is_of_the_layers_that_read_the_prompt_too() -> None:
+    tokens, levels = tokens_of(2, 10), [[0, 2], [0]]
+    decoder = decoder_of(cached())
+    reference = SkipReference(cached(), decoder, find_units(cached(), decoder, "layer"))
+
+    def log_probabilities(prompt: list[int], behind: list[int]) -> torch.Tensor:
+        return reference.logits(tokens, [prompt] * 5 + [behind] * 5)[:, 5:].double().log_softmax(-1)
+
+    whole = log_probabilities([0, 1, 2], [0, 1, 2])
+    for prefill, prompt in (("full", [0, 1, 2]), ("first", levels[0])):
+        result = gw.PassManager([gw.LayerSkip(levels=levels, prefill=prefill, calibration=[tokens])]).run(cached())
+        seen = [log_probabilities(prompt, level) for level in levels]
+        expected = [float(F.kl_div(each, whole, log_target=True, reduction="none").sum(-1).mean()) for each in seen]
+        assert result.reports[0].data["kl_of_level"] == pytest.approx(expected, rel=1e-3)  # log-probabilities of float32
 
 
 # --- contract ------------------------------------------------------------------------------------------------------------------
@@ -467,8 +518,19 @@ def test_layers_without_a_bypass_are_refused_by_name() -> None:
 
 
 def test_keys_shared_across_layers_are_refused() -> None:
-    with pytest.raises(gw.PassError, match="no layers repeat.*share keys and values"):
+    place = r"\S*test_layer_skip\.py:\d+"
+    with pytest.raises(gw.PassError, match=f"the attention at {place} reads keys and values of the one at {place}: a layer whose keys"):
         gw.compile_decoder(Stack(shared=True).eval(), "layer-skip", backend="aten", cache=False)
+
+
+def test_layers_that_are_not_alike_are_refused() -> None:
+    class Uneven(Stack):
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            x = self.table(input_ids).unsqueeze(1)
+            return F.scaled_dot_product_attention(x, x, x, is_causal=True).squeeze(1).relu()
+
+    with pytest.raises(gw.PassError, match="no layers repeat: there is no value through which all passes between them"):
+        gw.compile_decoder(Uneven().eval(), "layer-skip", backend="aten", cache=False)
 
 
 def test_calibration_beyond_a_table_of_places_is_refused() -> None:

@@ -201,10 +201,33 @@ def test_a_rat_layer_is_gated_states_of_chunks_and_attention_over_them():
     torch.testing.assert_close(mixer(x, turn)[0], (z.sigmoid() * expected) @ mixer.o_proj.weight.T)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", [6, 16])
+def test_a_rat_plus_layer_is_attention_to_states_that_end_chunks_or_are_near_or_first(window):
+    module, _, _ = models.load("rat", "plus")
+    mixer, tokens = module.layers[0].mixer.double(), 16
+    mixer.window = window  # 16: all states, which is how it is trained
+    x = torch.randn(1, tokens, 64, dtype=torch.float64)
+    z, v, gate, q, k = (x[0] @ mixer.in_proj.weight.T).split(64, dim=-1)
+    g, key, value, keys, values = gate.sigmoid(), 0.0, 0.0, [], []
+    for t in range(tokens):
+        key, value = g[t] * key + (1 - g[t]) * k[t], g[t] * value + (1 - g[t]) * v[t]
+        keys, values = [*keys, key], [*values, value]
+    turn = decoder.Rotation.of_positions(torch.arange(tokens).unsqueeze(0), 16, 10000.0, like=x)
+    q, k, v = (each.unflatten(-1, (4, 16)).transpose(0, 1) for each in (q, torch.stack(keys), torch.stack(values)))
+    t, j = torch.arange(tokens).unsqueeze(1), torch.arange(tokens)
+    seen = (j <= t) & (((j + 1) % 4 == 0) | (t - j <= window) | (j < 2))
+    attended = torch.nn.functional.scaled_dot_product_attention(turn.apply(q), turn.apply(k), v, seen)
+    expected = (z.sigmoid() * attended.transpose(0, 1).flatten(1)) @ mixer.o_proj.weight.T
+    torch.testing.assert_close(mixer(x, turn)[0], expected)
+    assert bool(seen.tril().eq(torch.ones_like(seen).tril()).all()) == (window == 16)
+
+
 def test_rat_layers_and_windows_take_turns_and_without_a_window_all_layers_are_rat():
-    assert [layer.is_local for layer in models.load("rat", "tiny")[0].layers] == [False, True]
+    kinds = [type(layer.mixer) for layer in models.load("rat", "tiny")[0].layers]
+    assert kinds == [rat_lm.RatMixer, decoder.Attention]
     pure = rat_lm.RatLM(dataclasses.replace(rat_lm.SIZES["tiny"], window=0))
-    assert not any(layer.is_local for layer in pure.layers)
+    assert all(type(layer.mixer) is rat_lm.RatMixer for layer in pure.layers)
     with pytest.raises(ValueError, match="3 heads are no 2 equal groups"):
         dataclasses.replace(rat_lm.SIZES["tiny"], num_heads=3)
 

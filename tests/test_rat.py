@@ -363,27 +363,28 @@ def test_a_bias_of_the_chunks_logarithm_is_attention_where_chunks_hold_one_key_a
 
 
 class Layer(torch.nn.Module):
-    def __init__(self, local: str):
+    def __init__(self, local: str, *, reset: bool = True):
         super().__init__()
-        self.local = local
+        self.form = {"local": local, "reset": reset}
 
     def forward(self, q, k, v, gate, cos, sin):
-        return ops.rat_attention(q, k, v, gate, None, cos, sin, chunk=4, scale=0.4, window=3, sinks=4, local=self.local)
+        return ops.rat_attention(q, k, v, gate, None, cos, sin, chunk=4, scale=0.4, window=3, sinks=4, **self.form)
 
 
-@pytest.mark.parametrize("local", ["state", "raw"])
-def test_one_exported_graph_serves_all_lengths(local: str) -> None:
+@pytest.mark.parametrize(("local", "reset"), [("state", True), ("raw", True), ("state", False)])
+def test_one_exported_graph_serves_all_lengths(local: str, reset: bool) -> None:
     def operands(tokens: int) -> list[torch.Tensor]:
         each = case(tokens, 4, bias=False)
         return [x for x in each.operands if x is not None]
 
     length = Dim("length", min=2, max=512)
     shapes = [{2: length}] * 4 + [{1: length}] * 2
-    exported = export(Layer(local), tuple(operands(9)), dynamic_shapes=tuple(shapes)).run_decompositions({})
+    layer = Layer(local, reset=reset)
+    exported = export(layer, tuple(operands(9)), dynamic_shapes=tuple(shapes)).run_decompositions({})
     assert [n for n in exported.graph.nodes if n.target is ops.rat_attention.default], "it stays whole"
     for tokens in (2, 4, 31, 512):
         given = operands(tokens)
-        assert torch.equal(exported.module()(*given), Layer(local)(*given))
+        assert torch.equal(exported.module()(*given), layer(*given))
 
 
 @pytest.mark.parametrize("logit", [-math.inf, -40.0, 0.0, 40.0])

@@ -159,6 +159,21 @@ def test_attributes_and_layers_are_as_asked_for() -> None:
     assert recurrences(rewritten(fixed(), local="state", sinks=3))[0]["sinks"] == 3
 
 
+@pytest.mark.parametrize("options", [{"layers": [1, 0, 1], "rope": "chunk"}, {"layers": [1], "others": 2}])
+def test_layers_may_be_named_in_any_order_and_stand_behind_those_that_are_not(options: dict[str, Any]) -> None:
+    program = rewritten(captured("zoo"), **options)
+    assert len(recurrences(program)) == len(set(options["layers"]))
+    tokens = tokens_of(2, 9)
+    in_order = rewritten(captured("zoo"), **options | {"layers": sorted(set(options["layers"]))})
+    assert torch.equal(logits(program, tokens), logits(in_order, tokens))
+
+
+def test_errors_of_layers_are_reported_in_their_order() -> None:
+    given = {"calibration": [tokens_of(2, 12)], "init": "fit"}
+    orders = [report(fixed(), layers=layers, **given).data for layers in ([1, 0], [0, 1])]
+    assert orders[0]["layer_errors"] == orders[1]["layer_errors"] and orders[0]["fits"] == orders[1]["fits"]
+
+
 def test_rows_of_chunk_rotation_are_those_of_the_chunks_numbers() -> None:
     values = {}
     program = rewritten(fixed(), rope="chunk")
@@ -261,7 +276,6 @@ def test_options_that_say_nothing_are_refused(options: dict[str, Any], message: 
     [
         ("zoo", {"layers": [2]}, "layers name attention 2, and there are 0 to 1"),
         ("zoo", {"layers": []}, "layers names none"),
-        ("zoo", {"reset": False}, "reset=False takes as many steps as the logarithm of the length, so the length must be fixed"),
         ("zoo", {"calibration": []}, "calibration has no items"),
         ("zoo", {"calibration": [torch.zeros(3)]}, r"calibration item 0 is no tensor of tokens \[B, T\]"),
         ("zoo", {"calibration": [torch.full((1, 4), 999)]}, "calibration item 0 has tokens beyond 0 to 255"),
@@ -378,8 +392,8 @@ def test_what_looks_up_no_tokens_is_no_decoder() -> None:
 
 @functools.cache
 def compiled(family: str, **options: Any) -> gw.CompiledModel:
-    if family == "native":
-        return gw.compile_decoder(models.load("rat", "tiny")[0], backend="aten", cache=False)
+    if family in ("tiny", "plus"):
+        return gw.compile_decoder(models.load("rat", family)[0], backend="aten", cache=False)
     passes = [gw.RatRecurrence(**(SMALL | options))]
     return gw.compile_decoder(decoders.FAMILIES[family](), passes, backend="aten", cache=False)
 
@@ -398,7 +412,8 @@ def step(program: gw.Program, function: str, held: dict[str, torch.Tensor], *inp
 @pytest.mark.parametrize(
     ("family", "options"),
     [("zoo", {}), ("zoo", {"rope": "chunk", "gate": "head", "output_gate": True}), ("zoo", {"layers": "even", "others": 2}),
-     ("zoo", {"local": "state", "sinks": 2}), ("llama", {}), ("qwen3", {"layers": "even"}), ("gpt2", {}), ("native", {})],
+     ("zoo", {"local": "state", "sinks": 2}), ("llama", {}), ("qwen3", {"layers": "even"}), ("gpt2", {}), ("tiny", {}), ("plus", {}),
+     ("zoo", {"reset": False, "local": "state"})],
 )  # fmt: skip
 def test_every_split_of_a_sequence_is_the_whole_forward(family: str, options: dict[str, Any]) -> None:
     tokens = tokens_of(2, 10)
@@ -442,15 +457,6 @@ def test_drafts_are_refused_since_they_could_not_be_taken_back() -> None:
     with pytest.raises(gw.PassError, match="a chunked recurrence cannot take drafted tokens back"):
         gw.compile_decoder(decoders.FAMILIES["zoo"](), passes, backend="aten", cache=False)
     assert "nothing is drafted here" in str(compiled("zoo").report())
-
-
-def test_a_recurrence_that_runs_on_from_chunk_to_chunk_has_no_steps() -> None:
-    after = rewritten(captured("zoo"))
-    for node in after.main.calls:
-        if node.target is RAT:
-            node.kwargs = {**node.kwargs, "reset": False}
-    with pytest.raises(gw.PassError, match=r"runs on from chunk to chunk \(reset=False\)"):
-        gw.KVCache().run(Rewriter(after))
 
 
 def test_the_recurrence_comes_before_the_caches() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from graphwright import models
 from graphwright.ir.errors import ArtifactError, InputError
-from graphwright.models import decoder, digits, dit, sampling, text, train
+from graphwright.models import decoder, denoising, digits, dit, sampling, text, train
 from graphwright.models.trained_weights import read_weights, write_weights
 
 TRAINED = [(name, size) for name in models.names() for size in models.trained(name)]
@@ -36,8 +36,8 @@ def assert_same_parameters(a, b):
 # --- loading ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_digits_of_dit_and_the_text_of_decoder_and_rat_are_trained():
-    assert TRAINED == [("dit", "digits"), ("decoder", "text"), ("rat", "text")]
+def test_the_digits_of_dit_and_the_text_of_language_models_are_trained():
+    assert TRAINED == [("dit", "digits"), ("decoder", "text"), ("rat", "text"), ("moe_dlm", "text")]
     with pytest.raises(InputError, match="no network 'resnet'"):
         models.trained("resnet")
 
@@ -149,6 +149,14 @@ def test_the_trained_recurrence_looks_further_back_than_a_chunk_and_its_windows(
     ids = text.encode(text.held_out())[:4097]
     near, far = (text.perplexity(module, ids, length, batch=2048 // length).per_token for length in (16, 256))
     assert far < 0.8 * near < 80
+
+
+def test_the_trained_denoiser_reads_what_is_not_masked(one_thread):
+    module, _, _ = models.load("moe_dlm", "text")
+    counts = torch.tensor(text.encode(text.training())).bincount(minlength=module.mask_id).double() + 1
+    ids = torch.tensor(text.encode(text.held_out()))[:4096]
+    by_frequency = -(counts / counts.sum()).log()[ids].mean()
+    assert denoising.held_out_loss(module, ids, module.mask_id, draws=1) < 0.85 * by_frequency
 
 
 # --- files of weights ------------------------------------------------------------------------------------------------------

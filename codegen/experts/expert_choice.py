@@ -4,11 +4,15 @@ All experts have as many tokens, so there is nothing to sort or to count. 64 exp
 threads of an AMD Zen 4: 25 ms, where as many pairs of tokens that choose take 32 (topk 0.4 ms, where the stable sort takes 1.6).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ...ir.ops.experts import ACTIVATIONS, choice_by
 from ...ir.workspace.experts import experts_at_once
+
+BatchedProduct = Callable[[Tensor, slice], Tensor]  # rows [E', N, K] of some of the experts -> [E', N, M]
 
 gw = torch.ops.gw
 
@@ -40,10 +44,24 @@ def expert_mlp(x: Tensor, index: Tensor, gate: Tensor, gate_up: Tensor, down: Te
     Raises:
         IndexError: an index lies behind the sequence.
     """
-    batch, length, depth = x.shape
-    experts, capacity = index.shape[1:]
     if x.device.type != "cpu" or activation not in ACTIVATIONS or index.numel() == 0:
         return gw.expert_mlp.default(x, index, gate, gate_up, down, activation=activation)
+
+    def product(matrices: Tensor) -> BatchedProduct:
+        return lambda rows, some: torch.bmm(rows, matrices[some].transpose(1, 2))
+
+    return in_turns(x, index, gate, product(gate_up), product(down), tuple(down.shape[1:]), activation)
+
+
+def in_turns(
+    x: Tensor, index: Tensor, gate: Tensor, up: BatchedProduct, down: BatchedProduct, sizes: tuple[int, ...], activation: str
+) -> Tensor:
+    """The weighted sum over the experts of each position, with what multiplies rows by expert given; `sizes` are D and I.
+
+    Raises:
+        IndexError: an index lies behind the sequence.
+    """
+    (batch, length, depth), (width, inner), experts = x.shape, sizes, index.size(1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     places = (index.clamp(min=0) + torch.arange(batch).reshape(-1, 1, 1) * length).transpose(0, 1).reshape(experts, -1)  # [E, B C]
     if int(index.max()) >= length:
@@ -51,15 +69,15 @@ def expert_mlp(x: Tensor, index: Tensor, gate: Tensor, gate_up: Tensor, down: Te
     weights = gate.to(wide).transpose(0, 1).reshape(experts, -1, 1)
     void = (index < 0).transpose(0, 1).reshape(experts, -1, 1)
     has_voids = bool(void.any())
-    rows, out = x.reshape(-1, depth), torch.zeros(batch * length, down.size(1), dtype=wide)
-    at_once = experts_at_once(places.size(1), gate_up.size(1), x.element_size())
+    rows, out = x.reshape(-1, depth), torch.zeros(batch * length, width, dtype=wide)
+    at_once = experts_at_once(places.size(1), 2 * inner, x.element_size())
     for first in range(0, experts, at_once):
         some = slice(first, first + at_once)
         taken = rows.index_select(0, places[some].reshape(-1)).unflatten(0, (-1, places.size(1)))
         if has_voids:
             taken.masked_fill_(void[some], 0.0)
-        gates, up = torch.bmm(taken, gate_up[some].transpose(1, 2)).chunk(2, -1)
-        y = torch.bmm(ACTIVATIONS[activation](gates).mul_(up), down[some].transpose(1, 2)).to(wide).mul_(weights[some])
+        gates, values = up(taken, some).chunk(2, -1)
+        y = down(ACTIVATIONS[activation](gates).mul_(values), some).to(wide).mul_(weights[some])
         if has_voids:
             y.masked_fill_(void[some], 0.0)
         out.index_add_(0, places[some].reshape(-1), y.flatten(0, 1))

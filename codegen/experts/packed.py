@@ -1,4 +1,4 @@
-"""`gw.token_choice_moe` by oneDNN on copies of its experts' weights in oneDNN's own layout, one an expert.
+"""`gw.token_choice_moe` and `gw.expert_mlp` by oneDNN on copies of their experts' weights in oneDNN's own layout, one an expert.
 
 `torch.ops.mkldnn` is private: what Inductor calls when it freezes weights. `cpu_packed` says whether what is used of it is there.
 """
@@ -11,21 +11,24 @@ from torch import Tensor
 from ...ir import Node
 from ...ir.pattern import named_arguments
 from ...ir.symbols import hint
+from ...ir.workspace.experts import experts_at_once
 from .. import cpu_packed
 from ..cpu_packed import PackedCall, hinted_bytes
+from .expert_choice import BatchedProduct, in_turns
 from .token_choice import Product, Runs, by_expert, check_range
 
 
 class PackedExperts(PackedCall):
-    """`call(x, index, weight, gate_up, down)` is `gw.token_choice_moe`; `rows` are those of an expert that the copies are made for, and
-    they serve any number. The two copies are in `both`."""
+    """`call(x, index, weight, gate_up, down)` is the operation; `rows` are those of an expert that the copies are made for, and they serve
+    any number. The two copies are in `both`. `options` are the operation's attributes."""
 
     kind = "experts"
     both: tuple[cpu_packed.Pack, ...]
 
-    def __init__(self, rows: int, activation: str, combine_dtype: torch.dtype, k: int, inner: int):
-        self.rows, self.activation, self.combine_dtype = rows, activation, combine_dtype
-        self._k, self._inner = k, inner
+    def __init__(self, index: Tensor, down: Tensor, **options: Any):
+        self.experts, self.width, self.inner = down.shape
+        self.rows = max(_count(index) // self.experts, 1)
+        self.last, self.options = hint(index.size(-1)), options  # experts of a token, or positions of an expert
 
     @property
     def packs(self) -> tuple[cpu_packed.Pack, ...]:
@@ -37,36 +40,71 @@ class PackedExperts(PackedCall):
     def lay_out(self, weight: Tensor) -> Any:
         return [torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), self.rows) for matrix in weight.unbind(0)]
 
+    def example_index(self, x: Tensor) -> Tensor:
+        """A choice at random, for an operand like x."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "oneDNN's linear for each expert"
+
+
+class PackedTokenChoice(PackedExperts):
+    """`gw.token_choice_moe`: rows are sorted by expert."""
+
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
         if index.numel() == 0:
             return torch.empty_like(x)  # of no tokens
         check_range(index, gate_up.size(0))
         up_pack, down_pack = self.both
         up, back = _product(up_pack(gate_up)), _product(down_pack(down))
-        return by_expert(x, index, weight, up, back, self.activation, self.combine_dtype)
+        return by_expert(x, index, weight, up, back, self.options["activation"], self.options["combine_dtype"])
+
+    def example_index(self, x: Tensor) -> Tensor:
+        return _drawn((hint(x.size(0)), self.experts), self.last)
 
     def scratch(self, x: Tensor, result: Tensor) -> int:
         """Rows sorted by expert, and at the first product its parts and all of them, or at the second what both made."""
-        depth = result.size(1)
-        elements = max(depth + 4 * self._inner, 3 * depth + 3 * self._inner)
-        return max(hint(x.size(0)) * self._k * (elements * x.element_size() + 8) - hinted_bytes(result), 0)
+        rows = hint(x.size(0)) * self.last
+        return max(_row_bytes(self, rows, x) + 8 * rows - hinted_bytes(result), 0)
 
-    def __str__(self) -> str:
-        return "oneDNN's linear for each expert"
+
+class PackedExpertChoice(PackedExperts):
+    """`gw.expert_mlp`: all experts have as many rows, and a few run at a time."""
+
+    def __call__(self, x: Tensor, index: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+        up_pack, down_pack = self.both
+        if index.numel() == 0:
+            return x.new_zeros(*x.shape[:2], self.width)
+        up, back = _batched(up_pack(gate_up)), _batched(down_pack(down))
+        return in_turns(x, index, gate, up, back, (self.width, self.inner), self.options["activation"])
+
+    def example_index(self, x: Tensor) -> Tensor:
+        return _drawn((hint(x.size(0)), self.experts, hint(x.size(1))), self.last)
+
+    def scratch(self, x: Tensor, result: Tensor) -> int:
+        """That of the experts that run at once, where each row stands and weighs, and the sums."""
+        at_once = min(experts_at_once(self.rows, 2 * self.inner, x.element_size()), self.experts)
+        sums = hinted_bytes(result) // x.element_size() * 4
+        return _row_bytes(self, at_once * self.rows, x) + self.experts * self.rows * 13 + sums - hinted_bytes(result)
 
 
 def packed_experts(node: Node) -> PackedExperts | None:
     """The packed form of a call; None where it has none here."""
-    if node.target is not torch.ops.gw.token_choice_moe.default or not cpu_packed.is_available():
+    form = _FORMS.get(node.target)
+    if form is None or not cpu_packed.is_available():
         return None
     named = named_arguments(node)
     values = [named[name].meta["val"] for name in ("x", "gate_up", "down")]
     dtype = values[0].dtype
     if any(value.device.type != "cpu" or value.dtype != dtype for value in values) or not _multiplies(dtype) or 0 in values[2].shape:
         return None
-    tokens, k = (hint(n) for n in named["index"].meta["val"].shape)
-    rows = max(tokens * k // values[1].size(0), 1)
-    return PackedExperts(rows, named["activation"], named["combine_dtype"], k, values[2].size(2))
+    return form(named["index"].meta["val"], values[2], **node.kwargs)
+
+
+_FORMS: dict[Any, type[PackedExperts]] = {
+    torch.ops.gw.token_choice_moe.default: PackedTokenChoice,
+    torch.ops.gw.expert_mlp.default: PackedExpertChoice,
+}
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
@@ -85,3 +123,27 @@ def _product(matrices: Any) -> Product:
         return torch.cat([linear(part, matrices[expert], None, "none", [], "") for (expert, _), part in zip(runs, parts, strict=True)])
 
     return product
+
+
+def _batched(matrices: Any) -> BatchedProduct:
+    linear = torch.ops.mkldnn._linear_pointwise.default._op
+
+    def product(rows: Tensor, some: slice) -> Tensor:
+        parts = [linear(part, matrix, None, "none", [], "") for part, matrix in zip(rows.unbind(0), matrices[some], strict=True)]
+        return torch.cat(parts).unflatten(0, rows.shape[:2])
+
+    return product
+
+
+def _row_bytes(call: PackedExperts, rows: int, x: Tensor) -> int:
+    """Bytes of so many rows: gathered, and at the first product its parts and all of them, or at the second what both made."""
+    return rows * max(call.width + 4 * call.inner, 3 * call.width + 3 * call.inner) * x.element_size()
+
+
+def _drawn(shape: tuple[int, ...], count: int) -> Tensor:
+    """For each row, `count` places of its last dim."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :count].contiguous()
+
+
+def _count(value: Tensor) -> int:
+    return torch.Size([hint(n) for n in value.shape]).numel()

@@ -18,6 +18,8 @@ from ..op import op
 
 LOCALS = ("state", "raw")
 ROPE_STYLES = ("half", "interleaved")
+MOST_TOKENS = 2**24  # that a recurrence without resets goes on for where their number is a symbol
+SHORT = 256  # zeros in front that cost less than to compare times
 
 
 def ring_of(chunk: int, window: int, local: str) -> int:
@@ -97,7 +99,6 @@ def rat_attention(
 
     Raises:
         ValueError: an attribute is none of the above, cos comes without sin, dr is odd, or Hk does not divide H.
-        GuardOnDataDependentSymNode, or a guard: T is symbolic without `reset`, since the recurrence then has log2 T steps.
     """
     layout = _Layout(chunk, window, sinks, local)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -157,7 +158,6 @@ def rat_cached_attention(
     Raises:
         ValueError: as `rat_attention`, or S is too small for the sinks and the ring.
         IndexError: a row lies outside of the caches. Tokens beyond C L lose their summaries: who calls keeps below.
-        GuardOnDataDependentSymNode, or a guard: T is symbolic without `reset`.
     """
     layout = _Layout(chunk, window, sinks, local)
     summaries = key_slots.size(2) - sinks - layout.ring
@@ -239,13 +239,16 @@ def _recurrence(x: list[Tensor], g: Tensor, goes_on: Tensor, longest: int | None
     """The states s[t] = a[t] s[t-1] + (1 - g[t]) x[t] along dim 2 with s[-1] = 0, a = g where the state `goes_on` and 0 elsewhere, and
     the products a[0] .. a[t]: what is left at t of a state before the first token.
 
-    Doubling: after d = 1, 2, 4, .. each element holds what the last 2d tokens add up to. No state lives longer than `longest` tokens.
+    Doubling: after d = 1, 2, 4, .. each element holds what the last 2d tokens add up to. No state lives longer than `longest` tokens, or
+    MOST_TOKENS where the number of tokens is a symbol.
     """
     tokens = g.size(2)
     a = torch.where(goes_on, g, 0.0)
     states = [(1 - g) * each for each in x]
+    if longest is None:
+        longest = tokens if isinstance(tokens, int) else MOST_TOKENS
     d = 1
-    while d < (tokens if longest is None else longest):
+    while d < longest:
         states = [state + a * _shifted(state, d, tokens, 0.0) for state in states]
         a = a * _shifted(a, d, tokens, 1.0)
         d *= 2
@@ -254,7 +257,10 @@ def _recurrence(x: list[Tensor], g: Tensor, goes_on: Tensor, longest: int | None
 
 def _shifted(x: Tensor, d: int, tokens: int, fill: float) -> Tensor:
     """x[.., t - d, :], `fill` before the first"""
-    return pad(x, (0, 0, d, 0), value=fill).narrow(2, 0, tokens)
+    if isinstance(tokens, int) or d < SHORT:
+        return pad(x, (0, 0, d, 0), value=fill).narrow(2, 0, tokens)
+    turned = x.roll(d, 2)  # unlike what is padded by d, no longer than x
+    return torch.where((torch.arange(tokens, device=x.device) >= d).unsqueeze(-1), turned, fill)
 
 
 def _bias(is_summary: Tensor, is_near: Tensor, summary_bias: float, dtype: torch.dtype, *, joined: bool) -> Tensor:

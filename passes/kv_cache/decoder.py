@@ -58,9 +58,9 @@ def find_decoder(program: Program, function: Function) -> Decoder | NoMatch:
     if isinstance(logits, NoMatch):
         return logits
     data = data_nodes(function, tokens)
-    (attentions, failures), (recurrences, others) = find_attentions(data), find_recurrences(data)
-    if failures or others:
-        return [*failures, *others][0]
+    (attentions, failures), recurrences = find_attentions(data), find_recurrences(data)
+    if failures:
+        return failures[0]
     if not attentions and not recurrences:
         return _without_attention(function)
     seen: dict[Node | None, Visible] = {}  # by mask, which layers share

@@ -8,7 +8,7 @@ import torch
 
 from ...ir import Node, Symbol
 from ...ir.ops.rat import ring_of
-from ...ir.pattern import NoMatch, named_arguments
+from ...ir.pattern import named_arguments
 from ...ir.symbols import UNBOUNDED, SymbolTable, hint
 
 RAT = torch.ops.gw.rat_attention.default
@@ -44,26 +44,23 @@ class Recurrence:
         return self.operands[1]  # type: ignore[return-value]
 
     @property
+    def v(self) -> Node:
+        return self.operands[2]  # type: ignore[return-value]
+
+    @property
     def reads(self) -> list[Node]:
         """What a step computes for it."""
         return [each for each in self.operands if each is not None]
 
 
-def find_recurrences(nodes: Iterable[Node]) -> tuple[list[Recurrence], list[NoMatch]]:
-    """The recurrences among `nodes`, and those of which no step can be made."""
-    found, failures = [], []
+def find_recurrences(nodes: Iterable[Node]) -> list[Recurrence]:
+    """The recurrences among `nodes`."""
+    found = []
     for node in nodes:
-        if node.target is not RAT:
-            continue
-        arguments = named_arguments(node)
-        operands = tuple(arguments.pop(name) for name in _OPERANDS)
-        if arguments["reset"]:
-            found.append(Recurrence(node, operands, arguments))
-        else:
-            failures.append(
-                NoMatch("its recurrence runs on from chunk to chunk (reset=False), which takes log2 T steps for T tokens", node)
-            )
-    return found, failures
+        if node.target is RAT:
+            arguments = named_arguments(node)
+            found.append(Recurrence(node, tuple(arguments.pop(name) for name in _OPERANDS), arguments))
+    return found
 
 
 def slots_of(symbols: SymbolTable, recurrence: Recurrence, capacity: Any) -> Any:

@@ -8,14 +8,11 @@ With mode="speculative" the shallow function drafts tokens and `verify` accepts 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
-
-import torch
 
 from ...ir import Program, Rewriter
 from ...ir.errors import PassError
-from ...ir.lookups import lookup_limit
 from ...ir.pattern import NoMatch
 from ..base import Outcome, Pass
 from ..check import Reference
@@ -36,6 +33,8 @@ from .units import Unit, find_units
 
 SCHEDULE = "layer-skip"
 _TABLE = "a list of lists of layers, the first the largest"
+_FALL = ("decay", "n_max", "n_min", "horizon", "alpha")  # options that say how many layers run at a step,
+_CHOICE = ("rank", "warmup", "effort")  # and which ones they are
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ class LayerSkip(Pass):
     levels, level_of_step: a table of ones own in place of all these.
     clock: what a step's index in the schedule counts: "step" the tokens that were generated, "position" those of the prompt too, so that
         rows of prompts of different lengths are on different levels and run apart.
-    prefill: "full" runs the prompt on all layers, "first" on those of the first level.
+    prefill: "full" runs the prompt on all layers, "first" on those of the first level (layers are ranked with all in the prompt: which
+        level is the first is not known before).
     unit: "layer", or "sublayer" for each attention and MLP by itself.
     calibration: batches of tokens i64[B, T]; with them the KL of each level is measured, and levels beyond `max_kl` nats are left out.
     effort: "greedy" drops the layer that costs least and measures again, about N^2 / 2 passes; "one_shot" sorts N single removals.
@@ -79,8 +79,8 @@ class LayerSkip(Pass):
     rank: Any = option(
         "top", f'"top", one of {", ".join(METRICS)}, or a list of layers', lambda v: v == "top" or v in METRICS or _is_layers(v)
     )
-    levels: Any = option(None, _TABLE, lambda v: v is None or all(_is_layers(level) for level in v))
-    level_of_step: Any = option(None, "a list of levels, one for each step", lambda v: v is None or _is_layers(v))
+    levels: Any = option(None, _TABLE, lambda v: v is None or (len(v) > 0 and all(_is_layers(level) for level in v)))
+    level_of_step: Any = option(None, "a list of levels, one for each step", lambda v: v is None or (len(v) > 0 and _is_layers(v)))
     clock: str = option("step", '"step" or "position"', one_of(("step", "position")))
     prefill: str = option("full", '"full" or "first"', one_of(("full", "first")))
     unit: str = option("layer", '"layer" or "sublayer"', one_of(("layer", "sublayer")))
@@ -113,14 +113,27 @@ class LayerSkip(Pass):
             raise PassError(f"pass {self.name}: warmup={self.warmup} layers run at every step, which n_min={self.n_min} does not hold")
         if self.level_of_step is not None and self.levels is None:
             raise PassError(f"pass {self.name}: level_of_step needs levels, {_TABLE}")
-        counted = next((name for name in ("n_max", "n_min", "horizon") if getattr(self, name) is not None), None)
-        if counted is not None and (self.levels is not None or self.mode == "speculative"):
-            instead = "levels are a table of their own" if self.levels is not None else "a draft has the layers draft="
-            raise PassError(f"pass {self.name}: {counted} has no effect, since {instead}: leave one of them out")
-        if self.reuse_prefix and self.mode != "speculative":
-            raise PassError(f"pass {self.name}: reuse_prefix has no effect, since only mode=speculative drafts: leave it out")
-        if self.clock == "position" and self.mode == "speculative":
-            raise PassError(f"pass {self.name}: clock=position has no effect, since a draft has the same layers throughout: leave it out")
+        self._refuse_idle_options()
+
+    def _refuse_idle_options(self) -> None:
+        """Raises PassError for an option that the others leave without effect."""
+        if self.mode == "speculative":
+            scheduled = (*_FALL, "levels", "level_of_step", "clock", "prefill", "max_kl", "merge")
+            self._refuse(scheduled, "a draft has the layers draft= throughout")
+        else:
+            self._refuse(("gamma", "draft", "reuse_prefix"), "only mode=speculative drafts")
+        if self.levels is not None:
+            self._refuse((*_FALL, *_CHOICE), "levels are a table of their own")
+        if self.draft is not None:
+            self._refuse(_CHOICE, "draft names the layers")
+        if self.decay != "power":
+            self._refuse(("alpha",), "only decay=power falls by a factor")
+
+    def _refuse(self, names: Sequence[str], reason: str) -> None:
+        defaults = {each.name: each.default for each in fields(self)}
+        idle = next((name for name in names if getattr(self, name) != defaults[name]), None)
+        if idle is not None:
+            raise PassError(f"pass {self.name}: {idle} has no effect, since {reason}: leave it out")
 
     @property
     def contract(self) -> Contract:
@@ -162,7 +175,7 @@ class LayerSkip(Pass):
                     "clock": self.clock,
                     "prefill": self.prefill,
                     "merge": self.merge,
-                    **self._origin(units, kls),
+                    **self._origin(units, kls, profile),
                 },
             )
         lines = (*described(program, units, schedule, functions, kls, self.clock), *self._measured(profile))
@@ -189,6 +202,8 @@ class LayerSkip(Pass):
         n_min = n_max if self.n_min is None else self.n_min
         if n_max > total or n_min > n_max:
             raise PassError(f"layer-skip: n_min={n_min}, n_max={n_max} do not fit {total} {self.unit}s: 1 <= n_min <= n_max <= {total}")
+        if ranking is None and self.warmup > n_min:
+            raise PassError(f"layer-skip: warmup={self.warmup} {self.unit}s run at every step, which the {n_min} of the last do not hold")
         if n_min < n_max and self.decay != "constant" and self.horizon is None:
             raise PassError(f"layer-skip: say over how many tokens layers fall from {n_max} to {n_min}: horizon=256")
         numbers = counts(self.decay, n_max, n_min, self.horizon or 1, self.alpha)
@@ -215,18 +230,14 @@ class LayerSkip(Pass):
     def _profile(self, program: Program, decoder: Decoder, units: Sequence[Unit], tell: Tell | None) -> Profile | None:
         if self.calibration is None:
             return None
-        tabled = None if decoder.positions is None else lookup_limit(program.main, decoder.positions)
-        longest = min(n for n in (program.symbols.highest(decoder.length), tabled) if n is not None)
-        batches = tuple(_tokens(number, item, decoder, longest) for number, item in enumerate(self.calibration))
-        if not batches:
-            raise PassError("layer-skip: calibration has no items: give at least one tensor of tokens [B, T]")
-        return Profile(program, decoder, units, Calibration(batches), tell, compensates=self.compensation is not None)
+        calibration = Calibration.of(self.calibration, program, decoder)
+        return Profile(program, decoder, units, calibration, tell, compensates=self.compensation is not None)
 
     def _within(self, schedule: Schedule, profile: Profile | None) -> tuple[Schedule, list[float]]:
         """The schedule without levels beyond `max_kl`, and the KL of each that stays."""
         if profile is None:
             return schedule, []
-        kls = [profile.kl(level) for level in schedule.levels]
+        kls = [profile.kl(level, schedule.levels[0] if self.prefill == "first" else None) for level in schedule.levels]
         if self.max_kl is None:
             return schedule, kls
         kept = next((n for n, kl in enumerate(kls) if kl > self.max_kl), len(kls))
@@ -235,9 +246,13 @@ class LayerSkip(Pass):
         steps_of = tuple(min(level, kept - 1) for level in schedule.level_of_step)
         return Schedule(schedule.levels[:kept], steps_of), kls[:kept]
 
-    def _origin(self, units: Sequence[Unit], kls: Sequence[float]) -> dict[str, Any]:
+    def _origin(self, units: Sequence[Unit], kls: Sequence[float], profile: Profile | None) -> dict[str, Any]:
+        """What the layers were chosen by, for whoever reads the schedule later."""
         rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
-        origin = {"rank": "table" if self.levels is not None else rank, "decay": self.decay, "kl": [float(f"{kl:.6g}") for kl in kls]}
+        is_table = self.levels is not None or self.draft is not None
+        origin = {"rank": "table" if is_table else rank, "decay": self.decay, "kl": [float(f"{kl:.6g}") for kl in kls]}
+        if profile is not None:
+            origin["calibration"] = profile.calibration.digest
         scales = {} if self.compensation is None else {"scales": [unit.scale for unit in units]}
         return {"unit": self.unit, "units": len(units), "origin": origin} | scales
 
@@ -285,7 +300,7 @@ class LayerSkip(Pass):
                     "draft_layers": list(layers),
                     "gamma": self.gamma,
                     "reuse_prefix": self.reuse_prefix,
-                    **self._origin(units, kls),
+                    **self._origin(units, kls, profile),
                 },
             )
         count = "as many tokens as gain most" if self.gamma is None else f"{self.gamma} tokens"
@@ -300,15 +315,3 @@ def _skipped(units: Sequence[Unit], level: Sequence[int]) -> Skipped:
 
 def _is_layers(value: Any) -> bool:
     return not isinstance(value, str) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
-
-
-def _tokens(number: int, item: Any, decoder: Decoder, longest: int) -> torch.Tensor:
-    value = item[0] if isinstance(item, tuple) and len(item) == 1 else item
-    if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.dtype not in (torch.int64, torch.int32) or value.shape[1] < 2:
-        raise PassError(f"layer-skip: calibration item {number} is no tensor of tokens [B, T] with at least 2 of them in each row")
-    vocabulary = int(decoder.logits.meta["val"].size(2))
-    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
-        raise PassError(f"layer-skip: calibration item {number} has tokens beyond 0 to {vocabulary - 1}")
-    if value.shape[1] > longest:
-        raise PassError(f"layer-skip: calibration item {number} has rows of {value.shape[1]} tokens, and the model takes {longest}")
-    return value.to(decoder.tokens.meta["val"].device, torch.int64)

@@ -10,15 +10,19 @@
 `output_kl` alone sees what becomes of the output; the others are diagnostics, which rank late layers too low.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ...ir import Program
+from ...ir.errors import PassError
+from ...ir.lookups import lookup_limit
 from ..kv_cache.decoder import Decoder
 from .effects import LogitLens, effects, kl_divergence, log_softmax
 from .reference import SkipReference
@@ -35,8 +39,43 @@ class Calibration:
     batches: tuple[torch.Tensor, ...]
 
     @staticmethod
+    def of(items: Iterable[Any], program: Program, decoder: Decoder) -> "Calibration":
+        """`items` are tensors i[B, T], or tuples of one.
+
+        Raises:
+            PassError: one is none, or has tokens or positions that the model does not know; or there are none.
+        """
+        tabled = None if decoder.positions is None else lookup_limit(program.main, decoder.positions)
+        longest = min(n for n in (program.symbols.highest(decoder.length), tabled) if n is not None)
+        batches = tuple(_tokens(number, item, decoder, longest) for number, item in enumerate(items))
+        if not batches:
+            raise PassError("layer-skip: calibration has no items: give at least one tensor of tokens [B, T]")
+        return Calibration(batches)
+
+    @staticmethod
     def prompt(tokens: torch.Tensor) -> int:
         return max(tokens.shape[1] // 2, 1)
+
+    @property
+    def digest(self) -> str:
+        """The first 16 digits of the SHA-256 of sizes and tokens, by which a calibration set is known again."""
+        found = hashlib.sha256()
+        for tokens in self.batches:
+            found.update(repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+
+def _tokens(number: int, item: Any, decoder: Decoder, longest: int) -> torch.Tensor:
+    value = item[0] if isinstance(item, tuple) and len(item) == 1 else item
+    is_tokens = isinstance(value, torch.Tensor) and value.dim() == 2 and value.dtype in (torch.int64, torch.int32)
+    if not is_tokens or value.shape[0] < 1 or value.shape[1] < 2:
+        raise PassError(f"layer-skip: calibration item {number} is no tensor of tokens [B, T] of a row or more, with at least 2 in each")
+    vocabulary = int(decoder.logits.meta["val"].size(2))
+    if not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+        raise PassError(f"layer-skip: calibration item {number} has tokens beyond 0 to {vocabulary - 1}")
+    if value.shape[1] > longest:
+        raise PassError(f"layer-skip: calibration item {number} has rows of {value.shape[1]} tokens, and the model takes {longest}")
+    return value.to(decoder.tokens.meta["val"].device, torch.int64)
 
 
 class Profile:
@@ -60,25 +99,27 @@ class Profile:
         self._reference = self._unscaled = SkipReference(program, decoder, units)
         self._tell = tell
         everything = [unit.index for unit in units]
-        self._expected = [self._log_probabilities(tokens, everything) for tokens in calibration.batches]
-        self._known: dict[frozenset[int], float] = {}
+        self._expected = [self._log_probabilities(tokens, everything, everything) for tokens in calibration.batches]
+        self._known: dict[tuple[frozenset[int], frozenset[int]], float] = {}
         self._scores: dict[str, dict[int, float]] = {}
         if compensates:
             self.units = scaled(units, [float(f"{scale:.6g}") for scale in self.scores("growth").values()])
             self._reference = SkipReference(program, decoder, self.units)
 
-    def kl(self, kept: Sequence[int]) -> float:
-        """Mean KL(p, p') in nats over the tokens behind the prompts, p' of the network with `kept` layers there."""
-        key = frozenset(kept)
+    def kl(self, kept: Sequence[int], prefill: Sequence[int] | None = None) -> float:
+        """Mean KL(p, p') in nats over the tokens behind the prompts, p' of the network with `kept` layers there, and in the prompts with
+        `prefill` (None: all)."""
+        before = [unit.index for unit in self.units] if prefill is None else prefill
+        key = frozenset(kept), frozenset(before)
         if key not in self._known:
             pairs = zip(self.calibration.batches, self._expected, strict=True)
-            sums = [kl_divergence(expected, self._log_probabilities(tokens, kept)) for tokens, expected in pairs]
+            sums = [kl_divergence(expected, self._log_probabilities(tokens, kept, before)) for tokens, expected in pairs]
             self._known[key] = sum(float(each.sum()) for each in sums) / sum(each.numel() for each in sums)
         return self._known[key]
 
-    def _log_probabilities(self, tokens: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
-        prompt, everything = Calibration.prompt(tokens), [unit.index for unit in self.units]
-        active = [everything] * prompt + [list(kept)] * (tokens.shape[1] - prompt)
+    def _log_probabilities(self, tokens: torch.Tensor, kept: Sequence[int], before: Sequence[int]) -> torch.Tensor:
+        prompt = Calibration.prompt(tokens)
+        active = [list(before)] * prompt + [list(kept)] * (tokens.shape[1] - prompt)
         return log_softmax(self._reference.logits(tokens, active)[:, prompt:])
 
     def ranking(self, metric: str, n_min: int, effort: str) -> list[int]:

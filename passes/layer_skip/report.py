@@ -23,7 +23,8 @@ def described(
     whole = _bytes_read(program, "decode")
     read = [_bytes_read(program, functions[schedule.level_of_step[step]]) for step in range(steps)]
     mean = sum(read) / steps
-    lines.append(f"{schedule.mean_layers(steps):.1f} of {len(units)} in the mean of {steps} {clock}s: at most {whole / mean:.2f} x as fast")
+    counted = f"{steps} {clock}s" if steps != 1 else f"1 {clock}"
+    lines.append(f"{schedule.mean_layers(steps):.1f} of {len(units)} in the mean of {counted}: at most {whole / mean:.2f} x as fast")
     if clock == "position" and len(schedule.levels) > 1:
         lines.append("positions count the prompt too: rows of prompts of different lengths are on different levels, which run one by one")
     if len(schedule.levels[-1]) < len(units):

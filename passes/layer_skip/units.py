@@ -31,13 +31,14 @@ def find_units(program: Program, decoder: Decoder, unit: str) -> list[Unit]:
     """The layers of a decoder in order, or with unit="sublayer" their branches.
 
     Raises:
-        PassError: no layers repeat, or one has no identity bypass; it is named.
+        PassError: attentions share keys, no layers repeat, or one has no identity bypass; it is named.
     """
+    _refuse_shared_keys(decoder)
     layers = find_layers(program.main, decoder.tokens).layers
     if not layers:
         raise PassError(
-            "layer-skip: no layers repeat: there is no value through which all passes between them, as where layers share keys and values, "
-            "or a skip connection goes around several"
+            "layer-skip: no layers repeat: there is no value through which all passes between them, as where a skip connection goes around "
+            "several"
         )
     outside = [a for a in decoder.attentions if not any(a.root in layer.nodes for layer in layers)]
     if outside:
@@ -50,6 +51,21 @@ def find_units(program: Program, decoder: Decoder, unit: str) -> list[Unit]:
             attentions = tuple(n for n, attention in enumerate(decoder.attentions) if attention.root in inside)
             units.append(Unit(len(units), source, result, attentions, _where(layer)))
     return units
+
+
+def _refuse_shared_keys(decoder: Decoder) -> None:
+    """Raises PassError where an attention reads the keys or values of one before: leaving out that one would take them away."""
+    owners: dict[Node, Node] = {}
+    for attention in decoder.attentions:
+        own = {attention.k, attention.v}
+        owner = next((owners[each] for each in own if each in owners), None)
+        if owner is not None:
+            reader, owner_place = (node.meta.get("where") or "an unknown line" for node in (attention.root, owner))
+            raise PassError(
+                f"layer-skip: the attention at {reader} reads keys and values of the one at {owner_place}: a layer whose keys others share "
+                "cannot be left out"
+            )
+        owners |= dict.fromkeys(own, attention.root)
 
 
 def _parts(layer: Layer, unit: str) -> list[tuple[Node, Node]]:

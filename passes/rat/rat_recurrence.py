@@ -7,7 +7,7 @@ cache keeps T / chunk entries and the window. Sources: RAT (arXiv 2507.04416), R
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ class RatRecurrence(Pass):
     chunk, window, sinks: tokens of a chunk; tokens before each that it sees by themselves; first tokens that all see (with local="raw" up
         to a multiple of the chunk). Everything else is seen as the last state of its chunk.
     local: near tokens as keys and values ("raw", each past token is then seen once) or as states ("state").
-    reset: whether a chunk starts from nothing; without it sizes must be fixed.
+    reset: whether a chunk starts from nothing.
     rope: the time that turns a token: its own ("token") or its chunk's number ("chunk").
     init: gates before training: "closed", "mean", "chrono", or "fit", which minimises each layer's error on `calibration`.
     gate: logits of each channel ("channel") or head ("head") of keys from the layer's input, or constants ("bias").
@@ -97,13 +97,7 @@ class RatRecurrence(Pass):
         before = program.copy() if self.calibration is not None else None
         watched = None if before is None else self._watched(before)
         gates, fits = self._gates(chosen, watched)
-        emitter = Emitter(rewriter, sites, self.form)
-        for site, each in zip(chosen, gates, strict=True):
-            with rewriter.step("rat-recurrence"):
-                emitter.recurrence(site, each)
-        for site in self._windowed(sites, chosen):
-            with rewriter.step("window"):
-                emitter.window(site, self.others)
+        self._emit(Emitter(rewriter, sites, self.form), sites, dict(zip(chosen, gates, strict=True)))
         lines, data = described(self.form, self.init, sites, chosen), dict[str, Any]()
         if watched is not None and before is not None:
             found, kept, batches = watched
@@ -113,6 +107,17 @@ class RatRecurrence(Pass):
             lines = described(self.form, self.init, sites, chosen, errors, quality, fits)
             data = {"layer_errors": errors, "kl": quality.kl, "perplexity": [quality.before, quality.after], "fits": fits}
         return Outcome(left, lines, data)
+
+    def _emit(self, emitter: Emitter, sites: Sites, gates: Mapping[Site, Gates]) -> None:
+        """In the program's order: sizes and rotary rows stand before the first attention that needs them, for all behind it."""
+        narrowed = self._windowed(sites, gates)
+        for site in sites.found:
+            if site in gates:
+                with emitter.rewriter.step("rat-recurrence"):
+                    emitter.recurrence(site, gates[site])
+            elif site in narrowed:
+                with emitter.rewriter.step("window"):
+                    emitter.window(site, self.others)
 
     def check(self, reference: Reference, after: Program) -> Verdict:
         """At its limit points the rewritten program is the original, exactly. Rotary times of chunks and windows of other layers have
@@ -139,12 +144,10 @@ class RatRecurrence(Pass):
             raise PassError(_refusal(sites))
         if not sites.found:
             raise PassError(_refusal(sites.refused[0][1]))
-        if not self.reset and not isinstance(sites.tokens.meta["val"].size(1), int):
-            raise PassError("rat-recurrence: reset=False takes as many steps as the logarithm of the length, so the length must be fixed")
         return sites
 
     def _chosen(self, sites: Sites) -> tuple[list[Site], tuple[LeftAlone, ...]]:
-        """The attentions to replace, and why others stay."""
+        """The attentions to replace, in the program's order, and why others stay."""
         found = {site.index: site for site in sites.found}
         known = sorted({*found, *(index for index, _ in sites.refused if index >= 0)})
         wanted = known if self.layers == "all" else [n for n in known if n % 2 == 0] if self.layers == "even" else list(self.layers)
@@ -155,7 +158,7 @@ class RatRecurrence(Pass):
             if not isinstance(self.layers, str) and index in refused:
                 raise PassError(_refusal(refused[index]))
         reasons = {site.index: self._unfit_window(site) for site in sites.found}
-        chosen = [found[index] for index in wanted if index in found and not reasons[index]]
+        chosen = [site for site in sites.found if site.index in wanted and not reasons[site.index]]
         left = [LeftAlone.at(reason.node, reason.reason) for _, reason in sites.refused if reason.node is not None]
         left += [LeftAlone.at(found[index].root, reasons[index]) for index in wanted if index in found and reasons[index]]
         if not chosen:
@@ -170,7 +173,7 @@ class RatRecurrence(Pass):
             f"with a window of at least {site.window - 1}, if that is meant"
         )
 
-    def _windowed(self, sites: Sites, chosen: Sequence[Site]) -> list[Site]:
+    def _windowed(self, sites: Sites, chosen: Collection[Site]) -> list[Site]:
         if self.others == "keep":
             return []
         rest = [site for site in sites.found if site not in chosen and not site.window]

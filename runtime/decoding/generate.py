@@ -9,7 +9,6 @@ import numpy as np
 from ...ir.errors import InputError
 from .caches import Caches
 from .dispatch import Dispatch
-from .gain import Gain
 from .generated import Figures, Generated, Token
 from .options import Limits, check_flags, check_positions, checked_limits, checked_prompts, checked_sampler
 from .plain import PlainDecoding
@@ -67,12 +66,14 @@ def generate(
 
 def _with_gamma(schedule: Schedule, decoder: Decoder, prompts: Sequence[np.ndarray], limits: Limits, sampler: Sampler) -> Schedule:
     """Begins with the number of drafts that what was measured speaks for, and has no more than leave room for all tokens; none are plain
-    decoding. Calls that draw take the same number each time, since what a seed gives depends on it."""
+    decoding. Calls that draw take the same number whatever was measured and whichever rows there are, since what a seed gives depends
+    on it."""
+    if not sampler.is_greedy:
+        return replace(schedule, most_drafts=schedule.gamma)
     longest = max(map(len, prompts), default=0)
     room = None if decoder.max_positions is None else decoder.max_positions - longest - limits.max_new_tokens + 1
     most = schedule.most_drafts if room is None else min(schedule.most_drafts, max(room, 0))
-    gain = decoder.gains[limits.batch] if sampler.is_greedy else Gain()
-    return replace(schedule, gamma=gain.best(schedule.gamma, most), most_drafts=most)
+    return replace(schedule, gamma=decoder.gains[limits.batch].best(schedule.gamma, most), most_drafts=most)
 
 
 def _check_functions(decoder: Decoder, schedule: Schedule) -> None:

@@ -20,7 +20,7 @@ from .dispatch import Dispatch
 from .generated import Figures
 from .plain import next_tokens
 from .rows import Row
-from .sampler import Purpose, Sampler, draw, first_of_largest
+from .sampler import Purpose, Sampler, draw, first_of_largest, most_likely
 from .schedule import Schedule
 from .steps import Decoder
 
@@ -142,7 +142,7 @@ class SpeculativeDecoding:
     def _judged_greedily(self, rows: Sequence[Row], counts: Sequence[int], draft: _Draft, logits: Tensor) -> list[list[int]]:
         """Of each row the drafted tokens that are the full model's, and its next one."""
         bursts = []
-        for drafted, full, count in zip(draft.tokens, first_of_largest(logits), counts, strict=True):
+        for drafted, full, count in zip(draft.tokens, most_likely(logits), counts, strict=True):
             taken = next((i for i in range(count) if drafted[i] != full[i]), count)
             bursts.append(full[: taken + 1])
         return bursts
