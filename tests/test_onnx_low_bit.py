@@ -1,4 +1,4 @@
-"""Low-bit layers as ONNX models: weights as the standard has them, and what the exporter has no form for, bit for bit."""
+"""Low-bit layers as ONNX models: weights as the standard has them; and operators that torch's exporter has no form for, bit for bit."""
 
 import onnx
 import onnxruntime
@@ -105,6 +105,18 @@ def test_equal_elements_stay_in_their_order(descending, tmp_path):
     values, places = in_onnxruntime(lambda x: torch.sort(x, dim=1, descending=descending, stable=True), x, tmp_path)
     expected = torch.sort(x, dim=1, descending=descending, stable=True)
     assert torch.equal(values, expected.values) and torch.equal(places, expected.indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("divisor", [lambda x: 3, lambda x: -3, lambda x: x.size(0)], ids=["3", "-3", "size"])
+def test_what_a_division_leaves_has_the_sign_of_its_divisor(divisor, dtype, tmp_path):
+    rows = torch.export.Dim("rows", min=2)
+    function = Function(lambda x: x % divisor(x))
+    x = torch.arange(-7, 8).to(dtype)
+    compiled = gw.compile(function, example_inputs=(x[:9],), dynamic_shapes={"x": {0: rows}}, backend="aten", cache=False)
+    compiled.export_onnx(tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    assert torch.equal(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), function(x))
 
 
 def test_bits_of_other_types_are_refused(tmp_path):

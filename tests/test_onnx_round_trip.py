@@ -21,6 +21,7 @@ SAMPLE = [
     Trip("moe_dlm", "regroup-experts"),
     Trip("moe_dlm", "regroup-experts,expert-choice{schedule=[1, 4, linear_reverse, row]}"),
     Trip("decoder", "layer-skip{n_max=2,n_min=1,horizon=8}", is_decoder=True),
+    Trip("rat", is_decoder=True),  # its caches are rings
 ]
 
 

@@ -17,6 +17,7 @@ _OF_TENSORS = {
     aten.mul.Scalar: aten.mul.Tensor,
     aten.div.Scalar: aten.div.Tensor,
     aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor,
+    aten.remainder.Scalar: aten.remainder.Tensor,
     aten.clamp.default: aten.clamp.Tensor,
     aten.clamp_min.default: aten.clamp_min.Tensor,
     aten.clamp_max.default: aten.clamp_max.Tensor,

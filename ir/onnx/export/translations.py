@@ -1,6 +1,6 @@
-"""ONNX forms of operators of ATen that torch's exporter has none for: the least and greatest of all elements, a stable order, and what
-takes float32 numbers apart into exponent and mantissa, and puts them together. Scales that are powers of two are made by the latter, so
-each is exact, with powers of two from a table: Pow may be off."""
+"""ONNX forms of operators of ATen that torch's exporter has none for: the least and greatest of all elements, a stable order, what a
+division by a size leaves, and what takes float32 numbers apart into exponent and mantissa, and puts them together. Scales that are powers
+of two are made by the latter, so each is exact, with powers of two from a table: Pow may be off."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ _FRACTION, _LOWEST, _HIGHEST = 23, -149, 128  # bits of a float32's fraction; ex
 def translations() -> dict[Any, Callable[..., Any]]:
     """By overload, as `torch.onnx.export(custom_translation_table=...)` takes them."""
     extremes = {aten.amin.default: amin, aten.amax.default: amax}
-    return {**extremes, aten.sort.stable: sort, aten.frexp.Tensor: frexp, aten.view.dtype: number_of_bits}
+    return {**extremes, aten.sort.stable: sort, aten.remainder.Scalar: remainder, aten.frexp.Tensor: frexp, aten.view.dtype: number_of_bits}
 
 
 def amin(self: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
@@ -40,6 +40,15 @@ def sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = Fals
     op = _operators()
     size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+
+def remainder(self: Any, other: Any) -> Any:
+    """x - floor(x / n) n, for n a number or a size: slots of a ring are places modulo how many it has."""
+    op = _operators()
+    divisor = op.CastLike(other, self)
+    if not self.dtype.is_floating_point():
+        return op.Mod(self, divisor)
+    return op.Sub(self, op.Mul(op.Floor(op.Div(self, divisor)), divisor))
 
 
 def frexp(self: Any) -> Any:
