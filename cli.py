@@ -149,14 +149,18 @@ def _parser() -> argparse.ArgumentParser:
 
     compiling = add("compile", ("programs", "compile_"), "compile a model, print the report, write an artifact", model, passes)
     compiling.add_argument("-o", "--output", metavar="FILE.gw", help="the artifact to write")
-    compiling.add_argument("--backend", default="aten", help="auto, aten or inductor (default: aten; an artifact holds no code)")
+    compiling.add_argument(
+        "--backend", default="aten", help="auto, tuned, inductor, triton or aten (default: aten; an artifact holds no code)"
+    )
     compiling.add_argument("--numeric", action="store_true", help="hold each pass to its contract on the example inputs")
+    _add_decoder(compiling)
     exporting = add("export", ("export", "export"), "write a model, or what passes make of it, as ONNX", model, passes)
     exporting.add_argument("-o", "--output", metavar="FILE.onnx", required=True, help="the file to write")
     exporting.add_argument("--dialect", default="function", help="operators of graphwright as function (default), inline or custom")
     exporting.add_argument("--regions", default="loop", help="sliced regions as loop (default) or unroll")
     exporting.add_argument("--opset", type=int, default=21, help="of the standard's operators (default: 21)")
     exporting.add_argument("--external-data", action="store_true", default=None, help="weights beside the model, also small ones")
+    _add_decoder(exporting)
     dumping = add("dump", ("programs", "dump"), "print a program as text, as captured or after passes", model, passes)
     dumping.add_argument("--ops", action="store_true", help="print how often each operator is called instead")
     dumping.add_argument("--weights", action="store_true", help="print the table of its weights instead")
@@ -174,6 +178,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="the tiny network: seconds instead of minutes")
     demo.add_argument("--save", metavar="DIR", help="also write the program (demo.txt) and the report (report.txt) there")
     return parser
+
+
+def _add_decoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--decoder", action="store_true", help="a language model, for any batch and length, with functions that decode")
 
 
 def _add_cache_commands(parser: argparse.ArgumentParser, common: argparse.ArgumentParser, *explaining: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..compiler import compile as compile_model
+from ..compiler import compile_decoder
 from ..ir import Program
 from ..ir import verify as verify_program
 from ..ir.calling import Call, parameters_of
@@ -50,8 +51,12 @@ def compiled_from(options: argparse.Namespace, command: str, **choices: Any) -> 
     model = load(options.model, options.trusted)
     if isinstance(model.model, Program) and options.model.endswith(".txt"):
         raise Mistake(f"{options.model} has no weights: {command} takes a .gw, .onnx or .pt2 file, a zoo name or module:factory")
+    if options.decoder and not isinstance(model.model, torch.nn.Module):
+        raise Mistake(f"{options.model} is captured already: --decoder takes a zoo name or module:factory, and captures it for any length")
     args, kwargs = model.example or (None, None)
     with progress() as tell:
+        if options.decoder:
+            return compile_decoder(model.model, passes, cleanups=not options.no_cleanups, progress=tell, **choices)
         return compile_model(
             model.model,
             passes,

@@ -103,6 +103,15 @@ def test_compile_prints_the_report_and_writes_an_artifact(run, folder):
     assert (folder / "new.gw").exists()
 
 
+def test_compile_makes_a_decoder_of_a_language_model(run, folder):
+    passes = ["--passes", "layer-skip{n_min=1,horizon=4}"]
+    code, out, err = run("compile", "decoder:tiny", "--decoder", *passes, "--backend", "aten", "-o", "d.gw")
+    assert code == 0, err
+    assert "kv-cache" in out and len(gw.load("d.gw", backend="aten").generate([[1, 2]], 3).tokens[0]) == 3
+    code, _, err = run("compile", "d.gw", "--decoder")
+    assert code == 2 and "d.gw is captured already: --decoder takes a zoo name or module:factory" in err
+
+
 def test_compile_holds_passes_to_their_contract_on_demand(run):
     code, out, _ = run("compile", "cli_test_models:make", "--numeric", "--backend", "aten", "--json")
     shared = next(each for each in json.loads(out)["passes"] if each["pass"] == "share-subexpressions")
