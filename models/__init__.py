@@ -71,10 +71,10 @@ def load(name: str, size: str = "small", *, seed: int = 0, **sizes: int) -> tupl
             U-Nets are 5 GB, so a look at one is best taken on the meta device). "digits" of dit is trained: a diffusion
             model of scikit-learn's digits (`digits`, `sampling`), made by `python -m graphwright.models.train dit`. So is "text"
             of decoder, rat and moe_dlm, by `python -m graphwright.models.train decoder` and so on: language models of Python's
-            documentation (`text`).
+            documentation (`text`). "plus" of rat is RAT+, in the size of "tiny".
         seed: of the weights and the inputs; of the inputs alone where the weights are trained.
         sizes: of the inputs, in place of those of `size`: batch, frames, height, width (in latent pixels) for the U-Nets;
-            batch, height, width for vit; batch, length (in tokens) for dit, decoder and moe_dlm.
+            batch, height, width for vit; batch, length (in tokens) for dit, decoder, rat and moe_dlm.
 
     Raises: InputError for a name, size or input size that is not known or does not fit the network; ArtifactError for a file of
     trained weights that is missing or damaged.

@@ -3,6 +3,7 @@ decoders that it made generate over caches of chunks."""
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -245,6 +246,45 @@ def test_fitted_gates_are_no_worse_than_closed_and_mean_ones(rope: str) -> None:
         assert fits["fitted"] < fits["mean"]
 
 
+def test_layers_that_keep_closed_gates_are_not_called_a_recurrence_either() -> None:
+    # states in a window over the sequence: closed gates are the original, and no others
+    found = report(fixed(), init="fit", local="state", window=20, calibration=[tokens_of(2, 12)])
+    assert max(found.data["layer_errors"]) <= 1e-10
+    assert "2 of 2 attentions: dilated sparse attention" in found.lines[0]
+
+
+def test_figures_of_rows_that_nothing_is_summarised_for_are_said_to_be_none() -> None:
+    empty, told = "these figures say nothing: rows of up to {} tokens are the original's", [tokens_of(2, 12)]
+    assert any(empty.format(12) in line for line in report(fixed(), window=8, calibration=told).lines)
+    assert not any("say nothing" in line for line in report(fixed(), window=7, calibration=told).lines)
+    assert "needs training on rows of more than 12 tokens" in report(fixed(), window=8).lines[-1]
+    with pytest.raises(gw.PassError, match=r"init=fit needs calibration rows of more than 12 tokens \(window, chunk and sinks\)"):
+        rewritten(fixed(), window=8, init="fit", calibration=told)
+
+
+def scaled(name: str, factor: float) -> gw.Program:
+    program = fixed().copy()
+    weight = program.weights[name]
+    program.weights[name] = replace(weight, tensor=weight.tensor * factor, known_digest=None, _memo={})
+    return program
+
+
+@pytest.mark.parametrize(("factor", "perplexity"), [(1e6, math.inf), (math.nan, math.nan)])
+def test_logits_that_no_perplexity_can_hold_are_measured(factor: float, perplexity: float) -> None:
+    found = report(scaled("lm_head.weight", factor), calibration=[tokens_of(2, 12)])
+    assert found.data["perplexity"] == pytest.approx([perplexity] * 2, nan_ok=True)
+
+
+def test_no_gates_are_fitted_to_what_is_not_finite() -> None:
+    with pytest.raises(gw.PassError, match="attention 1 is not finite on calibration tokens"):
+        rewritten(scaled("layers.1.self_attn.v_proj.weight", math.nan), init="fit", calibration=[tokens_of(2, 12)])
+
+
+def test_the_report_names_rotary_positions_where_there_are_some() -> None:
+    assert report(captured("gpt2")).lines[0].endswith("no rotary positions")
+    assert report(fixed(), rope="chunk").lines[0].endswith("rotary by chunk")
+
+
 def test_closed_gates_over_chunks_are_not_called_a_recurrence() -> None:
     assert "dilated sparse attention" in report(fixed(), init="closed").lines[0]
     assert "recurrence" not in report(fixed(), init="closed").lines[0]
@@ -264,6 +304,8 @@ def test_closed_gates_over_chunks_are_not_called_a_recurrence() -> None:
         ({"init": "chrono", "chunk": 1}, "init=chrono spreads memories over a chunk, and chunk=1 has none"),
         ({"layers": "odd"}, "option layers is 'odd'"),
         ({"others": "drop"}, "option others is 'drop'"),
+        ({"layers": iter([0])}, "but must be .* a list of layers"),
+        ({"summary_bias": math.nan}, 'option summary_bias is nan, but must be a finite number, or "log_chunk"'),
     ],
 )
 def test_options_that_say_nothing_are_refused(options: dict[str, Any], message: str) -> None:
@@ -355,7 +397,27 @@ def test_attention_of_another_kind_is_refused(name: str) -> None:
 def test_a_mask_of_an_input_is_taken_for_causal_where_the_user_says_so() -> None:
     ids, mask = torch.zeros(2, 6, dtype=torch.int64), torch.ones(6, 6).tril().bool().repeat(2, 1, 1)
     module = Small(CASES["a mask that an input gives"][0])
-    assert recurrences(rewritten(gw.capture(module, (ids, mask), {}), assume_causal=True))
+    program = gw.capture(module, (ids, mask), {})
+    assert recurrences(rewritten(program, assume_causal=True))
+    with pytest.raises(gw.PassError, match="input mask is no mask .* its value on calibration tokens is not known"):
+        rewritten(program, assume_causal=True, calibration=[ids])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_attentions_of_one_module_have_gates_of_their_own(shared: bool) -> None:
+    class Twice(Small):
+        def __init__(self):
+            super().__init__(causal)
+            self.later = nn.ModuleList() if shared else nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, ids):
+            x = super().forward(ids)
+            q, k, v = (product(x).unflatten(-1, (2, -1)).transpose(1, 2) for product in (self.later or (self.q, self.k, self.v)))
+            return self.joined(x, q, k, v, None)
+
+    program = gw.PassManager(gw.CLEANUPS).run(gw.capture(Twice().eval(), (tokens_of(2, 12),), {})).program
+    gates = [arguments["chunk_bias"] for arguments in recurrences(rewritten(program, init="fit", calibration=[tokens_of(2, 12) % 8]))]
+    assert len(gates) == len(set(gates)) == 2
 
 
 def test_what_gives_its_attention_weights_is_refused() -> None:

@@ -28,6 +28,11 @@ class Form:
     gate: str
     output_gate: bool
 
+    @property
+    def unchanged(self) -> int:
+        """Tokens up to which a row is the original's, whatever the gates are: nothing is summarised for it."""
+        return self.window + self.chunk + self.sinks if self.local == "raw" else 0
+
 
 @dataclass
 class Emitter:

@@ -1,11 +1,11 @@
 """`init="fit"`: gates of one layer, without reading its input, under which its output on calibration tokens differs least in squares.
 
-Adam goes from mean gates over the biases of channels and places, at the bias of summaries that is best there. Of closed, mean and fitted
-gates the best is kept.
+Adam goes from mean gates over the biases of channels and places, at the bias of summaries that is best there. Of mean, fitted and closed
+gates the best is kept, the first of equals: closed ones do not learn.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ RATE = 0.1
 
 @dataclass(frozen=True)
 class Fitted:
-    """The gates to take, and the relative errors of closed, mean and fitted ones."""
+    """The gates to take, and the relative errors of mean, fitted and closed ones."""
 
     gates: Gates
     errors: dict[str, float]
@@ -37,12 +37,17 @@ def fit(batches: Sequence[Seen], form: Form, scale: float, channels: int, summar
     biases = sorted({summary_bias, 0.0, math.log(form.chunk) / 2, math.log(form.chunk)})
     mean = min((initial("mean", channels, form.chunk, each, 0) for each in biases), key=error)
     found = {
-        "closed": initial("closed", channels, form.chunk, summary_bias, 0),
         "mean": initial("mean", channels, form.chunk, summary_bias, 0),
         "fitted": _descended(batches, form, scale, mean, whole),
+        "closed": initial("closed", channels, form.chunk, summary_bias, 0),
     }
     errors = {name: error(gates) for name, gates in found.items()}
-    return Fitted(found[min(errors, key=lambda name: errors[name])], errors)
+    return Fitted(found[kept(errors)], errors)
+
+
+def kept(errors: Mapping[str, float]) -> str:
+    """Which gates are the best."""
+    return min(errors, key=lambda name: errors[name])
 
 
 def _descended(batches: Sequence[Seen], form: Form, scale: float, start: Gates, whole: float) -> Gates:

@@ -1,6 +1,5 @@
 """What a recurrence costs on calibration tokens: the error of each layer on the original's inputs, and of the logits end to end."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,11 +97,16 @@ def measure(before: Program, after: Program, sites: Sites, batches: Sequence[Ten
         for n, each in enumerate(logs):
             nats[n] += float(F.nll_loss(each[:, :-1].flatten(0, 1), targets, reduction="sum"))
         predicted += targets.numel()
-    return Quality(kl / count, *(math.exp(each / max(predicted, 1)) for each in nats))
+    means = torch.tensor(nats, dtype=torch.float64) / max(predicted, 1)
+    return Quality(kl / count, *means.exp().tolist())  # infinite beyond what a float holds, where math.exp raises
 
 
 def inputs_of(program: Program, sites: Sites, tokens: Tensor) -> list[Any]:
-    """One value for each input of `main`: positions 0, 1, .., and of other inputs of that shape (masks) ones."""
+    """One value for each input of `main`: positions 0, 1, .., and of other inputs of that shape (masks) ones.
+
+    Raises:
+        PassError: an input has another shape.
+    """
     places = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
     given = {str(sites.tokens.target): tokens}
     if sites.positions is not None:
@@ -111,6 +115,11 @@ def inputs_of(program: Program, sites: Sites, tokens: Tensor) -> list[Any]:
     for node in program.main.placeholders:
         value = node.meta["val"]
         if isinstance(value, Tensor):
+            if value.dim() != 2:
+                raise PassError(
+                    f"rat-recurrence: input {node.target} is no mask [batch, length], so its value on calibration tokens is not known: "
+                    "capture the model without it, or leave calibration out"
+                )
             value = given.get(str(node.target), torch.ones_like(places)).to(value.dtype)
         inputs.append(value)
     return inputs

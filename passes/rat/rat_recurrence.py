@@ -26,7 +26,7 @@ from .fit import fit
 from .gates import Gates, initial
 from .judge import with_chunks_of_one, with_window_over_all
 from .measure import Watched, checked_batches, measure
-from .report import described
+from .report import Measured, described
 from .sites import Site, Sites, find_sites
 
 aten = torch.ops.aten
@@ -66,7 +66,7 @@ class RatRecurrence(Pass):
     init: str = option("mean", '"closed", "mean", "chrono" or "fit"', one_of(("closed", "mean", "chrono", "fit")))
     gate: str = option("channel", '"channel", "head" or "bias"', one_of(("channel", "head", "bias")))
     output_gate: bool = option(False, "true or false", lambda v: isinstance(v, bool))
-    summary_bias: Any = option(0.0, 'a number, or "log_chunk"', lambda v: v == "log_chunk" or _is_number(v))
+    summary_bias: Any = option(0.0, 'a finite number, or "log_chunk"', lambda v: v == "log_chunk" or _is_number(v))
     layers: Any = option("all", '"all", "even" or a list of layers', lambda v: v in ("all", "even") or _is_layers(v))
     others: Any = option("keep", '"keep" or a number of tokens', lambda v: v == "keep" or at_least(0)(v))
     assume_causal: bool = option(False, "true or false", lambda v: isinstance(v, bool))
@@ -98,14 +98,14 @@ class RatRecurrence(Pass):
         watched = None if before is None else self._watched(before)
         gates, fits = self._gates(chosen, watched)
         self._emit(Emitter(rewriter, sites, self.form), sites, dict(zip(chosen, gates, strict=True)))
-        lines, data = described(self.form, self.init, sites, chosen), dict[str, Any]()
-        if watched is not None and before is not None:
-            found, kept, batches = watched
-            twins = [each for each in found.found if each.index in {site.index for site in chosen}]
-            errors = kept.errors(twins, self.form, gates)
-            quality = measure(before, program, found, batches)
-            lines = described(self.form, self.init, sites, chosen, errors, quality, fits)
-            data = {"layer_errors": errors, "kl": quality.kl, "perplexity": [quality.before, quality.after], "fits": fits}
+        if watched is None or before is None:
+            return Outcome(left, described(self.form, self.init, sites, chosen))
+        found, seen, batches = watched
+        twins = [each for each in found.found if each.index in {site.index for site in chosen}]
+        errors = seen.errors(twins, self.form, gates)
+        quality = measure(before, program, found, batches)
+        lines = described(self.form, self.init, sites, chosen, Measured(_longest(batches), errors, quality, fits))
+        data = {"layer_errors": errors, "kl": quality.kl, "perplexity": [quality.before, quality.after], "fits": fits}
         return Outcome(left, lines, data)
 
     def _emit(self, emitter: Emitter, sites: Sites, gates: Mapping[Site, Gates]) -> None:
@@ -198,12 +198,20 @@ class RatRecurrence(Pass):
         bias = math.log(self.chunk) if self.summary_bias == "log_chunk" else float(self.summary_bias)
         if self.init != "fit":
             return [initial(self.init, self._channels(site), self.chunk, bias, site.index) for site in chosen], []
-        sites, kept, _ = watched
+        sites, seen, batches = watched
+        if _longest(batches) <= self.form.unchanged:
+            raise PassError(
+                f"rat-recurrence: init=fit needs calibration rows of more than {self.form.unchanged} tokens (window, chunk and sinks): "
+                "shorter ones are the same whatever the gates"
+            )
         found = []
         for site in chosen:
             twin = next(each for each in sites.found if each.index == site.index)
-            batches = [seen for (seen,) in kept.seen([twin])]
-            found.append(fit(batches, self.form, site.attention.scale, self._channels(site), bias))
+            found.append(fit([each for (each,) in seen.seen([twin])], self.form, site.attention.scale, self._channels(site), bias))
+            if not all(map(math.isfinite, found[-1].errors.values())):
+                raise PassError(
+                    f"rat-recurrence: attention {site.index} is not finite on calibration tokens, so no gates can be fitted to it"
+                )
         return [each.gates for each in found], [each.errors for each in found]
 
     def _channels(self, site: Site) -> int:
@@ -216,9 +224,13 @@ def _refusal(reason: NoMatch) -> str:
     return f"rat-recurrence needs causal attention of a decoder: {reason.reason}" + (f" (at {where})" if where else "")
 
 
+def _longest(batches: Sequence[torch.Tensor]) -> int:
+    return max(tokens.shape[1] for tokens in batches)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_layers(value: Any) -> bool:
-    return not isinstance(value, str) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    return isinstance(value, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)

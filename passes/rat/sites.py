@@ -1,7 +1,9 @@
 """The causal attentions of a captured decoder that can become a recurrence, with what they are made of, and why others cannot."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ _BETWEEN = (
 @dataclass(frozen=True)
 class Site:
     """One attention: `h` [.., D] is what its products read; q [B, H, T, E], k and v [B, Hk, T, E] stand before cos and sin turn them.
-    `window` is that of its mask, 0 where it sees all before. `name` is its module's, for weights."""
+    `window` is that of its mask, 0 where it sees all before. `name` is its module's, for weights, with a number where others are of that
+    module too."""
 
     index: int
     attention: SelfAttention
@@ -71,11 +74,12 @@ def find_sites(program: Program, function: Function, assume_causal: bool) -> Sit
         )
     positions = next((node for node in inputs if node is not tokens and "pos" in str(node.target)), None)
     keys = Counter(node for each in attentions for node in {each.k, each.v})
-    found, refused = [], []
+    found: list[Site] = []
+    refused: list[tuple[int, NoMatch]] = []
     for index, attention in enumerate(attentions):
         site = _site(program, index, attention, tokens, positions, keys, assume_causal)
         if isinstance(site, Site):
-            found.append(site)
+            found.append(replace(site, name=_own_name(site.name, found, program)))
         else:
             refused.append((index, site))
     return Sites(tokens, positions, tuple(found), (*refused, *((-1, failure) for failure in failures)))
@@ -168,3 +172,9 @@ def _name(product: Node) -> str:
     """The module of the attention: `layers.0.self_attn` of `layers.0.self_attn.k_proj.weight`."""
     weight = next(str(each.target) for each in product.all_input_nodes if each.op == "get_attr" and each.meta["val"].dim() == 2)
     return ".".join(weight.split(".")[:-2]) or "attention"
+
+
+def _own_name(name: str, found: Sequence[Site], program: Program) -> str:
+    """`name`, or that with a number where gates of another attention go by it."""
+    taken = {site.name for site in found} | {each.rsplit(".rat.")[0] for each, weight in program.weights.items() if weight.kind == "added"}
+    return next(each for each in chain([name], (f"{name}.{n}" for n in count(1))) if each not in taken)
