@@ -366,6 +366,10 @@ def biased(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, bias)
 
 
+def unmasked(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, torch.ones(q.size(2), q.size(2)).bool())
+
+
 def mixed(q, k, v, mask):
     return causal(q, k.cumsum(2), v, mask)
 
@@ -383,6 +387,14 @@ CASES = {
     "sums of another form": (added, "rotary positions of another form than"),
     "dropout": (lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1), "attention drops weights at random"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("attend", [biased, CASES["no mask"][0], unmasked])
+def test_what_the_user_says_of_a_mask_does_not_count_where_it_is_known(attend: Any) -> None:
+    program = gw.capture(Small(attend).eval(), (torch.zeros(2, 6, dtype=torch.int64),), {})
+    with pytest.raises(gw.PassError, match="positions have a bias|sees positions that are yet to come|its mask is not causal") as caught:
+        rewritten(program, assume_causal=True)
+    assert "assume_causal" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", CASES)

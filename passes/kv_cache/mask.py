@@ -43,7 +43,7 @@ def visible(program: Program, mask: Node | None, tokens: Node, positions: Node |
         return Visible(0)
     needed = ancestors([mask])
     nodes = [node for node in mask.graph.nodes if node in needed]
-    problem = _unknown(nodes, tokens, positions)
+    problem = unknown(mask, tokens, positions)
     if problem is not None:
         return problem
     if isinstance(tokens.meta["val"].size(1), int):
@@ -56,6 +56,19 @@ def visible(program: Program, mask: Node | None, tokens: Node, positions: Node |
             return found
         found = _with_number(program, nodes, mask, tokens, positions, number, found)
     return found
+
+
+def unknown(mask: Node | None, tokens: Node, positions: Node | None) -> NoMatch | None:
+    """Why what `mask` lets queries see is not known before the tokens are, or another input; None where it is."""
+    if mask is None:
+        return None
+    needed = ancestors([mask])
+    for node in (each for each in mask.graph.nodes if each in needed):
+        if node.op == "placeholder" and node not in (tokens, positions) and isinstance(node.meta["val"], torch.Tensor):
+            return NoMatch(f"its mask depends on input {node.target}: capture the model without it", node)
+        if tokens in node.all_input_nodes and node.target is not _SIZE_OF:
+            return NoMatch("its mask depends on the tokens", node)
+    return None
 
 
 def _causal(part: Program, lengths: Sequence[int], mask: Node) -> Visible | NoMatch:
@@ -90,15 +103,6 @@ def _with_number(
         return NoMatch(f"its mask depends on the number {number} in another way than a window does", mask)
     window = number + windows[0] - SMALL[0]
     return Visible(min(window, known.window) if known.window else window)
-
-
-def _unknown(nodes: Sequence[Node], tokens: Node, positions: Node | None) -> NoMatch | None:
-    for node in nodes:
-        if node.op == "placeholder" and node not in (tokens, positions) and isinstance(node.meta["val"], torch.Tensor):
-            return NoMatch(f"its mask depends on input {node.target}: capture the model without it", node)
-        if tokens in node.all_input_nodes and node.target is not _SIZE_OF:
-            return NoMatch("its mask depends on the tokens", node)
-    return None
 
 
 def _numbers(args: Any) -> list[int]:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ...ir import Function, Node, Program
-from ...ir.calls import GETITEM
+from ...ir.calls import GETITEM, name_of
 from ...ir.infer import same_size
 from ...ir.pattern import NoMatch, named_arguments
 from ..kv_cache.attention import SelfAttention, find_attentions
 from ..kv_cache.decoder import inputs_of, token_input
-from ..kv_cache.mask import visible
+from ..kv_cache.mask import unknown, visible
 from .rotary import Turned, unturned
 
 aten, gw = torch.ops.aten, torch.ops.gw
@@ -91,12 +91,9 @@ def _site(
     problem = _unfit(attention, tokens, keys)
     if problem is not None:
         return problem
-    seen = visible(program, attention.mask, tokens, positions)
-    if isinstance(seen, NoMatch) and not assume_causal:
-        return NoMatch(
-            f"{seen.reason} (or say assume_causal=True where you know that it is causal and no row is padded on the left)", seen.node
-        )
-    window = 0 if isinstance(seen, NoMatch) else seen.window
+    window = _window(program, attention, tokens, positions, assume_causal)
+    if isinstance(window, NoMatch):
+        return window
     q, k = unturned(attention.q), unturned(attention.k)
     for turned in (q, k):
         if isinstance(turned, NoMatch):
@@ -113,6 +110,18 @@ def _site(
         return NoMatch("queries, keys and values are products of different inputs", attention.root)
     name = _name(sources[1])  # type: ignore[arg-type]
     return Site(index, attention, read.pop(), q.x, k.x, attention.v, k.cos, k.sin, window, name)
+
+
+def _window(program: Program, attention: SelfAttention, tokens: Node, positions: Node | None, assume_causal: bool) -> int | NoMatch:
+    """That of its mask. What the user says counts where nothing is known: a mask that can be computed is what it is."""
+    problem = unknown(attention.mask, tokens, positions)
+    if problem is None:
+        seen = visible(program, attention.mask, tokens, positions)
+        return seen if isinstance(seen, NoMatch) else seen.window
+    if assume_causal:
+        return 0
+    advice = "or say assume_causal=True where you know that it is causal and no row is padded on the left"
+    return NoMatch(f"{problem.reason} ({advice})", problem.node)
 
 
 def _unfit(attention: SelfAttention, tokens: Node, keys: Any) -> NoMatch | None:
@@ -157,7 +166,8 @@ def _product(node: Node) -> Node | NoMatch:
         elif each.target in _BETWEEN:
             pending += each.all_input_nodes
         else:
-            return NoMatch("something else than norms, views and rotary positions stands between a product and attention", each)
+            what = name_of(each.target) if each.op == "call_function" else str(each.target)
+            return NoMatch(f"something else than norms, views and rotary positions stands between a product and attention: {what}", each)
     if len(found) != 1:
         return NoMatch(f"queries, keys or values are computed of {len(found)} products", node)
     return found.pop()
