@@ -331,8 +331,13 @@ def test_what_is_no_plain_causal_attention_is_refused_by_name(family: str, optio
         rewritten(captured(family), **options)
 
 
-def test_attention_to_a_window_is_taken_where_it_is_named_and_the_window_covers_it() -> None:
-    assert len(recurrences(rewritten(captured("mistral"), layers=[0, 2], window=3))) == 2
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_attention_to_a_window_is_taken_where_it_is_named_and_the_window_covers_it(family: str) -> None:
+    with pytest.raises(gw.PassError, match=r"it sees 4 tokens alone"):
+        rewritten(captured(family))
+    after, tokens = rewritten(captured(family), layers=[0, 2], window=3), tokens_of(2, 4)
+    assert len(recurrences(after)) == 2
+    assert off(logits(to_float64(after), tokens), logits(to_float64(captured(family)), tokens)) <= 1e-10
 
 
 class Small(nn.Module):

@@ -25,7 +25,7 @@ _BETWEEN = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default, aten.clone.default,
     aten.alias.default, aten._to_copy.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.split.Tensor,
     aten.split_with_sizes.default, aten.chunk.default, GETITEM, aten.rms_norm.default, aten.layer_norm.default, aten.mul.Tensor,
-    aten.pow.Tensor_Scalar, aten.mean.dim, aten.rsqrt.default, aten.add.Tensor, aten.div.Tensor,
+    aten.pow.Tensor_Scalar, aten.mean.dim, aten.rsqrt.default, aten.add.Tensor, aten.div.Tensor, aten.type_as.default,
 )  # fmt: skip
 
 
