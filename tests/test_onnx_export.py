@@ -14,10 +14,7 @@ import graphwright as gw
 from graphwright.ir.onnx.export import to_onnx
 from graphwright.passes.verdict import Verdict
 from graphwright.runtime import onnx_check, onnx_file
-
-
-def compiled_of(module, *inputs, passes=(), **options):
-    return gw.compile(module, passes, example_inputs=inputs, backend="aten", cache=False, **options)
+from graphwright.tests.onnx_models import Function, compiled_of
 
 
 def session_of(path):
@@ -28,17 +25,6 @@ def session_of(path):
 
 def results(path, **inputs):
     return session_of(path).run(None, {name: value.numpy() for name, value in inputs.items()})
-
-
-class Function(nn.Module):
-    """A module of one function."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 # --- what torch's exporter gets wrong (specs/trust.md, section 10) ------------------------------------------------------------------

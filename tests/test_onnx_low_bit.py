@@ -11,12 +11,9 @@ import graphwright as gw
 from graphwright.ir.low_bit.elements import E2M1_VALUES, decode
 from graphwright.ir.low_bit.formats import format_of
 from graphwright.passes.low_rank.formats import WEIGHTS
+from graphwright.tests.onnx_models import Function, compiled_of
 
 STORED = {"int4": TensorProto.INT4, "int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN, "fp4": TensorProto.UINT4}
-
-
-def compiled_of(module, *inputs, passes=()):
-    return gw.compile(module, passes, example_inputs=inputs, backend="aten", cache=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +47,6 @@ def test_codes_of_e2m1_are_its_numbers():
 
 
 # --- operators that torch's exporter has no form for ------------------------------------------------------------------------------------
-
-
-class Function(nn.Module):
-    """A module of one function."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 def in_onnxruntime(function, x, folder):
