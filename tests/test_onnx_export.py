@@ -260,7 +260,7 @@ def test_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_an_operator_without_an_onnx_form_is_named_with_the_users_line(tmp_path):
-    with pytest.raises(gw.CaptureError, match=r"aten.polygamma.default at .*test_onnx_export.py:\d+.* has no ONNX form"):
+    with pytest.raises(gw.CaptureError, match=r"aten.polygamma.default at .*onnx_models.py:\d+.* has no ONNX form"):
         compiled_of(Function(lambda x: torch.polygamma(1, x)), torch.rand(3) + 1).export_onnx(tmp_path / "m.onnx")
 
 
