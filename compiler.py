@@ -58,7 +58,8 @@ def compile(
 
     With `trainable` calls keep gradients for the parameters that the program still has, those that passes added included (`kind` "added"
     in its weight table); the model then owns copies of them, and optimizers change what `generate` and `save` use too. Such calls run
-    operation by operation, by the bodies of the dialect; under `torch.no_grad()` by the backend as ever.
+    operation by operation, by the bodies of the dialect or what has their gradients in less memory; under `torch.no_grad()` by the
+    backend as ever.
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.

@@ -17,7 +17,6 @@ from ..ir import Program
 from ..ir.calling import Call, Parameter
 from ..ir.derive import specialised
 from ..ir.errors import ArtifactError, InputError, TargetError
-from ..ir.run import run
 from ..ir.tree import unflatten
 from ..passes import Contract
 from . import artifact
@@ -31,7 +30,7 @@ from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
 from .packing import Packs
 from .report import Report, Threads, predicted, predicted_on
-from .training import as_trained, parameters_of
+from .training import as_trained, parameters_of, run_with_gradients
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
@@ -335,7 +334,7 @@ class _Runner:
             return unflatten(self._out_spec, self._by_ratio(inputs, ratio))
         with self._turn:
             if self.compilation.trainable and torch.is_grad_enabled():
-                leaves, new_states = run(self.compilation.program, inputs, states=self.states, parameters=self.parameters)
+                leaves, new_states = run_with_gradients(self.compilation.program, inputs, self.parameters, states=self.states)
             else:
                 leaves, new_states = self.executor(inputs, self.states)
             if new_states:
@@ -366,7 +365,7 @@ class _Runner:
     def _outputs_of(self, function: str, inputs: Sequence[Any]) -> list[Any]:
         """Of a function without states."""
         if self.compilation.trainable and torch.is_grad_enabled():
-            return run(self.compilation.program, inputs, function=function, parameters=self.parameters)[0]
+            return run_with_gradients(self.compilation.program, inputs, self.parameters, function=function)[0]
         with self._lock:
             executor = self._named.get(function) or self._named.setdefault(function, self._executor_of(function, {}))
         return executor(inputs, {})[0]
