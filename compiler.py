@@ -126,9 +126,11 @@ def compile_decoder(model: nn.Module, passes: Pipeline = (), **options: Any) -> 
     return compile(model, pipeline, example_inputs=(), example_kwargs=example.kwargs, dynamic_shapes=shapes, **options)
 
 
-def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, cache: CacheChoice = True) -> CompiledModel:
+def load(
+    path: str | Path, *, backend: str = "auto", sha256: str | None = None, trainable: bool = False, cache: CacheChoice = True
+) -> CompiledModel:
     """The model that `compiled.save(path)` wrote, as it was: no pass runs again. `sha256` is the digest that the file must have, `cache`
-    where compiled code is kept, as for `compile`.
+    where compiled code is kept, `trainable` whether calls keep gradients, as for `compile`.
 
     Raises:
         ArtifactError: the file is not a whole, unedited artifact of a version that this graphwright reads.
@@ -137,8 +139,11 @@ def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, 
     kept = _cache(cache)
     saved = artifact.load(path, sha256=sha256, cache=kept)
     backend = choose_backend(backend)
+    program = trainable_copy(saved.program) if trainable else saved.program
     promised = (saved.reports, saved.contract, saved.training, saved.other_mode)
-    return CompiledModel(Compilation(saved.program, backend, saved.parameters, (), *promised, cache=kept, kernels=saved.kernels))
+    return CompiledModel(
+        Compilation(program, backend, saved.parameters, (), *promised, cache=kept, kernels=saved.kernels, trainable=trainable)
+    )
 
 
 def _cache(choice: Any) -> Cache | None:

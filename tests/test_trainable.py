@@ -214,3 +214,43 @@ def test_what_cannot_be_captured_in_the_other_mode_says_so() -> None:
     _, model, _ = moody(Branching())
     with pytest.raises(gw.InputError, match="captured in eval mode, and it cannot be captured in train mode"):
         model.train()
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_is_trained_further(tmp_path: Path) -> None:
+    module, tokens = models.load("decoder", "tiny")[0], torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    passes = [gw.RatRecurrence(chunk=4, window=2, sinks=0)]
+    model = gw.compile(module, passes, example_inputs=(tokens,), backend="aten", cache=False, trainable=True)
+    model.save(tmp_path / "first.gw")
+    loaded = gw.load(tmp_path / "first.gw", backend="aten", cache=False, trainable=True).train()
+    for each in (model, loaded):
+        for _ in range(2):
+            optimizer = torch.optim.SGD(each.parameters(), 0.1)
+            optimizer.zero_grad()
+            each(tokens).square().mean().backward()
+            optimizer.step()
+    kinds = {name: weight.kind for name, weight in loaded.program.weights.items()}
+    assert kinds == {name: weight.kind for name, weight in model.program.weights.items()} and "added" in kinds.values()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    loaded.save(tmp_path / "second.gw")
+    with torch.no_grad():
+        assert torch.equal(gw.load(tmp_path / "second.gw", backend="aten", cache=False)(tokens), loaded(tokens))
+    again = gw.load(tmp_path / "first.gw", backend="aten", cache=False)
+    assert not again(tokens).requires_grad
+    torch.testing.assert_close(again(tokens), gw.compile(module, passes, example_inputs=(tokens,), backend="aten", cache=False)(tokens))
+
+
+def test_a_file_says_what_a_mode_changes(tmp_path: Path) -> None:
+    for name, within in (("same", nn.Tanh()), ("other", nn.Dropout(0.1))):
+        moody(within)[1].save(tmp_path / f"{name}.gw")
+    module, x = Moody(nn.Tanh()).eval(), torch.randn(4, 6)
+    gw.compile(module, example_inputs=(x,), backend="aten", cache=False).save(tmp_path / "unknown.gw")
+    assert gw.load(tmp_path / "same.gw", backend="aten", trainable=True).train().training
+    messages = {"other": "and train mode changes submodule within:", "unknown": "captured in eval mode: compile"}
+    for name, message in messages.items():
+        with pytest.raises(gw.InputError, match=message):
+            gw.load(tmp_path / f"{name}.gw", backend="aten", trainable=True).train()
+    with pytest.raises(gw.InputError, match="captured in eval mode: compile"):
+        gw.load(tmp_path / "same.gw", backend="aten").train()
