@@ -24,6 +24,7 @@ from graphwright.ir.run import run
 from graphwright.passes.check import Reference
 from graphwright.passes.inputs import random_inputs
 from graphwright.passes.kv_cache.stepping import empty_caches, largest_difference
+from graphwright.passes.rat import measure
 from graphwright.passes.rat.judge import with_chunks_of_one, with_window_over_all
 from graphwright.tests import decoders
 
@@ -244,6 +245,23 @@ def test_fitted_gates_are_no_worse_than_closed_and_mean_ones(rope: str) -> None:
         assert error == pytest.approx(min(fits.values()), rel=1e-3)
         assert set(fits) == {"closed", "mean", "fitted"}
         assert fits["fitted"] < fits["mean"]
+
+
+@pytest.mark.parametrize(("held", "runs"), [(2**30, 2), (1, 4)])
+def test_a_fit_runs_the_model_once_a_batch_for_as_many_layers_as_are_held(held: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+
+    def counted(program: gw.Program, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return run(program, *args, **kwargs)
+
+    given = {"init": "fit", "calibration": [tokens_of(2, 12), tokens_of(2, 12, seed=1)]}
+    expected = report(fixed(), **given)
+    monkeypatch.setattr(measure, "run", counted)
+    monkeypatch.setattr(measure, "HELD", held)
+    assert report(fixed(), **given).data == expected.data
+    assert count == runs + 4, "both models run on each batch for their quality"
 
 
 def test_layers_that_keep_closed_gates_are_not_called_a_recurrence_either() -> None:

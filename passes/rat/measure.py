@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 from ...ir import Node, Program
 from ...ir.errors import PassError
-from ...ir.ops.rat import rat_attention
+from ...ir.ops.rat_blocks import rat_attention_by_blocks
 from ...ir.run import run
 from .emit import Form
 from .gates import Gates
 from .sites import Site, Sites
+
+HELD = 2**30  # bytes of activations of several attentions that are held at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Seen:
         bias = None if gates.chunk_bias is None else gates.chunk_bias.to(self.k.device, wide)
         tables = [None if table is None else self._rows(table, form) for table in (self.cos, self.sin)]
         attributes = {"window": form.window, "sinks": form.sinks, "local": form.local, "reset": form.reset}
-        out = rat_attention(
+        out = rat_attention_by_blocks(
             self.q, self.k, self.v, gate, bias, *tables, chunk=form.chunk, scale=scale, summary_bias=gates.summary_bias, **attributes
         )
         return (out - self.gave).to(wide).square().sum()
@@ -64,6 +66,26 @@ class Watched:
                 Seen(values[site.q], values[site.k], values[site.v], tables[site.cos], tables[site.sin], values[site.root])
                 for site in chosen
             ]
+
+    def by_layer(self, chosen: Sequence[Site]) -> Iterator[list[Seen]]:
+        """For each of the `chosen` sites what it is on each batch. The model runs once a batch for as many attentions as HELD bytes are
+        enough for, one at least."""
+        for layers in self._held_at_once(chosen):
+            batches = list(self.seen(layers))
+            yield from ([batch[n] for batch in batches] for n in range(len(layers)))
+
+    def _held_at_once(self, chosen: Sequence[Site]) -> Iterator[list[Site]]:
+        tokens = sum(each.numel() for each in self._batches)
+        layers, held = list[Site](), 0
+        for site in chosen:
+            values = [node.meta["val"] for node in (site.q, site.k, site.v, site.root)]
+            needed = sum(tokens * value.size(1) * value.size(3) * value.dtype.itemsize for value in values)
+            if layers and held + needed > HELD:
+                yield layers
+                layers, held = [], 0
+            layers, held = [*layers, site], held + needed
+        if layers:
+            yield layers
 
     def errors(self, chosen: Sequence[Site], form: Form, gates: Sequence[Gates]) -> list[float]:
         """Of each site: mean square of the difference over mean square of what the attention gave."""

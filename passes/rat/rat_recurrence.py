@@ -41,7 +41,8 @@ class RatRecurrence(Pass):
     local: near tokens as keys and values ("raw", each past token is then seen once) or as states ("state").
     reset: whether a chunk starts from nothing.
     rope: the time that turns a token: its own ("token") or its chunk's number ("chunk").
-    init: gates before training: "closed", "mean", "chrono", or "fit", which minimises each layer's error on `calibration`.
+    init: gates before training: "closed", "mean", "chrono", or "fit", which minimises each layer's error on `calibration`, given what the
+        layer reads and gives in the original model; activations of several layers are held at once, up to 1 GiB.
     gate: logits of each channel ("channel") or head ("head") of keys from the layer's input, or constants ("bias").
     output_gate: a gate 2 sigmoid(W_z h), 1 at first, on what each layer gives.
     summary_bias: added to scores of summaries; "log_chunk" is log(chunk), as if each stood for the tokens of its chunk.
@@ -101,8 +102,7 @@ class RatRecurrence(Pass):
         if watched is None or before is None:
             return Outcome(left, described(self.form, self.init, sites, chosen))
         found, seen, batches = watched
-        twins = [each for each in found.found if each.index in {site.index for site in chosen}]
-        errors = seen.errors(twins, self.form, gates)
+        errors = [min(each.values()) for each in fits] or seen.errors(_twins(found, chosen), self.form, gates)
         quality = measure(before, program, found, batches)
         lines = described(self.form, self.init, sites, chosen, Measured(_longest(batches), errors, quality, fits))
         data = {"layer_errors": errors, "kl": quality.kl, "perplexity": [quality.before, quality.after], "fits": fits}
@@ -205,9 +205,8 @@ class RatRecurrence(Pass):
                 "shorter ones are the same whatever the gates"
             )
         found = []
-        for site in chosen:
-            twin = next(each for each in sites.found if each.index == site.index)
-            found.append(fit([each for (each,) in seen.seen([twin])], self.form, site.attention.scale, self._channels(site), bias))
+        for site, batches_of_site in zip(chosen, seen.by_layer(_twins(sites, chosen)), strict=True):
+            found.append(fit(batches_of_site, self.form, site.attention.scale, self._channels(site), bias))
             if not all(map(math.isfinite, found[-1].errors.values())):
                 raise PassError(
                     f"rat-recurrence: attention {site.index} is not finite on calibration tokens, so no gates can be fitted to it"
@@ -217,6 +216,12 @@ class RatRecurrence(Pass):
     def _channels(self, site: Site) -> int:
         _, heads, _, width = site.k.meta["val"].shape
         return heads if self.gate == "head" else heads * width
+
+
+def _twins(sites: Sites, chosen: Sequence[Site]) -> list[Site]:
+    """Those of a copy of the program."""
+    wanted = {site.index for site in chosen}
+    return [each for each in sites.found if each.index in wanted]
 
 
 def _refusal(reason: NoMatch) -> str:
