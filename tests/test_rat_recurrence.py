@@ -431,11 +431,59 @@ def test_attention_of_another_kind_is_refused(name: str) -> None:
 
 def test_a_mask_of_an_input_is_taken_for_causal_where_the_user_says_so() -> None:
     ids, mask = torch.zeros(2, 6, dtype=torch.int64), torch.ones(6, 6).tril().bool().repeat(2, 1, 1)
-    module = Small(CASES["a mask that an input gives"][0])
+
+    class Masked(Small):
+        def forward(self, ids, mask):
+            return F.linear(super().forward(ids, mask), self.table.weight)
+
+    module = Masked(CASES["a mask that an input gives"][0])
     program = gw.capture(module, (ids, mask), {})
     assert recurrences(rewritten(program, assume_causal=True))
     with pytest.raises(gw.PassError, match="input mask is no mask .* its value on calibration tokens is not known"):
         rewritten(program, assume_causal=True, calibration=[ids])
+
+
+class Headed(Small):
+    """Gives its hidden states as `give(self, hidden)` says; as many channels as tokens, so that their width says nothing."""
+
+    def __init__(self, give: Any):
+        super().__init__(causal)
+        self.table, self.head, self.give = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False), give
+
+    def forward(self, ids):
+        return self.give(self, super().forward(ids))
+
+
+def headed(give: Any) -> gw.Program:
+    return gw.PassManager(gw.CLEANUPS).run(gw.capture(Headed(give).eval(), (torch.zeros(2, 12, dtype=torch.int64),), {})).program
+
+
+def test_quality_is_measured_on_the_logits_wherever_they_stand() -> None:
+    given = {"calibration": [tokens_of(2, 12) % 8]}
+    torch.manual_seed(0)
+    alone = report(headed(lambda self, hidden: self.head(hidden)), **given)
+    torch.manual_seed(0)
+    behind = report(headed(lambda self, hidden: (hidden, F.layer_norm(hidden, (8,)), self.head(hidden).float() * 1)), **given)
+    assert behind.data["kl"] == pytest.approx(alone.data["kl"], rel=1e-6) and alone.data["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("give", "outputs"),
+    [
+        (lambda self, hidden: hidden, "none of its 1 outputs is that"),
+        (lambda self, hidden: F.layer_norm(hidden, (8,)), "none of its 1 outputs is that"),
+        (lambda self, hidden: self.head(hidden)[..., :5], "none of its 1 outputs is that"),
+        (lambda self, hidden: (self.head(hidden), self.head(hidden * 2)), "2 of its 2 outputs are that"),
+    ],
+)
+def test_a_model_without_logits_is_not_calibrated(give: Any, outputs: str) -> None:
+    program = headed(give)
+    message = (
+        rf"calibration needs the logits of the model, the product that gives \[B, T, 8\] .*, and {outputs}: capture the model with its head"
+    )
+    with pytest.raises(gw.PassError, match=message):
+        rewritten(program, calibration=[tokens_of(2, 12) % 8])
+    assert recurrences(rewritten(program))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -448,10 +496,10 @@ def test_attentions_of_one_module_have_gates_of_their_own(shared: bool) -> None:
         def forward(self, ids):
             x = super().forward(ids)
             q, k, v = (product(x).unflatten(-1, (2, -1)).transpose(1, 2) for product in (self.later or (self.q, self.k, self.v)))
-            return self.joined(x, q, k, v, None)
+            return F.linear(self.joined(x, q, k, v, None), self.table.weight)
 
     program = gw.PassManager(gw.CLEANUPS).run(gw.capture(Twice().eval(), (tokens_of(2, 12),), {})).program
-    gates = [arguments["chunk_bias"] for arguments in recurrences(rewritten(program, init="fit", calibration=[tokens_of(2, 12) % 8]))]
+    gates = [arguments["chunk_bias"] for arguments in recurrences(rewritten(program, init="fit", calibration=[tokens_of(2, 12)]))]
     assert len(gates) == len(set(gates)) == 2
 
 

@@ -25,7 +25,7 @@ from .emit import Emitter, Form
 from .fit import fit
 from .gates import Gates, initial
 from .judge import with_chunks_of_one, with_window_over_all
-from .measure import Watched, checked_batches, measure
+from .measure import Watched
 from .report import Measured, described
 from .sites import Site, Sites, find_sites
 
@@ -95,16 +95,14 @@ class RatRecurrence(Pass):
             raise PassError("rat-recurrence: the program has functions of one step already, which would keep other caches: start from main")
         sites = self._sites(rewriter)
         chosen, left = self._chosen(sites)
-        before = program.copy() if self.calibration is not None else None
-        watched = None if before is None else self._watched(before)
+        watched = None if self.calibration is None else self._watched(program.copy())
         gates, fits = self._gates(chosen, watched)
         self._emit(Emitter(rewriter, sites, self.form), sites, dict(zip(chosen, gates, strict=True)))
-        if watched is None or before is None:
+        if watched is None:
             return Outcome(left, described(self.form, self.init, sites, chosen))
-        found, seen, batches = watched
-        errors = [min(each.values()) for each in fits] or seen.errors(_twins(found, chosen), self.form, gates)
-        quality = measure(before, program, found, batches)
-        lines = described(self.form, self.init, sites, chosen, Measured(_longest(batches), errors, quality, fits))
+        errors = [min(each.values()) for each in fits] or watched.errors(_twins(watched.sites, chosen), self.form, gates)
+        quality = watched.quality(program)
+        lines = described(self.form, self.init, sites, chosen, Measured(watched.longest, errors, quality, fits))
         data = {"layer_errors": errors, "kl": quality.kl, "perplexity": [quality.before, quality.after], "fits": fits}
         return Outcome(left, lines, data)
 
@@ -187,26 +185,24 @@ class RatRecurrence(Pass):
 
     # --- gates and measures ---
 
-    def _watched(self, before: Program) -> tuple[Sites, Watched, tuple[torch.Tensor, ...]]:
+    def _watched(self, before: Program) -> Watched:
         sites = find_sites(before, before.main, self.assume_causal)
         assert isinstance(sites, Sites), "a copy is what it was made from"
-        logits = next(leaf for leaf in before.main.signature().outputs if isinstance(leaf, torch.Tensor) and leaf.dim() == 3)
-        batches = checked_batches(self.calibration, sites, int(logits.shape[2]))
-        return sites, Watched(before, sites, batches), batches
+        return Watched(before, sites, self.calibration)
 
-    def _gates(self, chosen: Sequence[Site], watched: Any) -> tuple[list[Gates], list[dict[str, float]]]:
+    def _gates(self, chosen: Sequence[Site], watched: Watched | None) -> tuple[list[Gates], list[dict[str, float]]]:
         bias = math.log(self.chunk) if self.summary_bias == "log_chunk" else float(self.summary_bias)
         if self.init != "fit":
             return [initial(self.init, self._channels(site), self.chunk, bias, site.index) for site in chosen], []
-        sites, seen, batches = watched
-        if _longest(batches) <= self.form.unchanged:
+        assert watched is not None, "init=fit has calibration"
+        if watched.longest <= self.form.unchanged:
             raise PassError(
                 f"rat-recurrence: init=fit needs calibration rows of more than {self.form.unchanged} tokens (window, chunk and sinks): "
                 "shorter ones are the same whatever the gates"
             )
         found = []
-        for site, batches_of_site in zip(chosen, seen.by_layer(_twins(sites, chosen)), strict=True):
-            found.append(fit(batches_of_site, self.form, site.attention.scale, self._channels(site), bias))
+        for site, seen in zip(chosen, watched.by_layer(_twins(watched.sites, chosen)), strict=True):
+            found.append(fit(seen, self.form, site.attention.scale, self._channels(site), bias))
             if not all(map(math.isfinite, found[-1].errors.values())):
                 raise PassError(
                     f"rat-recurrence: attention {site.index} is not finite on calibration tokens, so no gates can be fitted to it"
@@ -227,10 +223,6 @@ def _twins(sites: Sites, chosen: Sequence[Site]) -> list[Site]:
 def _refusal(reason: NoMatch) -> str:
     where = str(reason.node.meta.get("where") or "") if reason.node is not None else ""
     return f"rat-recurrence needs causal attention of a decoder: {reason.reason}" + (f" (at {where})" if where else "")
-
-
-def _longest(batches: Sequence[torch.Tensor]) -> int:
-    return max(tokens.shape[1] for tokens in batches)
 
 
 def _is_number(value: Any) -> bool:

@@ -19,7 +19,7 @@ from .rotary import Turned, unturned
 
 aten, gw = torch.ops.aten, torch.ops.gw
 
-_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, gw.lowrank_linear.default)
+PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, gw.lowrank_linear.default)
 # What may stand between a product and attention: nothing of it lets tokens meet, as the limit points of the pass show.
 _BETWEEN = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default, aten.clone.default,
@@ -161,7 +161,7 @@ def _product(node: Node) -> Node | NoMatch:
         if each in seen or each.op == "get_attr" or not isinstance(each.meta["val"], torch.Tensor | tuple):
             continue
         seen.add(each)
-        if each.target in _PRODUCTS:
+        if each.target in PRODUCTS:
             found.add(each)
         elif each.target in _BETWEEN:
             pending += each.all_input_nodes
