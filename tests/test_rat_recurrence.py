@@ -170,6 +170,65 @@ def test_layers_may_be_named_in_any_order_and_stand_behind_those_that_are_not(op
     assert torch.equal(logits(program, tokens), logits(in_order, tokens))
 
 
+@functools.cache
+def converted_first() -> gw.Program:
+    """Of two attentions the first is a recurrence."""
+    return rewritten(fixed(), layers=[0])
+
+
+def test_places_count_all_attentions_of_the_model_those_that_were_converted_before_too() -> None:
+    for layers in ("all", [1]):
+        found = report(converted_first(), layers=layers, window=2, calibration=[tokens_of(2, 12)])
+        assert found.lines[0].startswith("1 of 2 attentions: chunked recurrence") and len(found.data["layer_errors"]) == 1
+    assert [arguments["window"] for arguments in recurrences(rewritten(converted_first(), layers=[1], window=2))] == [1, 2]
+    assert any("it is a chunked recurrence already" in str(each) for each in report(converted_first()).left)
+    at_once, in_turn = rewritten(fixed(), init="chrono"), rewritten(rewritten(fixed(), init="chrono", layers=[0]), init="chrono")
+    assert {name: each.digest for name, each in at_once.weights.items()} == {name: each.digest for name, each in in_turn.weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([0], "attention 0 is not taken: it is a chunked recurrence already"),
+        ([2], "layers name attention 2, and there are 0 to 1"),
+        ("even", "no attention is left to replace: it is a chunked recurrence already"),
+    ],
+)
+def test_what_is_a_recurrence_already_is_not_converted_again(layers: Any, message: str) -> None:
+    with pytest.raises(gw.PassError, match=message):
+        rewritten(converted_first(), layers=layers)
+    with pytest.raises(gw.PassError, match="each attention is a chunked recurrence already"):
+        rewritten(rewritten(fixed()))
+
+
+def test_the_contract_of_a_second_application_is_judged_by_what_it_converts() -> None:
+    program, chosen = converted_first(), gw.RatRecurrence(**SMALL)
+    after = rewritten(program)
+    assert chosen.check(Reference(program, random_inputs(program)), after).kind == "right"
+    rewriter = Rewriter(after)
+    node = [each for each in rewriter.nodes() if each.target is RAT][1]
+    with rewriter.step("spoil"):
+        rewriter.set_arguments(node, node.args, {**node.kwargs, "scale": 2 * node.kwargs["scale"]})
+    assert chosen.check(Reference(program, random_inputs(program)), after).kind == "wrong"
+
+
+def test_attentions_of_no_known_form_are_counted_too() -> None:
+    class Three(Small):
+        def forward(self, ids):
+            x = self.table(ids)
+            for attend in (causal, CASES["no mask"][0], causal):
+                self.attend = attend
+                q, k, v = (product(x).unflatten(-1, (2, -1)).transpose(1, 2) for product in (self.q, self.k, self.v))
+                x = self.joined(x, q, k, v, None)
+            return x
+
+    program = gw.PassManager(gw.CLEANUPS).run(gw.capture(Three().eval(), (torch.zeros(2, 12, dtype=torch.int64),), {})).program
+    assert report(program).lines[0].startswith("2 of 3 attentions")
+    assert len(recurrences(rewritten(program, layers="even"))) == 2
+    with pytest.raises(gw.PassError, match="attention 1 is not taken: attention without a mask"):
+        rewritten(program, layers=[1])
+
+
 def test_errors_of_layers_are_reported_in_their_order() -> None:
     given = {"calibration": [tokens_of(2, 12)], "init": "fit"}
     orders = [report(fixed(), layers=layers, **given).data for layers in ([1, 0], [0, 1])]

@@ -27,7 +27,7 @@ from .gates import Gates, initial
 from .judge import with_chunks_of_one, with_window_over_all
 from .measure import Watched
 from .report import Measured, described
-from .sites import Site, Sites, find_sites
+from .sites import RAT, Site, Sites, find_sites, recurrences_of
 
 aten = torch.ops.aten
 
@@ -46,7 +46,8 @@ class RatRecurrence(Pass):
     gate: logits of each channel ("channel") or head ("head") of keys from the layer's input, or constants ("bias").
     output_gate: a gate 2 sigmoid(W_z h), 1 at first, on what each layer gives.
     summary_bias: added to scores of summaries; "log_chunk" is log(chunk), as if each stood for the tokens of its chunk.
-    layers, others: which attentions, "all", "even" or a list of indices; the rest is kept, or sees so many tokens before it.
+    layers, others: which attentions, "all", "even" or a list of places among all of the model, from 0 on; the rest is kept, or sees so many
+        tokens before it.
     assume_causal: takes a mask for causal that an input gives. Rows must start at position 0, without padding on the left.
     calibration: batches of tokens i64[B, T], on which the report's errors are measured.
 
@@ -131,7 +132,8 @@ class RatRecurrence(Pass):
         if isinstance(sites, NoMatch):
             return Verdict("wrong", f"the original is no decoder: {sites.reason}")
         length = reference.inputs[reference.program.main.placeholders.index(sites.tokens)].shape[1]
-        limits = (with_chunks_of_one(candidate), with_window_over_all(candidate, length))
+        kept = recurrences_of(reference.program.main)
+        limits = (with_chunks_of_one(candidate, kept), with_window_over_all(candidate, length, kept))
         return worst_of([reference.judge_exact(limit) for limit in limits])
 
     # --- sites ---
@@ -141,20 +143,21 @@ class RatRecurrence(Pass):
         if isinstance(sites, NoMatch):
             raise PassError(_refusal(sites))
         if not sites.found:
-            raise PassError(_refusal(sites.refused[0][1]))
+            reasons = [reason for _, reason in sites.refused if reason.node is None or reason.node.target is not RAT]
+            raise PassError(_refusal(reasons[0]) if reasons else "rat-recurrence: each attention is a chunked recurrence already")
         return sites
 
     def _chosen(self, sites: Sites) -> tuple[list[Site], tuple[LeftAlone, ...]]:
         """The attentions to replace, in the program's order, and why others stay."""
         found = {site.index: site for site in sites.found}
-        known = sorted({*found, *(index for index, _ in sites.refused if index >= 0)})
+        known = sorted({*found, *(index for index, _ in sites.refused)})
         wanted = known if self.layers == "all" else [n for n in known if n % 2 == 0] if self.layers == "even" else list(self.layers)
         refused = {index: reason for index, reason in sites.refused}
         for index in wanted:
             if index not in known:
                 raise PassError(f"rat-recurrence: layers name attention {index}, and there are {known[0]} to {known[-1]}")
             if not isinstance(self.layers, str) and index in refused:
-                raise PassError(_refusal(refused[index]))
+                raise PassError(f"rat-recurrence: attention {index} is not taken: {_told(refused[index])}")
         reasons = {site.index: self._unfit_window(site) for site in sites.found}
         chosen = [site for site in sites.found if site.index in wanted and not reasons[site.index]]
         left = [LeftAlone.at(reason.node, reason.reason) for _, reason in sites.refused if reason.node is not None]
@@ -221,8 +224,12 @@ def _twins(sites: Sites, chosen: Sequence[Site]) -> list[Site]:
 
 
 def _refusal(reason: NoMatch) -> str:
+    return f"rat-recurrence needs causal attention of a decoder: {_told(reason)}"
+
+
+def _told(reason: NoMatch) -> str:
     where = str(reason.node.meta.get("where") or "") if reason.node is not None else ""
-    return f"rat-recurrence needs causal attention of a decoder: {reason.reason}" + (f" (at {where})" if where else "")
+    return reason.reason + (f" (at {where})" if where else "")
 
 
 def _is_number(value: Any) -> bool:
