@@ -1,7 +1,9 @@
 """`gw.rat_attention` and `gw.rat_cached_attention` on CPUs: the kernel in C++ against the operators' bodies in float64, steps against
 the whole sequence, what does not change a result, and caches that are written where they lie."""
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphwright as gw
+from graphwright.codegen.native import library as native
 from graphwright.codegen.rat import kernels
 from graphwright.codegen.rat.library import library
 from graphwright.ir.appends import plan_appends
@@ -352,3 +355,24 @@ def test_caches_that_somebody_reads_stay(backend, change):
     torch.testing.assert_close(given_, operands(), rtol=0, atol=0)
     torch.testing.assert_close(leaves, expected)
     torch.testing.assert_close(new, states)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (subprocess.TimeoutExpired(["g++", "-O3"], 120), "it was still at it after 120 s and was stopped"),
+        (subprocess.CalledProcessError(1, ["g++", "-O3"], stderr=""), "it ended with code 1 and said nothing"),
+        (subprocess.CalledProcessError(1, ["g++", "-O3"], stderr="no such header"), "no such header"),
+        (OSError("no memory"), "no memory"),
+    ],
+)
+def test_a_compiler_that_fails_is_told_by_its_reason_and_not_by_the_command(error, reason, monkeypatch, caplog):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(native.subprocess, "run", fails)
+    monkeypatch.setattr(native, "compiler", lambda: "g++")
+    folder = Path(native.__file__).parent.parent / "rat" / "native"
+    make = native.NativeLibrary(folder, "gw.rat_attention", "computes a score for each two tokens", lambda opened: None)
+    assert make(None, (("-fopenmp",),)) is None
+    assert [record.getMessage() for record in caplog.records] == [f"g++ does not compile the kernel of gw.rat_attention: {reason}"]

@@ -85,7 +85,7 @@ class NativeLibrary:
                 subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=_SECONDS)
                 return path.read_bytes()
             except (OSError, subprocess.SubprocessError) as error:
-                _log.warning("%s does not compile the kernel of %s: %s", command, self._op, getattr(error, "stderr", None) or error)
+                _log.warning("%s does not compile the kernel of %s: %s", command, self._op, _reason(error))
                 return None
 
     def _opened(self, binary: bytes) -> Any:
@@ -101,3 +101,12 @@ class NativeLibrary:
                 return None
         self._declare(opened)
         return opened
+
+
+def _reason(error: OSError | subprocess.SubprocessError) -> str:
+    """What a user can act on: the text of these errors is the whole command."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"it was still at it after {error.timeout:g} s and was stopped"
+    if isinstance(error, subprocess.CalledProcessError):
+        return error.stderr or f"it ended with code {error.returncode} and said nothing"
+    return str(error)

@@ -2,8 +2,10 @@
 
 Keys and values are smoothed by a gated recurrence inside chunks of L tokens. A query at time t attends to the state at the end of each
 chunk that lies wholly before its window (a summary), and to what is near: the first `sinks` tokens and those of the window, as their
-states (local "state") or as the keys and values they were made of ("raw"). Each past token is then read once: as a sink, in a summary, or
-near. Whether summaries and near tokens are visible depends on the two times alone (`Layout`).
+states (local "state") or as the keys and values they were made of ("raw"). With "raw", resets, and sinks that fill whole chunks each past
+token is read once: as a sink, in a summary, or near. Otherwise one may count more often: in states of several near tokens, in all states
+after it where none resets, or as a sink and in the summary of the chunk in which sinks end.
+Whether summaries and near tokens are visible depends on the two times alone (`Layout`).
 
 Sources: RAT (arXiv 2507.04416), RAT+ (arXiv 2602.18196), specs/rat.md, section 2. Local "raw" is ours.
 """

@@ -5,7 +5,7 @@ from ...ir.caches import cache_types
 from .decoder import Decoder
 from .recurrence import Recurrence
 
-POSITIONS = 4096  # at which caches that do not grow by the token are told
+POSITIONS = 4096  # at which caches that do not grow by the token are told, or as many as the model has
 
 
 def described(program: Program, decoder: Decoder) -> tuple[str, ...]:
@@ -18,8 +18,9 @@ def described(program: Program, decoder: Decoder) -> tuple[str, ...]:
     lines = [f"{len(decoder.attentions) - len(recurring)} attentions with caches, {per_token} bytes a token and row{shown}"]
     if not recurring:
         return tuple(lines)
-    held = sum(each.nbytes(1, POSITIONS) for each in types if each.layer in recurring)
-    whole = sum(each.heads * each.width * each.dtype.itemsize * POSITIONS for each in types if each.layer in recurring and each.chunk)
+    positions = min(POSITIONS, program.symbols.highest(decoder.length))
+    held = sum(each.nbytes(1, positions) for each in types if each.layer in recurring)
+    whole = sum(each.heads * each.width * each.dtype.itemsize * positions for each in types if each.layer in recurring and each.chunk)
     less = f"{whole / held:.3g} times less than all keys and values"
-    line = f"{len(recurring)} recurrences with caches, {held} bytes a row at {POSITIONS} positions: {less}"
+    line = f"{len(recurring)} recurrences with caches, {held} bytes a row at {positions} positions: {less}"
     return (line, *(lines if len(recurring) < len(decoder.attentions) else ()))

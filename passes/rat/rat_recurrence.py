@@ -38,7 +38,7 @@ class RatRecurrence(Pass):
 
     chunk, window, sinks: tokens of a chunk; tokens before each that it sees by themselves; first tokens that all see (with local="raw" up
         to a multiple of the chunk). Everything else is seen as the last state of its chunk.
-    local: near tokens as keys and values ("raw", each past token is then seen once) or as states ("state").
+    local: near tokens as keys and values ("raw", each past token is then seen once, given resets) or as states ("state").
     reset: whether a chunk starts from nothing.
     rope: the time that turns a token: its own ("token") or its chunk's number ("chunk").
     init: gates before training: "closed", "mean", "chrono", or "fit", which minimises each layer's error on `calibration`, given what the

@@ -145,6 +145,8 @@ def _unfit(attention: SelfAttention, tokens: Node, keys: Any) -> NoMatch | None:
         return NoMatch("its scores are capped, which is not possible over summaries", attention.root)
     if _gives_weights(attention.root):
         return NoMatch("its weights are read by something else: capture the model without attentions among its outputs", attention.root)
+    if _is_interleaved(attention.q):
+        return NoMatch("its rotary positions turn pairs of neighbouring channels (interleaved), not of two halves", attention.root)
     if attention.transposed:
         return NoMatch("its keys are there as [batch, heads, width, length] alone", attention.root)
     if not same_size(q.size(2), tokens.meta["val"].size(1)):
@@ -186,6 +188,20 @@ def _product(node: Node) -> Node | NoMatch:
     if len(found) != 1:
         return NoMatch(f"queries, keys or values are computed of {len(found)} products", node)
     return found.pop()
+
+
+def _is_interleaved(node: Node) -> bool:
+    """Whether every second channel of a product is picked on the way to `node`."""
+    pending, seen = [node], set()
+    while pending:
+        each = pending.pop()
+        if each in seen or each.op != "call_function" or each.target in PRODUCTS:
+            continue
+        seen.add(each)
+        if each.target is aten.slice.Tensor and named_arguments(each)["step"] == 2 and named_arguments(each)["dim"] in (-1, 3):
+            return True
+        pending += each.all_input_nodes
+    return False
 
 
 def _input(product: Node) -> Node:
