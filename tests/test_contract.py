@@ -204,7 +204,7 @@ def test_the_worst_element_is_named_with_both_values_and_the_users_line() -> Non
     result = verdict(f"%a = aten.exp.default(%x){line}\nreturn %a", f"%a = aten.expm1.default(%x){line}\nreturn %a", values=[x])
     assert result.kind == "wrong" and result.worst is not None
     assert (result.worst.index, result.worst.where) == ((0, 0), "model.py:7 block.act")
-    assert str(result.worst) == "output 0[0, 0] is 0.0, expected 1.0 (from model.py:7 block.act)"
+    assert str(result.worst) == "output 0[0, 0] is 0.0, expected 1.0 (from aten.expm1.default at model.py:7 block.act)"
 
 
 def test_a_wrong_sample_of_small_scale_does_not_hide_behind_a_large_one() -> None:
