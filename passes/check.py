@@ -17,6 +17,7 @@ from ..ir.calls import draws
 from ..ir.errors import GraphwrightError, InputError
 from ..ir.float64 import NoFloat64, Widening, widened
 from ..ir.run import run
+from ..ir.strides import laid_out
 from .inputs import random_inputs
 from .jumps import first_jump
 from .outputs import aliases_of, computed_by, leaves_of, listed, type_difference, where_of
@@ -326,7 +327,7 @@ class _Perturbation:
 
 
 def _wide(value: Any) -> Any:
-    return value.to(widened(value.dtype)) if isinstance(value, torch.Tensor) else value
+    return laid_out(value.to(widened(value.dtype)), value.stride()) if isinstance(value, torch.Tensor) else value
 
 
 def _same_values(some: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -11,6 +11,7 @@ from graphwright.ir.calls import draws
 from graphwright.ir.errors import InputError
 from graphwright.ir.float64 import NoFloat64, RoundedWeight, to_float64
 from graphwright.ir.run import run
+from graphwright.ir.strides import laid_out
 from graphwright.passes import Verdict, check_exact, random_inputs
 
 
@@ -120,6 +121,21 @@ def test_a_weight_that_a_pass_computed_stands_for_what_it_was_rounded_from() -> 
     assert check_exact(original, folded, random_inputs(original)).kind == "right"
     folded.weights["w"] = Weight.of("w", third.float(), "constant")
     assert check_exact(original, folded, random_inputs(original)).kind == "wrong"  # 3e-8, the rounding of 1/3
+
+
+@pytest.mark.parametrize("stride", [(1, 4), (0, 1), (1, 0), (16, 2)])
+def test_a_float64_weight_lies_in_memory_as_the_weight_does(stride: tuple[int, ...]) -> None:
+    """What a call gives may be laid out as its operands are, and a region's body is typed for it."""
+    table = torch.rand(64, dtype=torch.float64).as_strided((4, 6), stride)
+    rounded = RoundedWeight(
+        "w", "constant", torch.float32, (4, 6), stride, table.device, laid_out(table.float(), stride), exact=table.clone
+    )
+    plain = Weight.of("v", laid_out(table.float(), stride))
+    both = program("%a = aten.mul.Tensor(%x, @w)\n%b = aten.add.Tensor(%a, @v)\nreturn %b", w=torch.ones(4, 6), v=torch.ones(4, 6))
+    both.weights.update(w=rounded, v=plain)
+    wide = to_float64(both).weights
+    assert wide["w"].stride == wide["v"].stride == stride
+    assert torch.equal(wide["w"].tensor, table) and torch.equal(wide["v"].tensor, table.float().double())
 
 
 def test_a_program_without_values_cannot_be_checked() -> None:
