@@ -22,6 +22,7 @@ from .pattern import named_arguments
 from .program import Function, Node, Program, Weight, Where, new_function
 from .region import Region
 from .run import run
+from .strides import laid_out
 from .symbols import SymbolTable
 
 _WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
@@ -144,7 +145,7 @@ def _wide_weight(weight: Weight) -> Weight:
         return weight
     if weight.tensor is None:
         return Weight(weight.name, weight.kind, widened(weight.dtype), weight.shape, weight.stride, weight.device)
-    return Weight.of(weight.name, exact_value(weight), weight.kind)
+    return Weight.of(weight.name, laid_out(exact_value(weight), weight.stride), weight.kind)
 
 
 class _GraphWidening:

@@ -17,7 +17,10 @@ from ..ir.calls import draws
 from ..ir.errors import GraphwrightError, InputError
 from ..ir.float64 import NoFloat64, Widening, widened
 from ..ir.run import run
+from ..ir.strides import laid_out
 from .inputs import random_inputs
+from .jumps import first_jump
+from .outputs import aliases_of, computed_by, leaves_of, listed, type_difference, where_of
 from .verdict import Comparison, Verdict, distance, worst_of
 
 NOISE_RUNS = 3
@@ -82,7 +85,7 @@ class Reference:
         following._widening = self._widening
         following.__dict__["own"] = judged.own
         if judged.float64 is not None:
-            following.__dict__["_wide_program"], following.__dict__["float64"] = judged.wide_program, judged.float64
+            following.__dict__["wide_program"], following.__dict__["float64"] = judged.wide_program, judged.float64
         return following
 
     def outputs(self) -> dict[str, Any]:
@@ -100,8 +103,17 @@ class Reference:
         for other in self._others.values():
             other.forget()
 
-    def judge_exact(self, candidate: Program) -> Verdict:
-        """The verdict of the exact contract on `candidate`."""
+    def judge_exact(self, candidate: Program, *, strict: bool = False) -> Verdict:
+        """The verdict of the exact contract on `candidate`; `strict` is the bound of tests of our own passes.
+
+        A failure is none where an operation that jumps (a comparison, argmax, round) stands so near its jump in the original that rounding
+        alone may take it across: such a verdict is inconclusive.
+        """
+        verdict = self._judge_exact(candidate, strict)
+        jump = first_jump(self, verdict) if verdict.fails and verdict.worst is not None else ""
+        return Verdict("inconclusive", jump) if jump else verdict
+
+    def _judge_exact(self, candidate: Program, strict: bool) -> Verdict:
         working = self._run_candidate(candidate)
         if isinstance(working, Verdict):
             return working
@@ -113,19 +125,20 @@ class Reference:
             expected, noise64, noise = self.float64, self.noise64, self.noise
         except NoFloat64 as error:
             return Verdict("inconclusive", str(error))
-        places = _places(candidate)
+        leaves = leaves_of(candidate)
         return worst_of(
             [
                 Comparison(
                     label=label,
-                    where=places[label],
+                    where=where_of(leaves[label]),
+                    node=computed_by(leaves[label]),
                     r=r,
                     c=wide.tensors[label],
                     own=self.own.tensors[label],
                     working=working.tensors[label],
                     noise64=noise64[label],
                     noise=noise[label],
-                ).judge(random=self._is_random)
+                ).judge(random=self._is_random, strict=strict)
                 for label, r in expected.tensors.items()
             ]
         )
@@ -141,9 +154,9 @@ class Reference:
             r, noise64, noise = self.float64.tensors, self.noise64, self.noise
         except NoFloat64 as error:
             return Verdict("inconclusive", str(error))
-        places = _places(self.program)
+        leaves = leaves_of(self.program)
         comparisons = [
-            Comparison(label, places[label], value, value, self.own.tensors[label], values[label], noise64[label], noise[label])
+            Comparison(label, where_of(leaves[label]), value, value, self.own.tensors[label], values[label], noise64[label], noise[label])
             for label, value in r.items()
         ]
         return worst_of([each.judge(random=self._is_random) for each in comparisons])
@@ -159,13 +172,14 @@ class Reference:
             return Verdict("wrong", "the nesting of inputs or outputs changed")
         if self.own.tensors.keys() != working.tensors.keys():
             return Verdict("wrong", "the states that the program updates changed")
-        places = _places(candidate)
+        leaves = leaves_of(candidate)
         for label, value in self.own.tensors.items():
-            difference = _type_difference(value, working.tensors[label])
+            difference = type_difference(value, working.tensors[label])
             if not difference and self.own.aliases[label] != working.aliases[label]:
-                difference = f"shares memory with {_listed(working.aliases[label])}, not {_listed(self.own.aliases[label])}"
+                difference = f"shares memory with {listed(working.aliases[label])}, not {listed(self.own.aliases[label])}"
             if difference:
-                return Verdict("wrong", f"{label} {difference}" + (f" (from {places[label]})" if places[label] else ""))
+                place = where_of(leaves[label])
+                return Verdict("wrong", f"{label} {difference}" + (f" (from {place})" if place else ""))
         return Verdict("right")
 
     @cached_property
@@ -187,16 +201,17 @@ class Reference:
     @cached_property
     def float64(self) -> _Values:
         """r: the outputs of the float64 program. Raises NoFloat64 where there is none."""
-        return self._run(self._wide_program, *self._wide_arguments())
+        return self._run(self.wide_program, *self._wide_arguments())
 
     @cached_property
-    def _wide_program(self) -> Program:
+    def wide_program(self) -> Program:
+        """The float64 program. Raises NoFloat64 where there is none."""
         return self._widening.program(self.program)
 
     @cached_property
     def noise64(self) -> dict[str, list[torch.Tensor]]:
         """Per output: its distance from r in each run of the float64 program perturbed at float64 rounding."""
-        return self._distances(self._wide_program, *self._wide_arguments())
+        return self._distances(self.wide_program, *self._wide_arguments())
 
     @cached_property
     def noise(self) -> dict[str, list[torch.Tensor]]:
@@ -210,12 +225,31 @@ class Reference:
             for label, r in self.float64.tensors.items()
         }
 
-    def _perturbed(self, program: Program, inputs: Sequence[Any], states: Mapping[str, torch.Tensor], perturb: "_Perturbation") -> _Values:
+    def observed(self, seed: int, scale: float, observe: Callable[[Node, Any], None], *, wide: bool) -> None:
+        """Runs the program, or its float64 program, perturbed at `scale` times its rounding (0: not at all); shows what each call gives."""
+
+        def show(node: Node, value: Any) -> Any:
+            observe(node, value)
+            return perturb(value) if _may_round(node) else value
+
+        perturb = _Perturbation(seed, scale)
+        arguments = self._wide_arguments() if wide else (self.inputs, self.states)
+        self._perturbed(self.wide_program if wide else self.program, *arguments, perturb, show)
+
+    def _perturbed(
+        self,
+        program: Program,
+        inputs: Sequence[Any],
+        states: Mapping[str, torch.Tensor],
+        perturb: "_Perturbation",
+        observe: Callable[[Node, Any], Any] | None = None,
+    ) -> _Values:
         weights = {name: replace(w, tensor=perturb(w.tensor), known_digest="?") for name, w in program.weights.items()}
         noisy = Program(program.functions.values(), weights, program.symbols)
         moved_inputs = [perturb(value) for value in inputs]
         moved_states = {name: perturb(value) for name, value in states.items()}
-        return self._run(noisy, moved_inputs, moved_states, lambda node, value: perturb(value) if _may_round(node) else value)
+        moved = observe or (lambda node, value: perturb(value) if _may_round(node) else value)
+        return self._run(noisy, moved_inputs, moved_states, moved)
 
     def _run_candidate(self, candidate: Program) -> _Values | Verdict:
         self.own  # noqa: B018  inputs that the original itself refuses are an InputError, not a verdict
@@ -249,7 +283,7 @@ class Reference:
             outputs, new_states = run(program, inputs, states=states, observe=observe)
         labelled = {f"output {index}": value for index, value in enumerate(outputs)}
         labelled |= {f"state {name}": value for name, value in new_states.items()}
-        return _Values(labelled, _aliases(program, labelled, inputs, states))
+        return _Values(labelled, aliases_of(program, labelled, inputs, states))
 
     def _wide_arguments(self) -> tuple[list[Any], dict[str, torch.Tensor]]:
         return [_wide(value) for value in self.inputs], {name: _wide(value) for name, value in self.states.items()}
@@ -274,10 +308,12 @@ def _may_round(node: Node) -> bool:
 
 
 class _Perturbation:
-    """Multiplies floats by 1 + e*d, d drawn from {-1, 0, 1} for each element, e the dtype's distance from 1 to the next number."""
+    """Multiplies floats by 1 + e*d, d drawn from {-1, 0, 1} for each element, e `scale` times the dtype's distance from 1 to the next
+    number."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, scale: float = 1.0):
         self.generator = torch.Generator().manual_seed(seed)
+        self.scale = scale
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, tuple | list):
@@ -285,13 +321,13 @@ class _Perturbation:
         if not isinstance(value, torch.Tensor) or value.dtype not in _ROUNDING:
             return value
         step = torch.randint(-1, 2, value.shape, generator=self.generator, dtype=torch.int8).to(value.device, value.dtype)
-        moved = value * (1 + step * _ROUNDING[value.dtype])
+        moved = value * (1 + step * (self.scale * _ROUNDING[value.dtype]))
         # A mask at the end of the dtype's range must not become infinite.
         return torch.where(torch.isfinite(moved) | ~torch.isfinite(value), moved, value)
 
 
 def _wide(value: Any) -> Any:
-    return value.to(widened(value.dtype)) if isinstance(value, torch.Tensor) else value
+    return laid_out(value.to(widened(value.dtype)), value.stride()) if isinstance(value, torch.Tensor) else value
 
 
 def _same_values(some: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -303,62 +339,3 @@ def _same_value(a: Any, b: Any) -> bool:
         return type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b)
     same_type = (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
     return same_type and torch.equal(a, b)
-
-
-# --- structure -------------------------------------------------------------------------------------------------------------
-
-
-def _type_difference(own: Any, other: Any) -> str:
-    if type(own) is not type(other):
-        return f"is a {type(other).__name__}, not a {type(own).__name__}"
-    if not isinstance(own, torch.Tensor):
-        return ""
-    for name in ("dtype", "shape", "device"):
-        if getattr(own, name) != getattr(other, name):
-            return f"has {name} {_plain(getattr(other, name))}, not {_plain(getattr(own, name))}"
-    strides = [(a, b) for size, a, b in zip(own.shape, own.stride(), other.stride(), strict=True) if size > 1]
-    if own.numel() > 0 and any(a != b for a, b in strides):
-        return f"has strides {list(other.stride())}, not {list(own.stride())}"
-    return ""
-
-
-def _plain(value: Any) -> str:
-    return str(list(value)) if isinstance(value, torch.Size) else str(value)
-
-
-def _aliases(
-    program: Program, labelled: dict[str, Any], inputs: Sequence[Any], states: Mapping[str, torch.Tensor]
-) -> dict[str, frozenset[str]]:
-    """Output label -> the inputs, weights and other outputs that lie in the same memory."""
-    owners: dict[int, set[str]] = {}
-
-    def own(name: str, value: Any) -> None:
-        if _has_memory(value):
-            owners.setdefault(_memory(value), set()).add(name)
-
-    for index, value in enumerate(inputs):
-        own(f"input {index}", value)
-    for name, weight in program.weights.items():
-        own("a weight", states.get(name, weight.tensor))
-    for label, value in labelled.items():
-        own(label, value)
-    return {label: frozenset(owners[_memory(value)] - {label}) if _has_memory(value) else frozenset() for label, value in labelled.items()}
-
-
-def _has_memory(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() > 0
-
-
-def _memory(value: torch.Tensor) -> int:
-    return value.untyped_storage().data_ptr()
-
-
-def _listed(names: frozenset[str]) -> str:
-    return ", ".join(sorted(names)) or "nothing"
-
-
-def _places(program: Program) -> dict[str, str]:
-    """Output label -> the user's line of the node that computes it."""
-    signature, leaves = program.main.signature(), program.main.outputs
-    labels = [f"output {index}" for index in range(len(signature.outputs))] + [f"state {name}" for name in signature.new_states]
-    return {label: str(leaf.meta.get("where") or "") if isinstance(leaf, Node) else "" for label, leaf in zip(labels, leaves, strict=True)}

@@ -68,13 +68,14 @@ def check_order(passes: Sequence[Pass]) -> None:
     """
     for at, later in enumerate(passes):
         for earlier in passes[:at]:
-            if _must_precede(later, earlier):
+            if must_precede(later, earlier):
                 order = _suggested(passes)
                 advice = f"write {spell(order)}" if order else "no order of these passes satisfies all of them"
                 raise PassError(f"pass {later.name} must stand before pass {earlier.name}: {advice}")
 
 
-def _must_precede(a: Pass, b: Pass) -> bool:
+def must_precede(a: Pass, b: Pass) -> bool:
+    """Whether `a` must not stand behind `b`."""
     return a.name != b.name and (b.name in a.before or a.name in b.after)
 
 
@@ -84,7 +85,7 @@ def _suggested(passes: Sequence[Pass]) -> list[Pass] | None:
 
     graph = networkx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
-    graph.add_edges_from((i, j) for i, a in enumerate(passes) for j, b in enumerate(passes) if _must_precede(a, b))
+    graph.add_edges_from((i, j) for i, a in enumerate(passes) for j, b in enumerate(passes) if must_precede(a, b))
     try:
         return [passes[i] for i in networkx.lexicographical_topological_sort(graph)]
     except networkx.NetworkXUnfeasible:

@@ -11,6 +11,7 @@ from graphwright.ir.calls import draws
 from graphwright.ir.errors import InputError
 from graphwright.ir.float64 import NoFloat64, RoundedWeight, to_float64
 from graphwright.ir.run import run
+from graphwright.ir.strides import laid_out
 from graphwright.passes import Verdict, check_exact, random_inputs
 
 
@@ -122,6 +123,21 @@ def test_a_weight_that_a_pass_computed_stands_for_what_it_was_rounded_from() -> 
     assert check_exact(original, folded, random_inputs(original)).kind == "wrong"  # 3e-8, the rounding of 1/3
 
 
+@pytest.mark.parametrize("stride", [(1, 4), (0, 1), (1, 0), (16, 2)])
+def test_a_float64_weight_lies_in_memory_as_the_weight_does(stride: tuple[int, ...]) -> None:
+    """What a call gives may be laid out as its operands are, and a region's body is typed for it."""
+    table = torch.rand(64, dtype=torch.float64).as_strided((4, 6), stride)
+    rounded = RoundedWeight(
+        "w", "constant", torch.float32, (4, 6), stride, table.device, laid_out(table.float(), stride), exact=table.clone
+    )
+    plain = Weight.of("v", laid_out(table.float(), stride))
+    both = program("%a = aten.mul.Tensor(%x, @w)\n%b = aten.add.Tensor(%a, @v)\nreturn %b", w=torch.ones(4, 6), v=torch.ones(4, 6))
+    both.weights.update(w=rounded, v=plain)
+    wide = to_float64(both).weights
+    assert wide["w"].stride == wide["v"].stride == stride
+    assert torch.equal(wide["w"].tensor, table) and torch.equal(wide["v"].tensor, table.float().double())
+
+
 def test_a_program_without_values_cannot_be_checked() -> None:
     text = 'graphwright 1\nweight @w : f32[6] buffer "?"\nfunction main {\n  takes ((*), {})\n  gives *\n  input %x : f32[6]\n'
     bare = parse(text + "  %a = aten.mul.Tensor(%x, @w)\n  return %a\n}")
@@ -204,7 +220,7 @@ def test_the_worst_element_is_named_with_both_values_and_the_users_line() -> Non
     result = verdict(f"%a = aten.exp.default(%x){line}\nreturn %a", f"%a = aten.expm1.default(%x){line}\nreturn %a", values=[x])
     assert result.kind == "wrong" and result.worst is not None
     assert (result.worst.index, result.worst.where) == ((0, 0), "model.py:7 block.act")
-    assert str(result.worst) == "output 0[0, 0] is 0.0, expected 1.0 (from model.py:7 block.act)"
+    assert str(result.worst) == "output 0[0, 0] is 0.0, expected 1.0 (from aten.expm1.default at model.py:7 block.act)"
 
 
 def test_a_wrong_sample_of_small_scale_does_not_hide_behind_a_large_one() -> None:

@@ -129,6 +129,13 @@ def test_a_branch_and_its_residual_are_the_weight(network, dtype, smoothed):
     assert (after - before).abs().max() <= 1e-12 * before.abs().max()
 
 
+def test_a_float64_layer_is_as_precise_as_it_was():
+    """Its residual is float64: one of float32 would be off by 1e-8."""
+    module = torch.nn.Linear(64, 32).double()
+    model = gw.compile(module, [gw.SplitLowRank(rank=2, min_numel=0)], example_inputs=(torch.randn(3, 64).double(),), verify="numeric")
+    assert len(ops(model.program)) == 1
+
+
 def test_a_product_by_factors_becomes_part_of_the_layer():
     model, _, _ = compiled(nets.AfterGELU, [smooth(), gw.SplitLowRank(rank=2, min_numel=0)])
     assert all(named_arguments(node)["smooth"] is not None for node in ops(model.program))

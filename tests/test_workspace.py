@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphwright as gw
+from graphwright.ir.workspace import slice_workspace
 
 # Small blocks that the model leaves out: padded biases, buffers of a transposing copy.
 SLACK = 64 * 1024
@@ -161,6 +162,17 @@ def test_slices_of_a_boolean_mask(shape: tuple[int, ...]) -> None:
     operands = (*(torch.randn(QUERY) for _ in range(3)), torch.rand(shape) > 0.2)
     compiled = assert_foreseen(Call(attend), operands, [gw.SliceGroups(memory_budget="50%")])
     assert any(line.startswith("region 0") for line in compiled.report().passes[-1].lines)
+
+
+def test_slices_of_the_channels_of_a_convolution_have_slices_of_its_weight() -> None:
+    """Fewer slices of the input than channels would leave none of it."""
+
+    def workspace_of(channels: int) -> int:
+        program = gw.capture(nn.Conv2d(4, channels, 3), (torch.randn(2, 4, 32, 32),))
+        (node,) = program.main.calls
+        return slice_workspace(node, dim=1, length=8, units=channels)
+
+    assert workspace_of(64) == workspace_of(16) == workspace_of(8)
 
 
 @pytest.mark.parametrize("window", [0, 300])

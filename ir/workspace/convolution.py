@@ -32,6 +32,7 @@ from .operands import (
 
 _BLOCK = 16  # channels of a block where vectors have 512 bits
 _SMALL_INPUT = 20480
+_TRANSPOSED = (torch.ops.aten.conv_transpose1d.default, torch.ops.aten.conv_transpose2d.input, torch.ops.aten.conv_transpose3d.input)
 
 
 def convolution(a: dict[str, Any], node: Node, threads: int, part: Part = WHOLE) -> Workspace:
@@ -76,7 +77,12 @@ class _Call:
         self.x = x
         self.weight_sizes = sizes(weight)
         self.kernel = self.weight_sizes[2:]
-        self.input = part.sizes(x)
+        channels_dim = len(sizes(node)) - len(self.kernel) - 1
+        is_feature = part.dim == channels_dim and part.length < part.units  # a slice of channels has one of the weight
+        if is_feature:
+            of_weight = 1 if node.target in _TRANSPOSED else 0
+            self.weight_sizes[of_weight] = part.of(self.weight_sizes[of_weight])
+        self.input = sizes(x) if is_feature else part.sizes(x)
         self.is_batched = len(self.input) == len(self.weight_sizes)
         self.input = [1] * (len(self.weight_sizes) - len(self.input)) + self.input
         self.flat = [*self.input[:3], product(self.input[3:])]
@@ -88,8 +94,10 @@ class _Call:
         self.is_pointwise = product(self.kernel) == 1 and not self.is_strided and not self.is_padded
         rest = [_is_not(_tail(a[name]), neutral) for name, neutral in (("stride", 1), ("padding", 0))]
         self.is_temporal = self.kernel[1:] == [1, 1] and not any(rest) and a["padding"] != "same"
-        self.channels = sizes(node)[-len(self.kernel) - 1]
-        self.places = part.of(numel(node) // self.channels)  # of the results of all images
+        channels = sizes(node)[channels_dim]
+        places = numel(node) // channels
+        self.channels = part.of(channels) if is_feature else channels
+        self.places = places if is_feature else part.of(places)  # of the results of all images
         self.input_places = product(self.input) // self.input[1]
         self.input_bytes = product(self.input) * self.itemsize
         self.result_bytes = self.places * self.channels * self.itemsize
@@ -99,7 +107,7 @@ class _Call:
         self.copied = 0 if is_as_wanted and not part.is_strided(x) else self.input_bytes
         self.is_plain = self.groups == 1 and self.input[1] < _BLOCK and product(self.kernel) > 1
         self.is_depthwise = self.groups > 1 and self.weight_sizes[1] == 1
-        self.weight_bytes = nbytes(weight)
+        self.weight_bytes = part.of(nbytes(weight)) if is_feature else nbytes(weight)
 
     def copied_to_flatten(self, start: int) -> int:
         """Bytes of the copy that views the dims from `start` on as one, where strides do not."""

@@ -101,7 +101,8 @@ def split(rewriter: Rewriter, product: Product, up: torch.Tensor, down: Node) ->
         raw = exact_value(low) if smooth is None else exact_value(low) / exact_value(smooth)
         return whole - wide_up @ raw
 
-    residual = computed(rewriter, f"{product.name}.residual", exact().to(torch.float32), exact)
+    wide = torch.float64 if product.dtype == torch.float64 else torch.float32  # in which the operation sums
+    residual = computed(rewriter, f"{product.name}.residual", exact().to(wide), exact)
     raised = computed(rewriter, f"{product.name}.up", up)
     arguments = (product.x, residual, None, down, raised, product.bias)
     options = {"weight_format": "none"} | ({} if product.smooth is None else {"smooth": product.smooth})

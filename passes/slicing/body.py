@@ -11,6 +11,7 @@ from ...ir import Node, SymbolTable, sliced
 from ...ir.infer import InferenceError, infer, same_tensor_type, storage_key, tensors_of
 from ...ir.links import OperandSlot, Refusal, Tag, backward, localize
 from ...ir.links.sizes import Size, same
+from ...ir.region_rules import check_region
 from ...ir.rewriter import RegionBuilder
 from ...ir.symbols import ceil_div
 from .candidate import Stop
@@ -31,11 +32,17 @@ class Body:
     outputs: list[tuple[Node, Node, int]]
 
     def whole(self, symbols: SymbolTable, count: Size) -> list[torch.Tensor]:
-        """The types of the outputs of a region with this body."""
+        """The types of the outputs of a region with this body.
+
+        Raises:
+            Unwritable: it does not type-check, or the slice of an operand is not proved to be what the body takes.
+        """
         region = self.builder.finish([inner for _, inner, _ in self.outputs])
         args = [region, self.builder.in_dims, [dim for _, _, dim in self.outputs], count, *self.builder.operands]
+        options = {"units": self.builder.units}
         try:
-            return infer(symbols, sliced, args, {"units": self.builder.units})
+            check_region(symbols, args, options)
+            return infer(symbols, sliced, args, options)
         except InferenceError as error:
             raise Unwritable(self.leaving[0], error) from error
 

@@ -1,0 +1,127 @@
+"""What becomes of a program under a pipeline, on given inputs: one trial, its verdict, and the pass to blame.
+
+    result = try_passes(program, "remove-no-ops,share-subexpressions", [random_inputs(program), hard_inputs(program)])
+    result.verdict.kind     right, wrong, unstable, refused, crashed or inconclusive
+
+The rule is that of `passes/verdict.py`, in the form that it has for tests; source: specs/trust.md, section 2. A *silent miscompile* is
+`wrong` or `unstable`, since the compile raised nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..ir import Program, parse
+from ..ir.errors import GraphwrightError, InputError, VerifyError, first_line
+from ..passes import Contract, Pass, PassManager, PassReport, Reference, Verdict, parse_pipeline
+from ..passes.pipeline import Pipeline
+
+GRAVITY = ("crashed", "wrong", "unstable", "refused", "inconclusive", "unmeasured", "right")
+"""The kinds of verdicts, the gravest first. Only `right` and `refused` pass; an `inconclusive` trial says nothing."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The gravest verdict over all input sets; `blamed` is the place, in the pipeline, of the pass that it is due to (None: of none), and
+    `input_set` the place of the inputs that showed it. `after` is the rewritten program, None where there is none."""
+
+    verdict: Verdict
+    blamed: int | None = None
+    input_set: int | None = None
+    reports: tuple[PassReport, ...] = ()
+    after: Program | None = None
+
+    @property
+    def fails(self) -> bool:
+        return self.verdict.fails
+
+
+def try_passes(program: Program, passes: Pipeline, input_sets: Sequence[Sequence[Any]]) -> TrialResult:
+    """Runs `passes` over `program`, the verifier behind each of them, and holds what came of it to their contracts on each of `input_sets`
+    (flat, a value for each leaf of main's inputs). What came of it must also print as text that parses back to an equal program.
+
+    Raises:
+        PassError: the pipeline does not parse, or stands in a wrong order.
+    """
+    pipeline = parse_pipeline(passes)
+    manager = PassManager(pipeline, checked=True)
+    try:
+        result = manager.run(program)
+    except GraphwrightError as error:
+        return _unfinished(error, pipeline)
+    history, reports = result.history, result.reports
+    found = TrialResult(Verdict("right"), reports=reports, after=result.program)
+    problem = _text_problem(result.program)
+    if problem:
+        return replace(found, verdict=Verdict("wrong", problem))
+    for index, inputs in enumerate(input_sets):
+        judged = _judge(pipeline, history, reports, inputs)
+        if GRAVITY.index(judged.verdict.kind) < GRAVITY.index(found.verdict.kind):
+            found = replace(found, verdict=judged.verdict, blamed=judged.blamed, input_set=index)
+        if found.fails:
+            break
+    return found
+
+
+def _unfinished(error: GraphwrightError, pipeline: Sequence[Pass]) -> TrialResult:
+    """A typed error is a refusal, but not one that stands for a broken rule of the IR or for any other exception inside a pass."""
+    cause = error.__cause__
+    is_crash = cause is not None and (isinstance(cause, VerifyError) or not isinstance(cause, GraphwrightError))
+    blamed = next((n for n, each in enumerate(pipeline) if f"pass {each.name}" in str(error)), None)
+    return TrialResult(Verdict("crashed" if is_crash else "refused", f"{type(error).__name__}: {error}"), blamed)
+
+
+def _text_problem(program: Program) -> str:
+    text = str(program)
+    try:
+        again = parse(text, weights=program.weights)
+    except GraphwrightError as error:
+        return f"its text does not parse back: {error}"
+    return "" if str(again) == text else "its text parses back to another program"
+
+
+def _judge(pipeline: Sequence[Pass], history: Sequence[Program], reports: Sequence[PassReport], inputs: Sequence[Any]) -> TrialResult:
+    """Exact passes that follow one another are judged as one; only where that fails is each of them judged, to find the one to blame."""
+    reference, worst = Reference(history[0], inputs), TrialResult(Verdict("right"))
+    begin = 0
+    try:
+        for end in range(1, len(pipeline) + 1):
+            if end < len(pipeline) and _is_plainly_exact(pipeline[end]) and _is_plainly_exact(pipeline[end - 1]):
+                continue
+            judged = _judge_run(range(begin, end), pipeline, history, reports, reference)
+            if GRAVITY.index(judged.verdict.kind) < GRAVITY.index(worst.verdict.kind):
+                worst = judged
+            if worst.fails:
+                break
+            if pipeline[end - 1].contract not in (Contract.EXACT, Contract.POLICY) and reports[end - 1].records:
+                reference = reference.followed_by(history[end], inputs)
+            begin = end
+    except InputError as error:
+        return TrialResult(Verdict("inconclusive", first_line(error)))
+    return worst
+
+
+def _judge_run(
+    run: range, pipeline: Sequence[Pass], history: Sequence[Program], reports: Sequence[PassReport], reference: Reference
+) -> TrialResult:
+    """The verdict on passes of which `run` holds the places: all exact, or one that is not."""
+    changing = [place for place in run if reports[place].records]
+    if not changing:
+        return TrialResult(Verdict("right"))
+    verdict = _held(pipeline[run[-1]], reference, history[run[-1] + 1])
+    if verdict.kind == "right":
+        return TrialResult(verdict)
+    for place in changing[:-1]:
+        earlier = _held(pipeline[place], reference, history[place + 1])
+        if earlier.kind == verdict.kind:
+            return TrialResult(earlier, place)
+    return TrialResult(verdict, changing[-1])
+
+
+def _held(each: Pass, reference: Reference, after: Program) -> Verdict:
+    return reference.judge_exact(after, strict=True) if _is_plainly_exact(each) else each.check(reference, after)
+
+
+def _is_plainly_exact(each: Pass) -> bool:
+    """Whether the exact rule and nothing else judges the pass. A policy leaves the graph as it was."""
+    return each.contract in (Contract.EXACT, Contract.POLICY) and type(each).check is Pass.check

@@ -1,0 +1,167 @@
+"""Trials by number, the runs that hold them, the files of a failure, and random pipelines."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from graphwright.ir import parse
+from graphwright.ir.errors import ArtifactError
+from graphwright.passes import CLEANUPS, FoldConstants, SliceGroups, parse_pipeline
+from graphwright.passes.pipeline import check_order
+from graphwright.testing import fuzz, pipelines, programs
+from graphwright.testing.cases import Case, load_case, save_case, spelled
+from graphwright.testing.choices import RandomChoices
+from graphwright.testing.pipelines import EXACT, random_pipeline
+from graphwright.testing.trials import Record, make_trial, run_trial
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+few = settings(max_examples=20, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+# --- pipelines ---
+
+
+@given(st.data())
+@few
+def test_a_pipeline_keeps_the_order_that_its_passes_ask_for_and_spells_back(data) -> None:
+    program = data.draw(programs(max_nodes=3))
+    passes = data.draw(pipelines(program))
+    check_order(passes)
+    assert [type(each) for each in parse_pipeline(spelled(passes))] == [type(each) for each in passes]
+
+
+def test_pipelines_repeat_passes_and_take_options_to_their_ends() -> None:
+    drawn = [random_pipeline(RandomChoices(random.Random(seed))) for seed in range(200)]
+    assert any(len({each.name for each in passes}) < len(passes) for passes in drawn)
+    flat = [each for passes in drawn for each in passes]
+    assert {each.limit for each in flat if isinstance(each, FoldConstants)} == {"16MiB", 0, "1KiB"}
+    assert {each.max_slices for each in flat if isinstance(each, SliceGroups)} == {64, 2, 7, 1}
+
+
+def test_without_a_program_passes_that_calibrate_are_left_out() -> None:
+    names = {each.name for seed in range(60) for each in random_pipeline(RandomChoices(random.Random(seed)))}
+    assert names == {each.name for each in EXACT} - {"smooth"}
+
+
+def test_pipelines_of_given_passes_hold_these_alone() -> None:
+    drawn = {each.name for seed in range(30) for each in random_pipeline(RandomChoices(random.Random(seed)), passes=CLEANUPS[:2])}
+    assert drawn == {each.name for each in CLEANUPS[:2]}
+
+
+# --- trials ---
+
+
+def test_a_trial_is_the_same_each_time_and_alone() -> None:
+    for number in (0, 7, 3):
+        one, two = make_trial(5, number), make_trial(5, number)
+        assert str(one.program) == str(two.program) and spelled(one.passes) == spelled(two.passes)
+        assert str(one.inputs) == str(two.inputs)
+    assert str(make_trial(6, 3).program) != str(make_trial(5, 3).program)
+
+
+def test_no_exact_pipeline_changes_a_program() -> None:
+    """A small run with a fixed seed; `make fuzz` is the long one."""
+    records = [run_trial(20, number, max_nodes=8) for number in range(40)]
+    assert [record for record in records if record.kind in fuzz.FAILING] == []
+    assert sum(record.kind == "inconclusive" for record in records) <= 2
+    assert sum(sum(record.fired.values()) for record in records) >= 20
+
+
+def test_what_goes_wrong_while_a_trial_is_made_is_a_crash_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_, **__):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr("graphwright.testing.trials.random_program", broken)
+    record = run_trial(0, 1)
+    assert (record.kind, record.reason) == ("crashed", "RuntimeError: no luck")
+
+
+def test_a_trial_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(*_, **__):
+        while True:
+            pass
+
+    monkeypatch.setattr("graphwright.testing.trials.MAX_SECONDS", 1)
+    monkeypatch.setattr("graphwright.testing.trials.random_program", endless)
+    assert run_trial(0, 1).kind == "timeout"
+
+
+# --- runs ---
+
+
+def test_a_run_goes_on_where_it_was_and_its_records_are_those_of_one_run(tmp_path: Path) -> None:
+    whole = [run_trial(3, number, max_nodes=3) for number in range(4)]
+    fuzz.fuzz(3, 2, tmp_path / "parts", max_nodes=3)
+    results = tmp_path / "parts" / "results.jsonl"
+    results.write_text(results.read_text()[:-20])  # killed while it wrote
+    parts = fuzz.fuzz(3, 4, tmp_path / "parts", max_nodes=3)
+    timeless = [[{**record.as_json(), "seconds": 0} for record in records] for records in (whole, parts)]
+    assert timeless[0] == timeless[1] and len(parts) == 4
+    assert len(results.read_text().splitlines()) == 4
+
+
+def test_a_file_that_is_no_run_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"number": 1}\n{"number": 1, "kind": "right"}\n')
+    with pytest.raises(ArtifactError, match=r"results.jsonl:1 is no record of a fuzzing run"):
+        fuzz.fuzz(0, 1, tmp_path)
+
+
+def test_another_run_does_not_mix_with_the_one_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({"seed": 1, "max_nodes": 12, "ops": ""}))
+    with pytest.raises(SystemExit, match="holds a run with"):
+        fuzz.main(["--seed", "2", "--out", str(tmp_path)])
+
+
+def test_one_trial_is_shown_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz.main(["--seed", "3", "--only", "1", "--max-nodes", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("graphwright 1") and '"kind": "right"' in shown
+
+
+def test_the_summary_counts_verdicts_rules_and_reasons() -> None:
+    records = [Record(0, "right", fired={"a/x": 2}, left={"a: no": 1}), Record(1, "refused", fired={"a/x": 1})]
+    verdicts, fired, left = fuzz.summary(records)
+    assert [list(column.cells) for column in verdicts.columns] == [["right", "refused"], ["1", "1"]]
+    assert [list(column.cells) for column in fired.columns] == [["a/x"], ["3"]]
+    assert [list(column.cells) for column in left.columns] == [["a: no"], ["1"]]
+
+
+# --- cases ---
+
+
+def test_a_case_comes_back_as_it_was_strides_shared_inputs_and_calibration_included(tmp_path: Path) -> None:
+    program = parse(
+        """graphwright 1
+weight @w : f32[4, 6] strides [1, 4] parameter "?"
+function main {
+  takes ((*, *, *), {})
+  gives *
+  input %x : f32[3, 6] strides [0, 1]
+  input %y : f32[3, 6]
+  input %z : f32[3, 6]
+  %a = aten.add.Tensor(%x, %y)
+  %b = aten.add.Tensor(%a, %z)
+  %c = aten.linear.default(%b, @w)
+  return %c
+}""",
+        weights={"w": torch.randn(6, 4).T},
+    )
+    x, y = torch.randn(6).expand(3, 6), torch.randn(3, 6)
+    case = Case(program, "smooth{alpha=1.0,min_numel=0,calibration=[]},remove-no-ops", ([x, y, y], [x, y, x + y]), "why")
+    save_case(tmp_path / "case", case, "wrong")
+    again = load_case(tmp_path / "case")
+    assert again.program == program and again.program.weights["w"].tensor.stride() == (1, 4)
+    assert again.inputs[0][1] is again.inputs[0][2] and again.inputs[0][0].stride() == (0, 1)
+    assert all(torch.equal(a, b) for before, after in zip(case.inputs, again.inputs) for a, b in zip(before, after))
+    assert spelled(again.passes()) == case.pipeline and len(again.passes()[0].calibration) == 2
+    assert again.run().verdict.kind == "right"
+
+
+def test_a_folder_that_holds_no_case_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no case of graphwright.testing"):
+        load_case(tmp_path)
