@@ -33,6 +33,20 @@ def test_files_that_claim_gigabytes_do_not_get_them(tmp_path):
     assert max(taken for _, _, taken in ended.values()) < onnx_large.CLAIMED / 4
 
 
+def test_functions_that_double_at_each_level_are_refused():
+    """2^40 nodes in a file of 40 functions."""
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
+    calls = [[(f"f{level + 1}", "x", "h"), (f"f{level + 1}", "h", "y")] for level in range(39)]
+    bodies = [[helper.make_node(op, [x], [y], domain="mine") for op, x, y in call] for call in calls]
+    bodies.append([helper.make_node("Neg", ["x"], ["y"])])
+    functions = [helper.make_function("mine", f"f{level}", ["x"], ["y"], body, imports) for level, body in enumerate(bodies)]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("f0", ["x"], ["y"], domain="mine")], "g", infos[:1], infos[1:])
+    model = helper.make_model(graph, opset_imports=imports, functions=functions)
+    with pytest.raises(gw.CaptureError, match="too many nodes when each is put in its place"):
+        gw.from_onnx(model)
+
+
 def test_a_name_that_is_no_text_is_an_error(tmp_path):
     node = helper.make_node("Relu", ["x"], ["y"], name="here")
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("x", "y")]

@@ -22,6 +22,8 @@ from .scope import Scope, domain_of, shown
 from .standard import body_of, known_attributes, misfit
 
 _MOST_NESTED = 64
+# Nodes of functions and graphs inside others, read once for each call: a file of 64 functions that call the next one twice has 2^64.
+_LEAST_EXPANDED, _EXPANDED_A_NODE = 2**14, 64
 # Elements of a tensor of functions that are compared with what they say they are; more in files of large weights, of 4 bits each perhaps.
 _MOST_COMPARED, _COMPARED_A_BYTE = 2**24, 2
 # What Python and torch say of attributes that are missing or of another type, as a file may have them.
@@ -34,9 +36,11 @@ class Nodes:
     def __init__(self, builder: Builder, tensors: Tensors, functions: dict[tuple[str, str], Any]):
         self.builder, self.tensors, self.functions = builder, tensors, functions
         self.depth = 0
+        self.left = [_LEAST_EXPANDED + _EXPANDED_A_NODE * sum(len(each.node) for each in functions.values())]  # one count for all bodies
         self.claims: dict[tuple[Any, ...], bool] = {}  # of functions that say they are an operator of ours, whether they are
 
     def read(self, nodes: Any, scope: Scope) -> None:
+        self._spend(len(nodes) if self.depth else -_EXPANDED_A_NODE * len(nodes))
         for node in nodes:
             before = self.builder.where
             self.builder.where = Where(module=_printable(node.name or (node.output[0] if node.output else node.op_type)))
@@ -48,6 +52,14 @@ class Nodes:
                 if name:
                     scope.values[name] = value
             self.builder.where = before
+
+    def _spend(self, count: int) -> None:
+        self.left[0] -= count
+        if self.left[0] < 0:
+            raise CaptureError(
+                f"functions and graphs in one another are too many nodes when each is put in its place, at {self.builder.where.module}: "
+                "call fewer, or export the model without functions"
+            )
 
     def _read(self, node: Any, inputs: list[Value], scope: Scope) -> tuple[Value, ...]:
         domain = domain_of(node.domain)
@@ -123,7 +135,7 @@ class Nodes:
     def _body_on(self, function: Any, node: Any, builder: Builder, values: list[Value]) -> tuple[Value, ...]:
         """What a function gives on `values`, as calls added to `builder`."""
         inside = Nodes(builder, self.tensors, self.functions)
-        inside.depth, inside.claims = self.depth, self.claims
+        inside.depth, inside.claims, inside.left = self.depth, self.claims, self.left
         return inside._call_function(function, node, values, Scope({}))
 
     def _by_reader(self, reader: Any, domain: str, call: Call, inputs: list[Value]) -> tuple[Value, ...]:
