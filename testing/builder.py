@@ -212,7 +212,7 @@ class Builder:
     def partner(self, value: Value, fits: Callable[[Value], bool] = lambda other: other.is_float) -> Value:
         """A value that broadcasts with `value`."""
         known = [other for other in self.values if fits(other) and (self.broadcasts(other.shape, value.shape))]
-        if known and self.choices.chance(75):
+        if known and self.choices.chance(55):
             return self.choices.pick(known)
         return self.leaf(self.broadcastable(value.shape), value.dtype if not self.choices.chance(15) else self.float_dtype())
 

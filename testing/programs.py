@@ -32,10 +32,11 @@ def programs(draw: Any, ops: Collection[str] | None = None, max_nodes: int = 12)
     """Programs of one function with up to about `max_nodes` calls (a motif that was begun is finished).
 
     `ops` are families: attention, convolutions, creation, dialect, elementwise, indexing, motifs, norms, products, random, reductions,
-    shapes, sizes (of programs with dynamic dims) and state; None for all. Weights have values. Inputs are made with `inputs_for`.
+    shapes, sizes (of programs with dynamic dims) and state; or single operations by name, such as `aten.relu.default`. None is all
+    families. Weights have values. Inputs are made with `inputs_for`.
 
     Raises:
-        InputError: a family is unknown.
+        InputError: there is no such family or operation.
     """
     return random_program(DrawnChoices(draw, st.integers), ops, max_nodes)
 

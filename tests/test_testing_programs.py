@@ -114,8 +114,15 @@ def test_programs_have_what_real_ones_have() -> None:
 def test_families_can_be_chosen() -> None:
     elementwise = {name for seed in range(20) for name in calls(made(seed, ops=["elementwise"]))}
     assert not elementwise & {"aten.linear.default", "aten.view.default", "aten.sum.dim_IntList"}
-    with pytest.raises(InputError, match="no operations are called convs: the families are attention, convolutions"):
+    with pytest.raises(
+        InputError, match="convs is neither an operation, such as aten.relu.default, nor a family: these are attention, conv"
+    ):
         made(0, ops=["convs"])
+
+
+@pytest.mark.parametrize("name", ["aten.relu.default", "aten.sub.Tensor", "aten.hypot.default", "aten.cat.default", "aten.cummax.default"])
+def test_single_operations_can_be_chosen_by_name(name: str) -> None:
+    assert {call for seed in range(10) for call in calls(made(seed, ops=[name]))} - {"getitem"} == {name}
 
 
 def test_values_stay_small_enough_to_run_often() -> None:
