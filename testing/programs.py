@@ -46,8 +46,8 @@ def random_program(choices: Choices, ops: Collection[str] | None = None, max_nod
     families = makers_of(ops)
     dynamic = choices.chance(25)
     builder = Builder(choices, dynamic=dynamic)
-    if dynamic:
-        builder.input((*builder.symbolic(), choices.pick((4, 8, 3))), builder.float_dtype())
+    last = choices.pick((4, 8, 3))
+    builder.input((*builder.symbolic(), last) if dynamic else builder.shape(2, 2), builder.float_dtype())
     names = _drawn_families(choices, list(families), dynamic)
     wanted = choices.integer(1, max_nodes)
     for _ in range(_TRIES * wanted):

@@ -174,7 +174,6 @@ FAULTS = {
     SwappedSub(): ["aten.sub.Tensor", "elementwise"],
     OffByOneSlice(): ["aten.narrow.default"],
     StaleShape(): ["sizes"],
-    WrongBroadcast(): ["aten.mul.Tensor"],
     SmallError(): ["aten.sigmoid.default", "elementwise"],
     LostPrecision(): ["aten.sigmoid.default", "elementwise"],
     SharedOutput(): ["aten.clone.default", "elementwise"],
@@ -256,12 +255,22 @@ def test_a_bounded_pass_needs_a_measure_of_its_own() -> None:
         check_pass(Unmeasured(), ops=["aten.square.default"], examples=20)
 
 
-def test_programs_may_be_ones_own() -> None:
-    text = "graphwright 1\nfunction main {\n  takes ((*), {})\n  gives *\n  input %x : f32[3]\n  %0 = aten.square.default(%x)\n  return %0\n}\n"
-    check_pass(SquareByProduct(), programs=st.builds(parse, st.just(text)), examples=2)
+def scaled_rows(rows: int, columns: int):
+    """A matrix times a row."""
+    inputs = f"  input %x : f32[{rows}, {columns}]\n  input %y : f32[{columns}]\n"
+    body = "  %0 = aten.mul.Tensor(%x, %y)\n  return %0\n"
+    return parse("graphwright 1\nfunction main {\n  takes ((*, *), {})\n  gives *\n" + inputs + body + "}\n")
+
+
+def test_programs_may_be_ones_own_such_as_those_on_which_a_wrong_broadcast_type_checks() -> None:
+    with pytest.raises(AssertionError, match="wrong-broadcast is not exact: wrong") as caught:
+        check_pass(WrongBroadcast(), programs=st.builds(scaled_rows, st.integers(2, 6), st.integers(2, 6)), examples=50)
+    assert "input %x : f32[2, 2]" in str(caught.value)
 
 
 def test_every_clean_up_is_checked_somewhere() -> None:
     for each in CLEANUPS:
-        ops = {"remove-proven-assertions": ["sizes"]}.get(each.name, ["motifs", "elementwise", "sizes"])
-        check_pass(each, ops=ops, examples=30, max_nodes=6)
+        ops = {"remove-proven-assertions": ["sizes"], "remove-dead-code": ["elementwise", "shapes"]}.get(
+            each.name, ["motifs", "elementwise"]
+        )
+        check_pass(each, ops=ops, examples=50, max_nodes=6)
