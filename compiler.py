@@ -23,6 +23,7 @@ from .runtime.artifact import Saved
 from .runtime.backend import choose_backend
 from .runtime.cache import Cache, default_cache
 from .runtime.compiled import Compilation, CompiledModel
+from .runtime.modes import other_mode
 from .runtime.pass_cache import run_or_find
 from .runtime.training import trainable_copy
 
@@ -58,7 +59,9 @@ def compile(
 
     With `trainable` calls keep gradients for the parameters that the program still has, those that passes added included (`kind` "added"
     in its weight table); the model then owns copies of them, and optimizers change what `generate` and `save` use too. Such calls run
-    operation by operation, by the bodies of the dialect; under `torch.no_grad()` by the backend as ever.
+    operation by operation, by the bodies of the dialect or what has their gradients in less memory; under `torch.no_grad()` by the
+    backend as ever. `.train()` and `.eval()` are taken where the module makes the same calls in both modes, which is seen by capturing it
+    in both.
 
     Raises:
         CaptureError: the module cannot be captured; every blocker is listed.
@@ -78,10 +81,8 @@ def compile(
         result = run_or_find(PassManager(pipeline, verify=verify, inputs=inputs, progress=progress), program, kept)
         contract = Contract.weakest([captured.contract, result.contract])
         reports = (*captured.reports, *result.reports)
-        made = trainable_copy(result.program) if trainable else result.program
-        return Compilation(
-            made, backend, parameters, result.history, reports, contract, captured.training, module, kept, trainable=trainable
-        )
+        made, mode = trainable_copy(result.program) if trainable else result.program, (captured.training, captured.other_mode)
+        return Compilation(made, backend, parameters, result.history, reports, contract, *mode, module, kept, trainable=trainable)
 
     if isinstance(model, CompiledModel) or not isinstance(model, nn.Module):
         if dynamic_shapes is not None:
@@ -92,7 +93,8 @@ def compile(
         # torch.export takes two arguments that are one tensor for one argument; each is a tensor of its own here.
         apart_args, apart_kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         program = capture(model, apart_args, apart_kwargs, dynamic_shapes=dynamic_shapes)
-        return finish(Saved(program, parameters_of(model.forward), training=model.training), (args, kwargs), model)
+        other = other_mode(model, program, apart_args, apart_kwargs, dynamic_shapes) if trainable else None
+        return finish(Saved(program, parameters_of(model.forward), training=model.training, other_mode=other), (args, kwargs), model)
 
     if example_inputs is None and example_kwargs is None:
         return CompiledModel(make=make, training=model.training)
@@ -124,9 +126,11 @@ def compile_decoder(model: nn.Module, passes: Pipeline = (), **options: Any) -> 
     return compile(model, pipeline, example_inputs=(), example_kwargs=example.kwargs, dynamic_shapes=shapes, **options)
 
 
-def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, cache: CacheChoice = True) -> CompiledModel:
+def load(
+    path: str | Path, *, backend: str = "auto", sha256: str | None = None, trainable: bool = False, cache: CacheChoice = True
+) -> CompiledModel:
     """The model that `compiled.save(path)` wrote, as it was: no pass runs again. `sha256` is the digest that the file must have, `cache`
-    where compiled code is kept, as for `compile`.
+    where compiled code is kept, `trainable` whether calls keep gradients, as for `compile`.
 
     Raises:
         ArtifactError: the file is not a whole, unedited artifact of a version that this graphwright reads.
@@ -135,8 +139,11 @@ def load(path: str | Path, *, backend: str = "auto", sha256: str | None = None, 
     kept = _cache(cache)
     saved = artifact.load(path, sha256=sha256, cache=kept)
     backend = choose_backend(backend)
-    promised = (saved.reports, saved.contract, saved.training)
-    return CompiledModel(Compilation(saved.program, backend, saved.parameters, (), *promised, cache=kept, kernels=saved.kernels))
+    program = trainable_copy(saved.program) if trainable else saved.program
+    promised = (saved.reports, saved.contract, saved.training, saved.other_mode)
+    return CompiledModel(
+        Compilation(program, backend, saved.parameters, (), *promised, cache=kept, kernels=saved.kernels, trainable=trainable)
+    )
 
 
 def _cache(choice: Any) -> Cache | None:

@@ -1,8 +1,9 @@
 """ONNX files: time of an export and of an import a node, at 100, 1,000 and 10,000 nodes; a sliced network's peak memory in onnxruntime; and
 which networks of the zoo come back through which passes.
 
-`round trips` (`--only`): how far what comes back is from float64, over how far the program itself is or its rounding explains: up to 4 is
-right. A program is exported, imported and run, each function of a decoder by itself, and the worst counts.
+`round trips` (`--only`; of them those that `--pairs` matches): how far what comes back is from float64, over how far the program itself is
+or its rounding explains: up to 4 is right. A program is exported, imported and run, each function of a decoder by itself, and the worst
+counts.
 
 Times are a node's, of one call each, and the ratio is that to the smallest size: 1 where time grows linearly. An export is timed without
 the check in onnxruntime, whose time is that of runs. Peaks are those of a process that runs the file once, less what importing onnxruntime
@@ -10,6 +11,7 @@ takes.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -86,7 +88,8 @@ def peak(bench: Bench, folder: Path) -> None:
 
 
 def round_trips(bench: Bench, folder: Path) -> None:
-    for trip in trips()[:: 12 if bench.quick else 1]:
+    named = [trip for trip in trips() if re.search(bench.options.pairs, str(trip))]
+    for trip in named[:: 12 if bench.quick else 1]:
         try:
             found = verdicts(trip.compiled(), folder, **trip.options)
         except gw.GraphwrightError as error:
@@ -96,6 +99,7 @@ def round_trips(bench: Bench, folder: Path) -> None:
             if verdict.kind != "right":
                 bench.note(f"{trip}, {name}: {verdict}")
         bench.row(f"round trip of {trip}", "error", "1", max(verdict.error_ratio for verdict in found.values()), {})
+        bench.save()
 
 
 SLICED = "slice-groups{memory_budget=25%}"
@@ -113,6 +117,7 @@ def main() -> None:
 
 def add_only(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=SECTIONS, help="one section alone")
+    parser.add_argument("--pairs", default="", metavar="REGEX", help="round trips of which it matches network, passes and options")
 
 
 if __name__ == "__main__":

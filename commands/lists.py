@@ -1,6 +1,7 @@
 """passes and zoo: what there is."""
 
 import argparse
+import inspect
 from dataclasses import fields
 from typing import Any
 
@@ -8,27 +9,39 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .. import models
-from ..passes import CLEANUPS, Contract, all_passes
+from ..passes import CLEANUPS, Contract, Pass, all_passes
 from ..passes.options import spell_value
+from ..passes.registry import pass_named
 from .result import Result, table
 
 
 def passes(options: argparse.Namespace) -> Result:
-    cleanups = {each.name for each in CLEANUPS}
-    found: list[dict[str, Any]] = []
-    for name, kind in all_passes().items():
-        spelled = [f for f in fields(kind) if f.metadata.get("spelled", True)]
-        listed = [{"name": f.name, "default": spell_value(f.default), "legal": f.metadata.get("legal", "")} for f in spelled]
-        about = next(iter((kind.__doc__ or "").strip().splitlines()), "")
-        declared: Any = kind.contract  # a property where options may change it
-        contract = declared if isinstance(declared, Contract) else kind().contract
-        found.append({"name": name, "contract": str(contract), "cleanup": name in cleanups, "about": about, "options": listed})
+    if options.passname is not None:
+        found = _described(options.passname, pass_named(options.passname))
+        title = f"{found['name']}  ({found['contract']}{', a clean-up: on by default' if found['cleanup'] else ''})"
+        return Result("\n".join([title, "", found["doc"], "", *_spelled(found)]).rstrip() + "\n", found)
+    every = [_described(name, kind) for name, kind in all_passes().items()]
     rows = []
-    for each in found:
+    for each in every:
         default = "  (a clean-up: on by default)" if each["cleanup"] else ""
         rows.append([each["name"], each["contract"], each["about"] + default])
-        rows += [["", "", f"  {o['name']}={o['default']}  ({o['legal']})"] for o in each["options"]]
-    return Result(table(["pass", "contract", "what it does; options with their defaults"], rows), {"passes": found})
+        rows += [["", "", line] for line in _spelled(each)]
+    return Result(table(["pass", "contract", "what it does; options with their defaults"], rows), {"passes": every})
+
+
+def _described(name: str, kind: type[Pass]) -> dict[str, Any]:
+    spelled = [f for f in fields(kind) if f.metadata.get("spelled", True)]
+    listed = [{"name": f.name, "default": spell_value(f.default), "legal": f.metadata.get("legal", "")} for f in spelled]
+    declared: Any = kind.contract  # a property where options may change it
+    contract = declared if isinstance(declared, Contract) else kind().contract
+    doc = inspect.cleandoc(kind.__doc__ or "")
+    about = next(iter(doc.splitlines()), "")
+    is_cleanup = any(each.name == name for each in CLEANUPS)
+    return {"name": name, "contract": str(contract), "cleanup": is_cleanup, "about": about, "doc": doc, "options": listed}
+
+
+def _spelled(described: dict[str, Any]) -> list[str]:
+    return [f"  {o['name']}={o['default']}  ({o['legal']})" for o in described["options"]]
 
 
 def zoo(options: argparse.Namespace) -> Result:

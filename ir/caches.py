@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .ops.rat import ring_of
+from .ops.rat_parts import ring_of
 from .pattern import named_arguments
 from .program import Function, Node
 

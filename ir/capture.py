@@ -37,6 +37,7 @@ from .functionalize import NotFunctional, functional_variant, instance_norm, is_
 from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
 from .parser import is_symbol_name
 from .program import Function, Node, Program, Weight, Where
+from .size_nodes import SizeNodes
 from .symbols import UNBOUNDED, Symbol, SymbolTable, hint
 from .tree import Tree
 from .types import DTYPE_NAMES
@@ -94,9 +95,9 @@ def from_exported(exported: ExportedProgram, dim_names: Mapping[tuple[int, int],
 
 
 def _is_plain(exported: ExportedProgram) -> bool:
-    """Whether sizes are numbers, weights are plain tensors and every call is an operation of the IR."""
+    """Whether weights are plain tensors and every call is an operation of the IR."""
     weights = [*exported.state_dict.values(), *exported.constants.values()]
-    if exported.range_constraints or any(map(is_traceable_wrapper_subclass, weights)):
+    if any(map(is_traceable_wrapper_subclass, weights)):
         return False
     return all(node.op != "get_attr" and (node.op != "call_function" or _is_known(node)) for node in exported.graph.nodes)
 
@@ -342,7 +343,17 @@ class _Importer:
         target = _known(target)
         if target is torch.ops.aten.lift_fresh_copy.default:  # what torch.tensor(..) inside a model is traced as
             target = torch.ops.aten.clone.default
-        return take_apart(target, args, kwargs, self.symbols, add) if is_ambiguous(target) else add(target, args, kwargs)
+        if not is_ambiguous(target):
+            return add(target, args, kwargs)
+        return take_apart(target, args, kwargs, self.symbols, add, functools.partial(self._node_of_size, add))
+
+    def _node_of_size(self, add: Callable[..., Node], size: Any) -> Any:
+        """The node of a size that an operation computes from those of its operands, or a number."""
+        sizes = [node for node in self.graph.nodes if isinstance(node.meta["val"], torch.SymInt)]
+        known = SizeNodes([*sizes, *(node for node in self.graph.nodes if node.op == "placeholder")])
+        if not known.knows(size):
+            raise NotFunctional("it computes a size that the inputs do not tell")
+        return known.made(size, add)
 
     def _write(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], add: Callable[..., Node]) -> Any:
         """The functional variant of a write to memory that nothing reads later by another name."""

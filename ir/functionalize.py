@@ -44,13 +44,16 @@ def is_ambiguous(target: Any) -> bool:
     return has_body and not _is_preservable_cia_op(target)
 
 
-def take_apart(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: SymbolTable, add: Add) -> Any:
-    """The nodes of the results of `target(*args, **kwargs)`, an operand's own where it is returned; `add` makes each call.
+def take_apart(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], symbols: SymbolTable, add: Add, node_of_size: Callable[[Any], Any]
+) -> Any:
+    """The nodes of the results of `target(*args, **kwargs)`, an operand's own where it is returned; `add` makes each call, and
+    `node_of_size` gives the node of a symbolic size that is no operand's.
 
     Raises:
         NotFunctional: the operation writes to an operand, or works on something that is no node.
     """
-    recorder = _Recorder(add)
+    recorder = _Recorder(add, node_of_size)
     operands, keywords = pytree.tree_map_only(Node, recorder.value_of, (args, kwargs))
     try:
         with symbols.inference(), torch.amp.autocast("cpu", enabled=False), enable_python_dispatcher(), recorder:
@@ -63,18 +66,21 @@ def take_apart(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], symbo
 class _Recorder(TorchDispatchMode):
     """Makes a node of each operation that reaches the dispatcher."""
 
-    def __init__(self, add: Add):
+    def __init__(self, add: Add, node_of_size: Callable[[Any], Any]):
         super().__init__()
-        self.add = add
+        self.add, self.node_of_size = add, node_of_size
         self.nodes: dict[int, Node] = {}
 
     def value_of(self, node: Node) -> Any:
-        for tensor in tensors_of(node.meta["val"]):
-            self.nodes[id(tensor)] = node
-        return node.meta["val"]
+        value = node.meta["val"]
+        for part in [value] if isinstance(value, torch.SymInt) else tensors_of(value):
+            self.nodes[id(part)] = node
+        return value
 
-    def node_of(self, value: Any) -> Node:
+    def node_of(self, value: Any) -> Any:
         if id(value) not in self.nodes:
+            if isinstance(value, torch.SymInt):
+                return self.node_of_size(value)
             raise NotFunctional(f"a {type(value).__name__} that no call makes")
         return self.nodes[id(value)]
 

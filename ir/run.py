@@ -23,23 +23,25 @@ def run(
     states: Mapping[str, torch.Tensor] | None = None,
     observe: Callable[[Node, Any], Any] | None = None,
     parameters: Mapping[str, torch.Tensor] | None = None,
+    instead: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """The flat outputs and new states of `function` on flat `inputs` (one for each leaf, constants included).
 
     `observe(node, value)` may return another value to use in its place (noise injection, recording). `parameters` stand for the weights of
-    their names, and outputs carry gradients for them; without any no gradients are kept.
+    their names, and outputs carry gradients for them; without any no gradients are kept. `instead` has functions that are called in the
+    place of operators.
 
     Raises:
         InputError: the number of inputs is wrong, or a weight has no tensor (a program read from text alone).
     """
-    body = program.functions[function]
+    body, called = program.functions[function], instead or {}
     values = _bind(program, body, inputs, {**(states or {}), **(parameters or {})})
     last_use = last_uses(body.graph)
     with torch.no_grad() if parameters is None else nullcontext():
         for node in body.graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
+                values[node] = called.get(node.target, node.target)(*args, **kwargs)
                 if observe is not None:
                     values[node] = observe(node, values[node])
             for dead in last_use.get(node, ()):

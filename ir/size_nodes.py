@@ -1,11 +1,11 @@
-"""Sizes as nodes: a symbolic size is computed, before a given node, from the sizes of the function's inputs.
+"""Sizes as nodes: a symbolic size is computed from the sizes of the function's inputs.
 
 What a captured graph writes as a size of some intermediate is a size of its inputs too, so no body and no count needs a tensor that
 slicing takes apart.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
-from .program import Function, Node
+from .program import Node
 from .rewriter import Rewriter
 
 _BINARY: dict[type, Callable[..., Any]] = {
@@ -29,6 +29,9 @@ _BINARY: dict[type, Callable[..., Any]] = {
 }
 
 
+Make = Callable[[Callable[..., Any], tuple[Any, ...]], Node]  # the node of a call: one that is there already, or a new one
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a size stands among the inputs; `dim` None: the input is the size itself. The size is `factor` times what is sought."""
@@ -39,13 +42,12 @@ class _Place:
 
 
 class SizeNodes:
-    """The sizes that the inputs of one function tell."""
+    """The sizes that `inputs` tell: placeholders, or other nodes that stand before those that need one."""
 
-    def __init__(self, function: Function):
-        self._graph = function.graph
+    def __init__(self, inputs: Iterable[Node]):
         self._places: dict[sympy.Basic, _Place] = {}
         multiples: dict[sympy.Basic, _Place] = {}
-        for source in function.placeholders:
+        for source in inputs:
             value = source.meta["val"]
             sizes = list(enumerate(value.shape)) if isinstance(value, torch.Tensor) else [(None, value)]
             for dim, size in sizes:
@@ -71,23 +73,28 @@ class SizeNodes:
 
         `size` must be known.
         """
-        return size if isinstance(size, int) else self._of(rewriter, size.node.expr, before)
+        return self.made(size, lambda target, args: _found_or_inserted(rewriter, target, args, before))
 
-    def _of(self, rewriter: Rewriter, expr: sympy.Basic, before: Node) -> Any:
+    def made(self, size: Any, make: Make) -> Any:
+        """The node of the value `size`, of calls that `make` gives; a plain number stays one. `size` must be known."""
+        return size if isinstance(size, int) else self._of(size.node.expr, make)
+
+    def _of(self, expr: sympy.Basic, make: Make) -> Any:
         if expr.is_Integer:
             return int(expr)
         place = self._places.get(expr)
         if place is None:
             operands = sorted(expr.args, key=lambda arg: (arg.is_Integer, str(arg))) if expr.is_Add or expr.is_Mul else expr.args
-            values = [self._of(rewriter, operand, before) for operand in operands]
-            return reduce(lambda a, b: self._call(rewriter, _BINARY[type(expr)], (a, b), before), values)
-        size = place.source if place.dim is None else self._call(rewriter, torch.ops.aten.sym_size.int, (place.source, place.dim), before)
-        return size if place.factor == 1 else self._call(rewriter, operator.floordiv, (size, place.factor), before)
+            values = [self._of(operand, make) for operand in operands]
+            return reduce(lambda a, b: make(_BINARY[type(expr)], (a, b)), values)
+        size = place.source if place.dim is None else make(torch.ops.aten.sym_size.int, (place.source, place.dim))
+        return size if place.factor == 1 else make(operator.floordiv, (size, place.factor))
 
-    def _call(self, rewriter: Rewriter, target: Callable[..., Any], args: tuple[Any, ...], before: Node) -> Node:
-        for node in self._graph.nodes:
-            if node is before:
-                return rewriter.insert(target, args, before=before)
-            if node.op == "call_function" and node.target is target and node.args == args and not node.kwargs:
-                return node
-        raise AssertionError("the node that a size is needed before is in another graph")
+
+def _found_or_inserted(rewriter: Rewriter, target: Callable[..., Any], args: tuple[Any, ...], before: Node) -> Node:
+    for node in rewriter.function.graph.nodes:
+        if node is before:
+            return rewriter.insert(target, args, before=before)
+        if node.op == "call_function" and node.target is target and node.args == args and not node.kwargs:
+            return node
+    raise AssertionError("the node that a size is needed before is in another graph")

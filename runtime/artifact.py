@@ -42,13 +42,15 @@ _MAX_MANIFEST = 16 * 2**20
 @dataclass(frozen=True)
 class Saved:
     """What an artifact holds: the program, the parameters of the call, the pipeline's contract, the passes' reports as text, whether it
-    was captured in train mode, and the sources of its kernels."""
+    was captured in train mode, why the other mode is another model ("" where it is not, None where nobody knows), and the sources of its
+    kernels."""
 
     program: Program
     parameters: tuple[Parameter, ...] = ()
     contract: Contract = Contract.EXACT
     reports: tuple[str, ...] = ()
     training: bool = False
+    other_mode: str | None = None
     kernels: tuple[str, ...] = ()
 
 
@@ -120,6 +122,7 @@ def _manifest(saved: Saved, tied: Mapping[str, str], members: list[Member]) -> b
         "contract": str(saved.contract),
         "reports": list(saved.reports),
         "training": saved.training,
+        "other_mode": saved.other_mode,
         "tied": dict(tied),
     }
     return json.dumps(data, sort_keys=True, indent=1).encode()
@@ -156,7 +159,8 @@ def load(path: str | Path, *, sha256: str | None = None, cache: Cache | None = N
             raise ArtifactError("its weights are not those that its program names")
         program.weights.update({name: _placed(weight) for name, weight in program.weights.items()})
         kernels = tuple(bytes(content[slice(*place)].numpy()).decode("utf-8") for name, place in members.items() if _KERNEL.fullmatch(name))
-        return Saved(program, manifest["parameters"], manifest["contract"], manifest["reports"], manifest["training"], kernels)
+        known = {name: manifest[name] for name in ("parameters", "contract", "reports", "training", "other_mode")}
+        return Saved(program, kernels=kernels, **known)
 
 
 @contextmanager
@@ -201,11 +205,13 @@ def _checked_manifest(content: torch.Tensor, members: Mapping[str, tuple[int, in
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         version = manifest.get("format") if isinstance(manifest, dict) else None
         raise ArtifactError(f"it has format {version!r}, and this graphwright reads format {FORMAT}")
-    manifest = {"training": False} | manifest  # the first ones did not say
-    if set(manifest) != {"format", "members", "parameters", "contract", "reports", "training", "tied"}:
+    manifest = {"training": False, "other_mode": None} | manifest  # the first ones did not say
+    if set(manifest) != {"format", "members", "parameters", "contract", "reports", "training", "other_mode", "tied"}:
         raise ArtifactError("its manifest has other keys than format 1 has")
     if not isinstance(manifest["training"], bool):
         raise ArtifactError("its manifest says neither that the model was captured in train mode nor that it was not")
+    if not isinstance(manifest["other_mode"], str | None):
+        raise ArtifactError("its manifest gives what the other mode changes as something else than text")
     expected = {
         name: {"size": end - begin, "sha256": _sha256(content[begin:end])} for name, (begin, end) in members.items() if name != _MANIFEST
     }

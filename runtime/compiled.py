@@ -17,7 +17,6 @@ from ..ir import Program
 from ..ir.calling import Call, Parameter
 from ..ir.derive import specialised
 from ..ir.errors import ArtifactError, InputError, TargetError
-from ..ir.run import run
 from ..ir.tree import unflatten
 from ..passes import Contract
 from . import artifact
@@ -29,9 +28,10 @@ from .decoding.steps import ProgramDecoder
 from .denoising.ratio import ARGUMENT, RowsByRatio, schedule_of
 from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
+from .modes import NAMES
 from .packing import Packs
 from .report import Report, Threads, predicted, predicted_on
-from .training import as_trained, parameters_of
+from .training import as_trained, parameters_of, run_with_gradients
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
@@ -43,8 +43,9 @@ Make = Callable[[tuple[Any, ...], dict[str, Any]], "Compilation"]
 @dataclass(frozen=True)
 class Compilation:
     """A program to run, and how it came to be: the captured program and the one after each pass, reports, contract, whether
-    the module was in train mode when it was captured, the module, where there was one, where compiled code is kept, the sources of
-    Triton kernels that came with it, and whether calls keep gradients."""
+    the module was in train mode when it was captured, why the other mode is another model ("" where it is not, None where nobody knows),
+    the module, where there was one, where compiled code is kept, the sources of Triton kernels that came with it, and whether calls keep
+    gradients."""
 
     program: Program
     backend: str
@@ -53,6 +54,7 @@ class Compilation:
     reports: tuple[Any, ...] = ()
     contract: Contract = Contract.EXACT
     training: bool = False
+    other_mode: str | None = None
     module: nn.Module | None = None
     cache: Cache | None = None
     kernels: tuple[str, ...] = ()
@@ -284,14 +286,16 @@ class CompiledModel(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> "CompiledModel":
-        """Keeps the mode in which the model was captured.
+        """Keeps what was captured, in whichever mode that was; a model with `trainable` takes the other mode where it is the same there.
 
         Raises:
-            InputError: the other mode is asked for.
+            InputError: in the mode that is asked for it is another model, or nobody knows whether it is.
         """
-        if mode != self.training:
-            names = {True: "train", False: "eval"}
-            raise InputError(f"this model was captured in {names[self.training]} mode: compile the original after .{names[mode]}()")
+        captured, why = (self.training, None) if self._runner is None else self._runner.mode
+        if mode != captured and why != "":
+            known = f", and {why}" if why else ""
+            raise InputError(f"this model was captured in {NAMES[captured]} mode{known}: compile the original after .{NAMES[mode]}()")
+        self.training = mode
         return self
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -335,12 +339,18 @@ class _Runner:
             return unflatten(self._out_spec, self._by_ratio(inputs, ratio))
         with self._turn:
             if self.compilation.trainable and torch.is_grad_enabled():
-                leaves, new_states = run(self.compilation.program, inputs, states=self.states, parameters=self.parameters)
+                leaves, new_states = run_with_gradients(self.compilation.program, inputs, self.parameters, states=self.states)
             else:
                 leaves, new_states = self.executor(inputs, self.states)
             if new_states:
                 leaves = self._write_back(leaves, new_states, given)
         return unflatten(self._out_spec, leaves)
+
+    @property
+    def mode(self) -> tuple[bool, str | None]:
+        """Whether it was captured in train mode, and why the other is another model: without gradients nobody asks."""
+        compiled = self.compilation
+        return compiled.training, compiled.other_mode if compiled.trainable else None
 
     def check_weights(self) -> None:
         """Raises InputError where a weight that passes folded into others was changed since."""
@@ -366,7 +376,7 @@ class _Runner:
     def _outputs_of(self, function: str, inputs: Sequence[Any]) -> list[Any]:
         """Of a function without states."""
         if self.compilation.trainable and torch.is_grad_enabled():
-            return run(self.compilation.program, inputs, function=function, parameters=self.parameters)[0]
+            return run_with_gradients(self.compilation.program, inputs, self.parameters, function=function)[0]
         with self._lock:
             executor = self._named.get(function) or self._named.setdefault(function, self._executor_of(function, {}))
         return executor(inputs, {})[0]
@@ -403,7 +413,7 @@ class _Runner:
         program.weights.update(states)
         sources = tuple(kernel.source for kernel in self.executor.kernel_calls()) or compiled.kernels
         reports = tuple(map(str, compiled.reports))
-        return Saved(program, compiled.parameters, compiled.contract, reports, compiled.training, sources)
+        return Saved(program, compiled.parameters, compiled.contract, reports, compiled.training, compiled.other_mode, sources)
 
     @contextmanager
     def states_kept(self) -> Iterator[None]:

@@ -1,14 +1,32 @@
-"""Parameters of a program that is trained on: copies of the module's, which lie where the program's weights do, so that what an optimizer
-writes is what every function of the program reads."""
+"""Training on a program: its parameters, copies of the module's, which lie where the program's weights do, so that what an optimizer
+writes is what every function of the program reads; and calls that keep gradients."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..ir import Program
+from ..ir.ops.rat_blocks import rat_attention_by_blocks
+from ..ir.run import run
 
 TRAINED = ("parameter", "added")
+# Operators whose bodies keep more for gradients than there is need to, and the same functions with gradients that do not.
+LEAN = {torch.ops.gw.rat_attention.default: rat_attention_by_blocks}
+
+
+def run_with_gradients(
+    program: Program,
+    inputs: Sequence[Any],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    function: str = "main",
+    states: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """The flat outputs and new states of `function`, operation by operation, with gradients for `parameters`."""
+    return run(program, inputs, function=function, states=states, parameters=parameters, instead=LEAN)
 
 
 def trainable_copy(program: Program) -> Program:

@@ -10,11 +10,13 @@ import onnx
 
 # 4 GiB of addresses: importing torch takes 0.64 of memory, and libraries map more than they use.
 _READER = """
-import json, resource, sys, time
+import json, re, resource, sys, time
 import graphwright as gw
 from graphwright.ir.onnx import from_onnx
 import onnx, onnxruntime, torch
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+warm = peak()
 for line in sys.stdin:
     begin = time.monotonic()
     try:
@@ -24,7 +26,7 @@ for line in sys.stdin:
         said = type(error).__name__
     except BaseException as error:
         said = f"escaped: {type(error).__name__}: {str(error)[:200]}"
-    print("\\noutcome", json.dumps([said, time.monotonic() - begin]), flush=True)
+    print("\\noutcome", json.dumps([said, time.monotonic() - begin, peak() - warm]), flush=True)
 """
 
 
@@ -90,12 +92,13 @@ def _with_wrong_fields(content: bytes, draw: random.Random) -> bytes:
     return model.SerializeToString()
 
 
-def outcomes(files: list[Path], timeout: float) -> list[tuple[str, float]]:
-    """Of each file what reading it ended in, a class of error or `read`, and after how many seconds.
+def outcomes(files: list[Path], timeout: float) -> list[tuple[str, float, int]]:
+    """Of each file what reading it ended in, a class of error or `read`, after how many seconds, and how many bytes of memory all so far
+    have taken at most, beside what the packages take.
 
     A process that dies or hangs is an outcome too, and another goes on behind that file.
     """
-    found: list[tuple[str, float]] = []
+    found: list[tuple[str, float, int]] = []
     while len(found) < len(files):
         left = files[len(found) :]
         process = subprocess.Popen(
@@ -112,5 +115,5 @@ def outcomes(files: list[Path], timeout: float) -> list[tuple[str, float]]:
         said = [tuple(json.loads(line.removeprefix("outcome "))) for line in lines]
         found += said
         if len(said) < len(left):
-            found.append((ended, timeout))
+            found.append((ended, timeout, 0))
     return found

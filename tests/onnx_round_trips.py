@@ -43,6 +43,8 @@ def _with_data(text: str, module: torch.nn.Module, batch: tuple) -> object:
     """The pipeline, with data for passes that take them: what no text says."""
     if text == "smooth":  # which needs them at once
         return [gw.Smooth(calibration=[batch])]
+    if text == _STATIC:
+        return [gw.Quantize(weight="int4-g32", act="nvfp4", min_numel=0, budget=1.0, calibration=[batch])]
     passes = []
     for each in gw.passes.parse_pipeline(text):
         if isinstance(each, gw.AppendLoRA):
@@ -73,6 +75,7 @@ _ALL_LAYERS = "min_numel=0,budget=1.0"
 _RAT = "rat-recurrence{chunk=4,window=4,sinks=2}"
 _FORMATS = tuple(name for name in WEIGHTS if name not in ("int4-g64", "int4-g128"))  # tiny networks have blocks of 32 at most
 _ACTIVATIONS = ("int8-token", "u8-tensor", "mxint8", "mxfp4", "nvfp4")
+_STATIC = f"quantize{{weight=int4-g32,act=nvfp4,{_ALL_LAYERS}}}"  # a scale of the whole tensor is measured
 _ROUTED = (
     "regroup-experts",
     "regroup-experts,expert-choice{k=2,rule=sigmoid}",

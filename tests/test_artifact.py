@@ -281,6 +281,7 @@ def with_manifest(content, **changes):
         ({"parameters": [{"name": "x", "keyword_only": False, "default": [1]}]}, "no plain value"),
         ({"reports": "text"}, "a list of str"),
         ({"training": 1}, "says neither that the model was captured in train mode"),
+        ({"other_mode": 1}, "gives what the other mode changes as something else than text"),
         ({"tied": {"first.bias": "nothing"}}, "ties weights to none that are stored"),
         ({"tied": {"new": "first.bias"}}, "not those that its program names"),
     ],
@@ -293,7 +294,7 @@ def test_a_manifest_that_says_something_else_is_refused(changes, message, conten
 def test_a_model_whose_manifest_does_not_say_its_mode_is_in_eval_mode(content, tmp_path):
     members = members_of(content)
     manifest = json.loads(members["manifest.json"])
-    del manifest["training"]
+    del manifest["training"], manifest["other_mode"]
     assert not load_bytes(packed(members | {"manifest.json": json.dumps(manifest).encode()}), tmp_path).training
 
 

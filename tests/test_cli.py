@@ -196,6 +196,13 @@ def test_passes_lists_contracts_and_options_with_their_defaults(run):
     assert {"max_slices", "axes"} <= {each["name"] for each in found["slice-groups"]["options"]}
 
 
+def test_passes_says_all_of_one_pass(run):
+    code, out, _ = run("passes", "kv-cache")
+    assert code == 0 and out.startswith("kv-cache  (exact)") and "Raises:" in out
+    _, out, _ = run("passes", "slice-groups", "--json")
+    assert json.loads(out)["name"] == "slice-groups" and "memory_budget" in json.loads(out)["doc"]
+
+
 def test_demo_lowers_the_peak_and_saves_on_demand(run, tmp_path):
     code, out, _ = run("demo", "--quick", "--json", "--save", str(tmp_path / "saved"))
     found = json.loads(out)
@@ -225,6 +232,7 @@ MISTAKES = {
     "a text file to compile": (["compile", "before.txt"], "no weights"),
     "an example of another dtype": (["dump", "cli_test_models:of_another_dtype"], "input x of torch.float64"),
     "kwargs that are none": (["dump", "cli_test_models:with_a_number_for_kwargs"], "kwargs a dict"),
+    "an unknown pass to describe": (["passes", "slice-group"], "did you mean slice-groups"),
     "an unknown pass": (["compile", "net.gw", "--passes", "slice-group"], "did you mean slice-groups"),
     "a bad option": (["dump", "before.txt", "--passes", "slice-groups{max_slices=0}"], "max_slices"),
     "a wrong order": (["verify", "before.txt", "--no-cleanups", "--passes", "slice-groups,fold-constants"], "must stand before"),

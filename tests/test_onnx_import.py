@@ -67,6 +67,17 @@ def test_nearly_all_operators_are_read_onto_aten():
     assert sum(verdict in (Verdict.RIGHT, Verdict.FIXED) for verdict in judged) >= 0.75 * len(judged)
 
 
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2])
+@pytest.mark.parametrize("source", [F, TensorProto.FLOAT16])
+def test_a_cast_to_8_bits_saturates(source, kind):
+    nodes = [helper.make_node("Cast", ["x"], ["narrow"], to=kind), helper.make_node("Cast", ["narrow"], ["y"], to=F)]
+    model = model_of(nodes, {"x": (source, [2**16])}, {"y": [2**16]}, opset=21)
+    every_half = torch.from_numpy(np.arange(2**16, dtype=np.uint16).view(np.float16))
+    x = every_half if source == TensorProto.FLOAT16 else every_half.float()
+    (found,) = results(model, x)
+    np.testing.assert_array_equal(found.numpy(), onnxruntime_results(model, x)[0])
+
+
 def test_a_linear_layer_is_one_call_on_a_weight_of_its_name():
     model = model_of(
         [helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)],

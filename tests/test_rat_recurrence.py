@@ -24,6 +24,7 @@ from graphwright.ir.run import run
 from graphwright.passes.check import Reference
 from graphwright.passes.inputs import random_inputs
 from graphwright.passes.kv_cache.stepping import empty_caches, largest_difference
+from graphwright.passes.rat import measure
 from graphwright.passes.rat.judge import with_chunks_of_one, with_window_over_all
 from graphwright.tests import decoders
 
@@ -169,6 +170,65 @@ def test_layers_may_be_named_in_any_order_and_stand_behind_those_that_are_not(op
     assert torch.equal(logits(program, tokens), logits(in_order, tokens))
 
 
+@functools.cache
+def converted_first() -> gw.Program:
+    """Of two attentions the first is a recurrence."""
+    return rewritten(fixed(), layers=[0])
+
+
+def test_places_count_all_attentions_of_the_model_those_that_were_converted_before_too() -> None:
+    for layers in ("all", [1]):
+        found = report(converted_first(), layers=layers, window=2, calibration=[tokens_of(2, 12)])
+        assert found.lines[0].startswith("1 of 2 attentions: chunked recurrence") and len(found.data["layer_errors"]) == 1
+    assert [arguments["window"] for arguments in recurrences(rewritten(converted_first(), layers=[1], window=2))] == [1, 2]
+    assert any("it is a chunked recurrence already" in str(each) for each in report(converted_first()).left)
+    at_once, in_turn = rewritten(fixed(), init="chrono"), rewritten(rewritten(fixed(), init="chrono", layers=[0]), init="chrono")
+    assert {name: each.digest for name, each in at_once.weights.items()} == {name: each.digest for name, each in in_turn.weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([0], "attention 0 is not taken: it is a chunked recurrence already"),
+        ([2], "layers name attention 2, and there are 0 to 1"),
+        ("even", "no attention is left to replace: it is a chunked recurrence already"),
+    ],
+)
+def test_what_is_a_recurrence_already_is_not_converted_again(layers: Any, message: str) -> None:
+    with pytest.raises(gw.PassError, match=message):
+        rewritten(converted_first(), layers=layers)
+    with pytest.raises(gw.PassError, match="each attention is a chunked recurrence already"):
+        rewritten(rewritten(fixed()))
+
+
+def test_the_contract_of_a_second_application_is_judged_by_what_it_converts() -> None:
+    program, chosen = converted_first(), gw.RatRecurrence(**SMALL)
+    after = rewritten(program)
+    assert chosen.check(Reference(program, random_inputs(program)), after).kind == "right"
+    rewriter = Rewriter(after)
+    node = [each for each in rewriter.nodes() if each.target is RAT][1]
+    with rewriter.step("spoil"):
+        rewriter.set_arguments(node, node.args, {**node.kwargs, "scale": 2 * node.kwargs["scale"]})
+    assert chosen.check(Reference(program, random_inputs(program)), after).kind == "wrong"
+
+
+def test_attentions_of_no_known_form_are_counted_too() -> None:
+    class Three(Small):
+        def forward(self, ids):
+            x = self.table(ids)
+            for attend in (causal, CASES["no mask"][0], causal):
+                self.attend = attend
+                q, k, v = (product(x).unflatten(-1, (2, -1)).transpose(1, 2) for product in (self.q, self.k, self.v))
+                x = self.joined(x, q, k, v, None)
+            return x
+
+    program = gw.PassManager(gw.CLEANUPS).run(gw.capture(Three().eval(), (torch.zeros(2, 12, dtype=torch.int64),), {})).program
+    assert report(program).lines[0].startswith("2 of 3 attentions")
+    assert len(recurrences(rewritten(program, layers="even"))) == 2
+    with pytest.raises(gw.PassError, match="attention 1 is not taken: attention without a mask"):
+        rewritten(program, layers=[1])
+
+
 def test_errors_of_layers_are_reported_in_their_order() -> None:
     given = {"calibration": [tokens_of(2, 12)], "init": "fit"}
     orders = [report(fixed(), layers=layers, **given).data for layers in ([1, 0], [0, 1])]
@@ -244,6 +304,23 @@ def test_fitted_gates_are_no_worse_than_closed_and_mean_ones(rope: str) -> None:
         assert error == pytest.approx(min(fits.values()), rel=1e-3)
         assert set(fits) == {"closed", "mean", "fitted"}
         assert fits["fitted"] < fits["mean"]
+
+
+@pytest.mark.parametrize(("held", "runs"), [(2**30, 2), (1, 4)])
+def test_a_fit_runs_the_model_once_a_batch_for_as_many_layers_as_are_held(held: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+
+    def counted(program: gw.Program, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return run(program, *args, **kwargs)
+
+    given = {"init": "fit", "calibration": [tokens_of(2, 12), tokens_of(2, 12, seed=1)]}
+    expected = report(fixed(), **given)
+    monkeypatch.setattr(measure, "run", counted)
+    monkeypatch.setattr(measure, "HELD", held)
+    assert report(fixed(), **given).data == expected.data
+    assert count == runs + 4, "both models run on each batch for their quality"
 
 
 def test_layers_that_keep_closed_gates_are_not_called_a_recurrence_either() -> None:
@@ -413,11 +490,59 @@ def test_attention_of_another_kind_is_refused(name: str) -> None:
 
 def test_a_mask_of_an_input_is_taken_for_causal_where_the_user_says_so() -> None:
     ids, mask = torch.zeros(2, 6, dtype=torch.int64), torch.ones(6, 6).tril().bool().repeat(2, 1, 1)
-    module = Small(CASES["a mask that an input gives"][0])
+
+    class Masked(Small):
+        def forward(self, ids, mask):
+            return F.linear(super().forward(ids, mask), self.table.weight)
+
+    module = Masked(CASES["a mask that an input gives"][0])
     program = gw.capture(module, (ids, mask), {})
     assert recurrences(rewritten(program, assume_causal=True))
     with pytest.raises(gw.PassError, match="input mask is no mask .* its value on calibration tokens is not known"):
         rewritten(program, assume_causal=True, calibration=[ids])
+
+
+class Headed(Small):
+    """Gives its hidden states as `give(self, hidden)` says; as many channels as tokens, so that their width says nothing."""
+
+    def __init__(self, give: Any):
+        super().__init__(causal)
+        self.table, self.head, self.give = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False), give
+
+    def forward(self, ids):
+        return self.give(self, super().forward(ids))
+
+
+def headed(give: Any) -> gw.Program:
+    return gw.PassManager(gw.CLEANUPS).run(gw.capture(Headed(give).eval(), (torch.zeros(2, 12, dtype=torch.int64),), {})).program
+
+
+def test_quality_is_measured_on_the_logits_wherever_they_stand() -> None:
+    given = {"calibration": [tokens_of(2, 12) % 8]}
+    torch.manual_seed(0)
+    alone = report(headed(lambda self, hidden: self.head(hidden)), **given)
+    torch.manual_seed(0)
+    behind = report(headed(lambda self, hidden: (hidden, F.layer_norm(hidden, (8,)), self.head(hidden).float() * 1)), **given)
+    assert behind.data["kl"] == pytest.approx(alone.data["kl"], rel=1e-6) and alone.data["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("give", "outputs"),
+    [
+        (lambda self, hidden: hidden, "none of its 1 outputs is that"),
+        (lambda self, hidden: F.layer_norm(hidden, (8,)), "none of its 1 outputs is that"),
+        (lambda self, hidden: self.head(hidden)[..., :5], "none of its 1 outputs is that"),
+        (lambda self, hidden: (self.head(hidden), self.head(hidden * 2)), "2 of its 2 outputs are that"),
+    ],
+)
+def test_a_model_without_logits_is_not_calibrated(give: Any, outputs: str) -> None:
+    program = headed(give)
+    message = (
+        rf"calibration needs the logits of the model, the product that gives \[B, T, 8\] .*, and {outputs}: capture the model with its head"
+    )
+    with pytest.raises(gw.PassError, match=message):
+        rewritten(program, calibration=[tokens_of(2, 12) % 8])
+    assert recurrences(rewritten(program))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -430,10 +555,10 @@ def test_attentions_of_one_module_have_gates_of_their_own(shared: bool) -> None:
         def forward(self, ids):
             x = super().forward(ids)
             q, k, v = (product(x).unflatten(-1, (2, -1)).transpose(1, 2) for product in (self.later or (self.q, self.k, self.v)))
-            return self.joined(x, q, k, v, None)
+            return F.linear(self.joined(x, q, k, v, None), self.table.weight)
 
     program = gw.PassManager(gw.CLEANUPS).run(gw.capture(Twice().eval(), (tokens_of(2, 12),), {})).program
-    gates = [arguments["chunk_bias"] for arguments in recurrences(rewritten(program, init="fit", calibration=[tokens_of(2, 12) % 8]))]
+    gates = [arguments["chunk_bias"] for arguments in recurrences(rewritten(program, init="fit", calibration=[tokens_of(2, 12)]))]
     assert len(gates) == len(set(gates)) == 2
 
 

@@ -544,7 +544,7 @@ def test_a_size_is_computed_from_those_of_the_inputs(text: str) -> None:
     wanted = EXPRESSIONS[text](program.symbols.size("b"), program.symbols.size("n"))
     first, last = program.main.calls
     rewriter = ir.Rewriter(program, pass_name="by-hand")
-    sizes = SizeNodes(program.main)
+    sizes = SizeNodes(program.main.placeholders)
     with rewriter.step("size"):
         node = sizes.node(rewriter, wanted, first)
         assert sizes.node(rewriter, wanted, last) is node  # what stands there already serves

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ir.ops.rat import LOCALS, ROPE_STYLES, ring_of
+from ...ir.ops.rat_parts import LOCALS, ROPE_STYLES, ring_of
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # and their numbers in native/call.h
 

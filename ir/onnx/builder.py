@@ -4,6 +4,7 @@ An ONNX value is, while it is read, one of: a node of the graph; a `torch.Tensor
 list of values, which is a sequence; None, which is an absent optional.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..build import add_call, add_placeholder, add_weight
 from ..calls import GETITEM, name_of
 from ..derive import ancestors
 from ..errors import CaptureError, first_line
-from ..infer import InferenceError
+from ..infer import InferenceError, fake_like, infer, tensors_of
 from ..program import Node, Weight, Where
 from ..symbols import SymbolTable
 from .sizes import Size, is_known, known, size_of, sizes_of
@@ -188,6 +189,8 @@ class Builder:
         return node
 
     def _folded(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._is_large(target, args, kwargs):
+            return None
         try:
             with torch.no_grad():
                 result = target(*args, **kwargs)
@@ -197,6 +200,23 @@ class Builder:
         if sum(each.numel() for each in results if isinstance(each, torch.Tensor)) > _MOST_FOLDED:
             return None
         return tuple(result) if isinstance(result, tuple | list) else result
+
+    def _is_large(self, target: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+        """Whether types alone say that a result is no constant: a few bytes of a file may ask for gigabytes."""
+        operands = _leaves((args, list(kwargs.values())))
+        bounds = [abs(each) if isinstance(each, int) else each.numel() for each in operands if isinstance(each, int | torch.Tensor)]
+        if math.prod(max(1, bound) for bound in bounds) <= _MOST_FOLDED:
+            return False
+        try:
+            types = infer(self.symbols, target, self._as_types(args), {key: self._as_types(value) for key, value in kwargs.items()})
+        except InferenceError:  # what is wrong with it is said where it is computed; and data tell no size that is beyond the operands'
+            return False
+        return sum(each.numel() for each in tensors_of(types)) > _MOST_FOLDED
+
+    def _as_types(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return fake_like(self.symbols, value.dtype, value.shape, value.stride(), value.device)
+        return type(value)(self._as_types(each) for each in value) if isinstance(value, tuple | list) else value
 
     def _as_nodes(self, value: Any) -> Any:
         if isinstance(value, Size):

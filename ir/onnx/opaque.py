@@ -138,8 +138,11 @@ def _output_types(model: Any, node: Any, outputs: list[str]) -> list[tuple[list[
     """Of each output its dims, numbers, names or None, and its element type."""
     import onnx
 
+    # Where values are followed, the package makes one for each element that a vector is said to have.
+    vectors = [each.type.tensor_type.shape.dim for each in model.graph.input if len(each.type.tensor_type.shape.dim) == 1]
+    follow = all(dim.dim_value <= _MOST_EMBEDDED for (dim,) in vectors)
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=follow)
     except Exception as error:
         raise Unsupported(f"its types cannot be inferred: {str(error).splitlines()[0]}") from error
     infos = {each.name: each.type for each in inferred.graph.output}

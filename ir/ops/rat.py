@@ -3,63 +3,16 @@
 Keys and values are smoothed by a gated recurrence inside chunks of L tokens. A query at time t attends to the state at the end of each
 chunk that lies wholly before its window (a summary), and to what is near: the first `sinks` tokens and those of the window, as their
 states (local "state") or as the keys and values they were made of ("raw"). Each past token is then read once: as a sink, in a summary, or
-near. Whether summaries and near tokens are visible depends on the two times alone (`_Layout`).
+near. Whether summaries and near tokens are visible depends on the two times alone (`Layout`).
 
 Sources: RAT (arXiv 2507.04416), RAT+ (arXiv 2602.18196), specs/rat.md, section 2. Local "raw" is ours.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..op import op
-
-LOCALS = ("state", "raw")
-ROPE_STYLES = ("half", "interleaved")
-MOST_TOKENS = 2**24  # that a recurrence without resets goes on for where their number is a symbol
-SHORT = 256  # zeros in front that cost less than to compare times
-
-
-def ring_of(chunk: int, window: int, local: str) -> int:
-    """The most tokens that are near a query and no sinks, which is how many a cache keeps."""
-    return window + (1 if local == "state" else chunk)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which tokens a query sees. L = chunk, W = window."""
-
-    chunk: int
-    window: int
-    sinks: int
-    local: str
-
-    def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"a chunk has at least one token, not {self.chunk}")
-        if self.window < 0 or self.sinks < 0:
-            raise ValueError(f"a window and sinks are numbers of tokens, not {self.window} and {self.sinks}")
-        if self.local not in LOCALS:
-            raise ValueError(f"near tokens are read as one of {', '.join(LOCALS)}, not {self.local}")
-
-    @property
-    def ring(self) -> int:
-        return ring_of(self.chunk, self.window, self.local)
-
-    def is_summary(self, j: Tensor, t: Tensor) -> Tensor:
-        """Whether the state at time j stands for its chunk to a query at time t."""
-        return ((j + 1) % self.chunk == 0) & (j < self._first_open(t)) & (j >= self.sinks)
-
-    def is_near(self, j: Tensor, t: Tensor) -> Tensor:
-        """Whether the token at time j is visible to a query at time t by itself."""
-        low = t - self.window if self.local == "state" else self._first_open(t)
-        return (j <= t) & ((j < self.sinks) | (j >= low))
-
-    def _first_open(self, t: Tensor) -> Tensor:
-        """The first token of the first chunk that is no summary yet: max(0, floor((t - W) / L)) L"""
-        return (t - self.window).clamp(min=0) // self.chunk * self.chunk
+from .rat_parts import Layout, Rotation, gates_of, goes_on_at, recurrence
 
 
 @op("rat_attention")
@@ -100,13 +53,13 @@ def rat_attention(
     Raises:
         ValueError: an attribute is none of the above, cos comes without sin, dr is odd, or Hk does not divide H.
     """
-    layout = _Layout(chunk, window, sinks, local)
+    layout = Layout(chunk, window, sinks, local)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rotate = _Rotation(cos, sin, rope_style, wide)
+    rotate = Rotation(cos, sin, rope_style, wide)
     times = torch.arange(q.size(2), device=q.device)
-    g = _gates(gate.to(wide), chunk_bias, times.unsqueeze(0), chunk)
+    g = gates_of(gate.to(wide), chunk_bias, times.unsqueeze(0), chunk)
     raw_k, raw_v = k.to(wide), v.to(wide)
-    states_k, states_v = _recurrence([raw_k, raw_v], g, _goes_on(times.unsqueeze(0), chunk, reset), chunk if reset else None)[0]
+    states_k, states_v = recurrence([raw_k, raw_v], g, goes_on_at(times.unsqueeze(0), chunk, reset), chunk if reset else None)[0]
     keys = [rotate(states_k), *([rotate(raw_k)] if local == "raw" else [])]
     values = [states_v, *([raw_v] if local == "raw" else [])]
     t, j = times.unsqueeze(1), times.unsqueeze(0)
@@ -159,19 +112,19 @@ def rat_cached_attention(
         ValueError: as `rat_attention`, or S is too small for the sinks and the ring.
         IndexError: a row lies outside of the caches. Tokens beyond C L lose their summaries: who calls keeps below.
     """
-    layout = _Layout(chunk, window, sinks, local)
+    layout = Layout(chunk, window, sinks, local)
     summaries = key_slots.size(2) - sinks - layout.ring
     if isinstance(summaries, int) and summaries < 0:
         raise ValueError(f"{key_slots.size(2)} slots are too few for {sinks} sinks and a ring of {layout.ring}")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rotate = _Rotation(cos, sin, rope_style, wide)
+    rotate = Rotation(cos, sin, rope_style, wide)
     start = position.unsqueeze(1)  # [B, 1]
     t = start + torch.arange(q.size(2), device=q.device)  # [B, T]
-    g = _gates(gate.to(wide), chunk_bias, t, chunk)
+    g = gates_of(gate.to(wide), chunk_bias, t, chunk)
     raw_k, raw_v = k.to(wide), v.to(wide)
     before = [state.index_select(0, rows).to(wide) for state in (key_state, value_state)]
     before = [torch.where((position > 0).reshape(-1, 1, 1), state, 0.0).unsqueeze(2) for state in before]
-    (states_k, states_v), passed = _recurrence([raw_k, raw_v], g, _goes_on(t, chunk, reset), chunk if reset else None)
+    (states_k, states_v), passed = recurrence([raw_k, raw_v], g, goes_on_at(t, chunk, reset), chunk if reset else None)
     states_k, states_v = states_k + passed * before[0], states_v + passed * before[1]
 
     old_k, old_v = key_slots.index_select(0, rows), value_slots.index_select(0, rows)
@@ -196,73 +149,6 @@ def rat_cached_attention(
     return out, new[0], new[1], new[2], new[3]
 
 
-class _Rotation:
-    """Turns the first dr channels of x [B, H, T, E] by cos and sin [B|1, T, dr]."""
-
-    def __init__(self, cos: Tensor | None, sin: Tensor | None, style: str, wide: torch.dtype):
-        if style not in ROPE_STYLES:
-            raise ValueError(f"channels are paired in one of the styles {', '.join(ROPE_STYLES)}, not {style}")
-        if (cos is None) != (sin is None):
-            raise ValueError("cos and sin come together, or neither does")
-        if cos is not None and cos.size(-1) % 2:
-            raise ValueError(f"a rotation turns pairs of channels, and {cos.size(-1)} is odd")
-        self.style = style
-        self.tables = None if cos is None or sin is None else (cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.tables is None:
-            return x
-        cos, sin = self.tables
-        turned, rest = x[..., : cos.size(-1)], x[..., cos.size(-1) :]
-        if self.style == "half":
-            first, second = turned.chunk(2, -1)
-            partner = torch.cat([-second, first], -1)
-        else:
-            partner = torch.stack([-turned[..., 1::2], turned[..., 0::2]], -1).flatten(-2)
-        return torch.cat([turned * cos + partner * sin, rest], -1)
-
-
-def _gates(logits: Tensor, chunk_bias: Tensor | None, t: Tensor, chunk: int) -> Tensor:
-    """sigmoid(logits [B, Hk, T, E] + chunk_bias[t % L]), t [B|1, T]"""
-    if chunk_bias is None:
-        return logits.sigmoid()
-    return (logits + chunk_bias.to(logits.dtype)[t % chunk].transpose(1, 2)).sigmoid()
-
-
-def _goes_on(t: Tensor, chunk: int, reset: bool) -> Tensor:
-    """[B|1, 1, T, 1]: whether the state of the token before lives on at t."""
-    goes_on = (t % chunk != 0) if reset else (t != 0)
-    return goes_on.unsqueeze(1).unsqueeze(-1)
-
-
-def _recurrence(x: list[Tensor], g: Tensor, goes_on: Tensor, longest: int | None) -> tuple[list[Tensor], Tensor]:
-    """The states s[t] = a[t] s[t-1] + (1 - g[t]) x[t] along dim 2 with s[-1] = 0, a = g where the state `goes_on` and 0 elsewhere, and
-    the products a[0] .. a[t]: what is left at t of a state before the first token.
-
-    Doubling: after d = 1, 2, 4, .. each element holds what the last 2d tokens add up to. No state lives longer than `longest` tokens, or
-    MOST_TOKENS where the number of tokens is a symbol.
-    """
-    tokens = g.size(2)
-    a = torch.where(goes_on, g, 0.0)
-    states = [(1 - g) * each for each in x]
-    if longest is None:
-        longest = tokens if isinstance(tokens, int) else MOST_TOKENS
-    d = 1
-    while d < longest:
-        states = [state + a * _shifted(state, d, tokens, 0.0) for state in states]
-        a = a * _shifted(a, d, tokens, 1.0)
-        d *= 2
-    return states, a
-
-
-def _shifted(x: Tensor, d: int, tokens: int, fill: float) -> Tensor:
-    """x[.., t - d, :], `fill` before the first"""
-    if isinstance(tokens, int) or d < SHORT:
-        return pad(x, (0, 0, d, 0), value=fill).narrow(2, 0, tokens)
-    turned = x.roll(d, 2)  # unlike what is padded by d, no longer than x
-    return torch.where((torch.arange(tokens, device=x.device) >= d).unsqueeze(-1), turned, fill)
-
-
 def _bias(is_summary: Tensor, is_near: Tensor, summary_bias: float, dtype: torch.dtype, *, joined: bool) -> Tensor:
     """What is added to scores: `summary_bias` for summaries, 0 near, -inf elsewhere. Not `joined`, summaries stand before near tokens."""
     hidden = torch.full((), float("-inf"), dtype=dtype, device=is_near.device)
@@ -272,14 +158,14 @@ def _bias(is_summary: Tensor, is_near: Tensor, summary_bias: float, dtype: torch
     return torch.cat([torch.where(is_summary, summary_bias, hidden), near], -1)
 
 
-def _token_bias(layout: _Layout, t: Tensor, summary_bias: float, dtype: torch.dtype) -> Tensor:
+def _token_bias(layout: Layout, t: Tensor, summary_bias: float, dtype: torch.dtype) -> Tensor:
     """[B, T, T], or [B, T, 2T] with summaries apart: what queries at t see of the tokens at t."""
     queries, tokens = t.unsqueeze(2), t.unsqueeze(1)
     is_summary, is_near = layout.is_summary(tokens, queries), layout.is_near(tokens, queries)
     return _bias(is_summary, is_near, summary_bias, dtype, joined=layout.local == "state")
 
 
-def _slot_bias(layout: _Layout, held: Tensor, t: Tensor, summary_bias: float, dtype: torch.dtype) -> Tensor:
+def _slot_bias(layout: Layout, held: Tensor, t: Tensor, summary_bias: float, dtype: torch.dtype) -> Tensor:
     """[B, T, S]: what queries at t [B, T] see of slots that hold tokens of times `held` [B, S]."""
     times, queries = held.unsqueeze(1), t.unsqueeze(2)
     slot = torch.arange(held.size(1), device=held.device)
@@ -291,7 +177,7 @@ def _slot_bias(layout: _Layout, held: Tensor, t: Tensor, summary_bias: float, dt
     return _bias(is_summary & exists, is_near & exists, summary_bias, dtype, joined=True)
 
 
-def _slot_times(layout: _Layout, summaries: int, end: Tensor) -> Tensor:
+def _slot_times(layout: Layout, summaries: int, end: Tensor) -> Tensor:
     """[B, S]: the time of the token that each slot holds when `end` [B, 1] tokens have passed, -1 where it holds none."""
     device = end.device
     sink = torch.arange(layout.sinks, device=device)
@@ -302,7 +188,7 @@ def _slot_times(layout: _Layout, summaries: int, end: Tensor) -> Tensor:
     return torch.cat([torch.where(first < end, first, -1), ring.clamp(min=-1)], 1)
 
 
-def _kept(old: Tensor, layout: _Layout, after: Tensor, start: Tensor, states: Tensor, near: Tensor) -> Tensor:
+def _kept(old: Tensor, layout: Layout, after: Tensor, start: Tensor, states: Tensor, near: Tensor) -> Tensor:
     """The slots [B, Hk, S, E] with what these tokens [B, Hk, T, E] put there: slots hold tokens of times `after`, old before `start`."""
     is_new = (after >= start) & (after >= 0)
     place = torch.where(is_new, after - start, 0).reshape(after.size(0), 1, after.size(1), 1).expand(-1, old.size(1), -1, old.size(3))

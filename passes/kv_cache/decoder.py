@@ -121,19 +121,21 @@ def inputs_of(function: Function) -> list[Node]:
 
 def token_input(inputs: Sequence[Node]) -> Node | None:
     """The input that an embedding looks up; of two, where positions are looked up as well, the one that is not named for these."""
-    found = [node for node in inputs if _is_looked_up(node)]
+    found = [node for node in inputs if lookup_of(node) is not None]
     return next((node for node in found if "position" not in str(node.target)), next(iter(found), None))
 
 
-def _is_looked_up(node: Node) -> bool:
-    """Whether an embedding's rows are picked by the elements of `node`, as they are or at another shape or integer type."""
+def lookup_of(node: Node) -> Node | None:
+    """The embedding whose rows the elements of `node` pick, as they are or at another shape or integer type."""
     passed_on = ("aten.view.default", "aten.reshape.default", "aten._to_copy.default", "aten.alias.default", "aten.unsqueeze.default")
     for user in node.users:
         if user.target is torch.ops.aten.embedding.default:
-            return True
-        if user.op == "call_function" and name_of(user.target) in passed_on and _is_looked_up(user):  # type: ignore[arg-type]
-            return True
-    return False
+            return user
+        if user.op == "call_function" and name_of(user.target) in passed_on:  # type: ignore[arg-type]
+            found = lookup_of(user)
+            if found is not None:
+                return found
+    return None
 
 
 def _logits(function: Function, tokens: Node) -> Node | NoMatch:

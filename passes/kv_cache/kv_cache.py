@@ -32,8 +32,9 @@ from .report import described
 
 @dataclass(frozen=True)
 class KVCache(Pass):
-    """A captured decoder gets functions `prefill`, `decode` and `verify` over caches of its keys and values; `main` stays. Where a layer is
-    a chunked recurrence there is no `verify`, and none of a draft's tokens could be taken back.
+    """A captured decoder gets functions `prefill`, `decode` and `verify` over caches of its keys and values; `main` stays.
+
+    Where a layer is a chunked recurrence there is no `verify`: none of a draft's tokens could be taken back.
 
     Raises:
         PassError: the program is no decoder whose attentions are causal, or tokens meet elsewhere than in its attentions; the

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...ir import Node, Symbol
-from ...ir.ops.rat import ring_of
+from ...ir.ops.rat_parts import ring_of
 from ...ir.pattern import named_arguments
 from ...ir.symbols import UNBOUNDED, SymbolTable, hint
 

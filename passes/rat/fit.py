@@ -1,5 +1,8 @@
 """`init="fit"`: gates of one layer, without reading its input, under which its output on calibration tokens differs least in squares.
 
+The layer is given the activations of the original model, in which no layer before it is a recurrence: what errors of these do to its
+input is not made good by it, and the layers can be fitted one by one, each on the same runs.
+
 Adam goes from mean gates over the biases of channels and places, at the bias of summaries that is best there. Of mean, fitted and closed
 gates the best is kept, the first of equals: closed ones do not learn.
 """

@@ -1,10 +1,12 @@
-"""The limit points at which a recurrence is the attention that it stands for, as rewrites of the program that has it.
+"""The limit points at which a recurrence is the attention that it stands for, as rewrites of the program that has it. Recurrences in
+`kept`, by their places among all attentions, were there before, and stay as they are.
 
 closed gates, chunk 1                       any window, sinks and local form
 local "raw", a window over the sequence     any gates
 local "state", such a window                closed gates
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,28 +14,25 @@ import torch
 from ...ir import Node, Program, Rewriter
 from ...ir.pattern import named_arguments
 from .gates import CLOSED
+from .sites import RAT, recurrences_of
 
-aten, gw = torch.ops.aten, torch.ops.gw
-
-RAT = gw.rat_attention.default
+aten = torch.ops.aten
 
 
-def with_chunks_of_one(program: Program) -> Program:
+def with_chunks_of_one(program: Program, kept: Collection[int] = ()) -> Program:
     """`program` with chunks of one token and closed gates."""
-    return _edited(program, lambda arguments: {"chunk": 1, "summary_bias": 0.0}, lambda arguments: True)
+    return _edited(program, kept, lambda arguments: {"chunk": 1, "summary_bias": 0.0}, lambda arguments: True)
 
 
-def with_window_over_all(program: Program, length: int) -> Program:
+def with_window_over_all(program: Program, length: int, kept: Collection[int] = ()) -> Program:
     """`program` with a window over `length` tokens; where local tokens are states, with closed gates."""
-    return _edited(program, lambda arguments: {"window": length}, lambda arguments: arguments["local"] == "state")
+    return _edited(program, kept, lambda arguments: {"window": length}, lambda arguments: arguments["local"] == "state")
 
 
-def _edited(program: Program, attributes: Any, closes: Any) -> Program:
+def _edited(program: Program, kept: Collection[int], attributes: Any, closes: Any) -> Program:
     edited = program.copy()
     rewriter = Rewriter(edited, pass_name="limit-point")
-    for node in rewriter.nodes():
-        if node.target is not RAT:
-            continue
+    for node in [node for place, node in recurrences_of(edited.main).items() if place not in kept]:
         arguments = named_arguments(node)
         with rewriter.step("limit-point"):
             if closes(arguments):

@@ -10,11 +10,25 @@ from torch.nn import functional as F
 
 from ...ir import Node, Program
 from ...ir.errors import PassError
-from ...ir.ops.rat import rat_attention
+from ...ir.infer import same_size
+from ...ir.ops.rat_blocks import rat_attention_by_blocks
+from ...ir.pattern import named_arguments
 from ...ir.run import run
+from ..kv_cache.decoder import lookup_of
 from .emit import Form
 from .gates import Gates
-from .sites import Site, Sites
+from .sites import PRODUCTS, Site, Sites
+
+HELD = 2**30  # bytes of activations of several attentions that are held at once
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of a rewritten model on calibration tokens: KL(original, rewritten) in nats a token, and both perplexities of the next token."""
+
+    kl: float
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Seen:
         bias = None if gates.chunk_bias is None else gates.chunk_bias.to(self.k.device, wide)
         tables = [None if table is None else self._rows(table, form) for table in (self.cos, self.sin)]
         attributes = {"window": form.window, "sinks": form.sinks, "local": form.local, "reset": form.reset}
-        out = rat_attention(
+        out = rat_attention_by_blocks(
             self.q, self.k, self.v, gate, bias, *tables, chunk=form.chunk, scale=scale, summary_bias=gates.summary_bias, **attributes
         )
         return (out - self.gave).to(wide).square().sum()
@@ -48,22 +62,53 @@ class Seen:
 
 
 class Watched:
-    """The attentions of `sites` as the original program has them on each of `batches`."""
+    """The original program on calibration tokens: its attentions, which are `sites`, and its logits.
 
-    def __init__(self, program: Program, sites: Sites, batches: Sequence[Tensor]):
-        self._program, self._sites, self._batches = program, sites, batches
+    Raises:
+        PassError: the items are no tokens that it takes, or which of its outputs has the logits is not known.
+    """
+
+    def __init__(self, program: Program, sites: Sites, items: Any):
+        self._program, self.sites = program, sites
+        self._logits = _logits(program, sites)
+        self._batches = _checked_batches(items, sites, _vocabulary(sites))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(tokens.shape[1] for tokens in self._batches)
 
     def seen(self, chosen: Sequence[Site]) -> Iterator[list[Seen]]:
         """For each batch those of the `chosen` sites."""
         wanted = {node for site in chosen for node in (site.q, site.k, site.v, site.cos, site.sin, site.root) if node is not None}
         for tokens in self._batches:
-            values = _values(self._program, self._sites, tokens, wanted)
+            values = _values(self._program, self.sites, tokens, wanted)
             tables: dict[Node | None, Tensor | None] = {None: None}
             tables |= {each: _as_rows(values[each]) for site in chosen for each in (site.cos, site.sin) if each is not None}
             yield [
                 Seen(values[site.q], values[site.k], values[site.v], tables[site.cos], tables[site.sin], values[site.root])
                 for site in chosen
             ]
+
+    def by_layer(self, chosen: Sequence[Site]) -> Iterator[list[Seen]]:
+        """For each of the `chosen` sites what it is on each batch. The model runs once a batch for as many attentions as HELD bytes are
+        enough for, one at least."""
+        for layers in self._held_at_once(chosen):
+            batches = list(self.seen(layers))
+            yield from ([batch[n] for batch in batches] for n in range(len(layers)))
+
+    def _held_at_once(self, chosen: Sequence[Site]) -> Iterator[list[Site]]:
+        tokens = sum(each.numel() for each in self._batches)
+        layers, held = list[Site](), 0
+        for site in chosen:
+            values = [node.meta["val"] for node in (site.q, site.k, site.v, site.root)]
+            needed = sum(tokens * value.size(1) * value.size(3) * value.dtype.itemsize for value in values)
+            if layers and held + needed > HELD:
+                yield layers
+                layers, held = [], 0
+            layers, held = [*layers, site], held + needed
+        if layers:
+            yield layers
 
     def errors(self, chosen: Sequence[Site], form: Form, gates: Sequence[Gates]) -> list[float]:
         """Of each site: mean square of the difference over mean square of what the attention gave."""
@@ -75,30 +120,20 @@ class Watched:
                 whole[n] += float(seen.gave.float().square().sum())
         return [a / (b or 1.0) for a, b in zip(wrong, whole, strict=True)]
 
-
-@dataclass(frozen=True)
-class Quality:
-    """Of a rewritten model on calibration tokens: KL(original, rewritten) in nats a token, and both perplexities of the next token."""
-
-    kl: float
-    before: float
-    after: float
-
-
-def measure(before: Program, after: Program, sites: Sites, batches: Sequence[Tensor]) -> Quality:
-    """Both programs take the same inputs, of which `sites` says which are tokens and positions."""
-    kl, nats, count, predicted = 0.0, [0.0, 0.0], 0, 0
-    for tokens in batches:
-        logits = [_logits(run(program, inputs_of(before, sites, tokens))[0]) for program in (before, after)]
-        logs = [each.double().log_softmax(-1) for each in logits]
-        kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
-        count += tokens.numel()
-        targets = tokens[:, 1:].flatten()
-        for n, each in enumerate(logs):
-            nats[n] += float(F.nll_loss(each[:, :-1].flatten(0, 1), targets, reduction="sum"))
-        predicted += targets.numel()
-    means = torch.tensor(nats, dtype=torch.float64) / max(predicted, 1)
-    return Quality(kl / count, *means.exp().tolist())  # infinite beyond what a float holds, where math.exp raises
+    def quality(self, after: Program) -> Quality:
+        """Of `after`, which takes and gives the same."""
+        kl, nats, count, predicted = 0.0, [0.0, 0.0], 0, 0
+        for tokens in self._batches:
+            inputs = inputs_of(self._program, self.sites, tokens)
+            logs = [run(program, inputs)[0][self._logits].double().log_softmax(-1) for program in (self._program, after)]
+            kl += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+            count += tokens.numel()
+            targets = tokens[:, 1:].flatten()
+            for n, each in enumerate(logs):
+                nats[n] += float(F.nll_loss(each[:, :-1].flatten(0, 1), targets, reduction="sum"))
+            predicted += targets.numel()
+        means = torch.tensor(nats, dtype=torch.float64) / max(predicted, 1)
+        return Quality(kl / count, *means.exp().tolist())  # infinite beyond what a float holds, where math.exp raises
 
 
 def inputs_of(program: Program, sites: Sites, tokens: Tensor) -> list[Any]:
@@ -125,7 +160,7 @@ def inputs_of(program: Program, sites: Sites, tokens: Tensor) -> list[Any]:
     return inputs
 
 
-def checked_batches(items: Any, sites: Sites, vocabulary: int) -> tuple[Tensor, ...]:
+def _checked_batches(items: Any, sites: Sites, vocabulary: int) -> tuple[Tensor, ...]:
     """The calibration items as tokens i64[B, T].
 
     Raises:
@@ -168,5 +203,41 @@ def _as_rows(table: Tensor) -> Tensor:
     return table.squeeze(1) if table.dim() == 4 else table.reshape(-1, *table.shape[-2:])
 
 
-def _logits(outputs: Sequence[Any]) -> Tensor:
-    return next(each for each in outputs if isinstance(each, Tensor) and each.dim() == 3)
+def _vocabulary(sites: Sites) -> int:
+    """Rows of the embedding that tokens are looked up in."""
+    lookup = lookup_of(sites.tokens)
+    assert lookup is not None, "that is how tokens are told from other inputs"
+    return int(named_arguments(lookup)["weight"].meta["val"].size(0))
+
+
+def _logits(program: Program, sites: Sites) -> int:
+    """Which output has the logits: [B, T, V] that a product gives, V as many as the embedding of tokens has rows.
+
+    Raises:
+        PassError: none has, or several do.
+    """
+    vocabulary, outputs = _vocabulary(sites), program.main.outputs
+    tensors = {n: leaf for n, leaf in enumerate(outputs) if isinstance(leaf, Node) and isinstance(leaf.meta["val"], Tensor)}
+    found = [n for n, leaf in tensors.items() if _is_of_tokens(leaf, sites, vocabulary) and _is_product(leaf)]
+    if len(found) == 1:
+        return found[0]
+    seen = f"{len(found) or 'none'} of its {len(tensors)} outputs {'are' if found else 'is'} that"
+    raise PassError(
+        f"rat-recurrence: calibration needs the logits of the model, the product that gives [B, T, {vocabulary}] with a number for "
+        f"each row of the embedding of its tokens, and {seen}: capture the model with its head, its logits once, or leave calibration out"
+    )
+
+
+def _is_of_tokens(node: Node, sites: Sites, vocabulary: int) -> bool:
+    shape, tokens = node.meta["val"].shape, sites.tokens.meta["val"].shape
+    return len(shape) == 3 and same_size(shape[1], tokens[1]) and shape[2] == vocabulary
+
+
+def _is_product(node: Node) -> bool:
+    """Whether `node` is a product with a weight, or made of one value that is: hidden states are a sum of several."""
+    while node.op == "call_function" and node.target not in PRODUCTS:
+        computed = [each for each in node.all_input_nodes if each.op != "get_attr" and isinstance(each.meta["val"], Tensor)]
+        if len(computed) != 1:
+            return False
+        node = computed[0]
+    return node.op == "call_function"

@@ -25,9 +25,9 @@ from .emit import Emitter, Form
 from .fit import fit
 from .gates import Gates, initial
 from .judge import with_chunks_of_one, with_window_over_all
-from .measure import Watched, checked_batches, measure
+from .measure import Watched
 from .report import Measured, described
-from .sites import Site, Sites, find_sites
+from .sites import RAT, Site, Sites, find_sites, recurrences_of
 
 aten = torch.ops.aten
 
@@ -41,11 +41,13 @@ class RatRecurrence(Pass):
     local: near tokens as keys and values ("raw", each past token is then seen once) or as states ("state").
     reset: whether a chunk starts from nothing.
     rope: the time that turns a token: its own ("token") or its chunk's number ("chunk").
-    init: gates before training: "closed", "mean", "chrono", or "fit", which minimises each layer's error on `calibration`.
+    init: gates before training: "closed", "mean", "chrono", or "fit", which minimises each layer's error on `calibration`, given what the
+        layer reads and gives in the original model; activations of several layers are held at once, up to 1 GiB.
     gate: logits of each channel ("channel") or head ("head") of keys from the layer's input, or constants ("bias").
     output_gate: a gate 2 sigmoid(W_z h), 1 at first, on what each layer gives.
     summary_bias: added to scores of summaries; "log_chunk" is log(chunk), as if each stood for the tokens of its chunk.
-    layers, others: which attentions, "all", "even" or a list of indices; the rest is kept, or sees so many tokens before it.
+    layers, others: which attentions, "all", "even" or a list of places among all of the model, from 0 on; the rest is kept, or sees so many
+        tokens before it.
     assume_causal: takes a mask for causal that an input gives. Rows must start at position 0, without padding on the left.
     calibration: batches of tokens i64[B, T], on which the report's errors are measured.
 
@@ -94,17 +96,14 @@ class RatRecurrence(Pass):
             raise PassError("rat-recurrence: the program has functions of one step already, which would keep other caches: start from main")
         sites = self._sites(rewriter)
         chosen, left = self._chosen(sites)
-        before = program.copy() if self.calibration is not None else None
-        watched = None if before is None else self._watched(before)
+        watched = None if self.calibration is None else self._watched(program.copy())
         gates, fits = self._gates(chosen, watched)
         self._emit(Emitter(rewriter, sites, self.form), sites, dict(zip(chosen, gates, strict=True)))
-        if watched is None or before is None:
+        if watched is None:
             return Outcome(left, described(self.form, self.init, sites, chosen))
-        found, seen, batches = watched
-        twins = [each for each in found.found if each.index in {site.index for site in chosen}]
-        errors = seen.errors(twins, self.form, gates)
-        quality = measure(before, program, found, batches)
-        lines = described(self.form, self.init, sites, chosen, Measured(_longest(batches), errors, quality, fits))
+        errors = [min(each.values()) for each in fits] or watched.errors(_twins(watched.sites, chosen), self.form, gates)
+        quality = watched.quality(program)
+        lines = described(self.form, self.init, sites, chosen, Measured(watched.longest, errors, quality, fits))
         data = {"layer_errors": errors, "kl": quality.kl, "perplexity": [quality.before, quality.after], "fits": fits}
         return Outcome(left, lines, data)
 
@@ -133,7 +132,8 @@ class RatRecurrence(Pass):
         if isinstance(sites, NoMatch):
             return Verdict("wrong", f"the original is no decoder: {sites.reason}")
         length = reference.inputs[reference.program.main.placeholders.index(sites.tokens)].shape[1]
-        limits = (with_chunks_of_one(candidate), with_window_over_all(candidate, length))
+        kept = recurrences_of(reference.program.main)
+        limits = (with_chunks_of_one(candidate, kept), with_window_over_all(candidate, length, kept))
         return worst_of([reference.judge_exact(limit) for limit in limits])
 
     # --- sites ---
@@ -143,20 +143,21 @@ class RatRecurrence(Pass):
         if isinstance(sites, NoMatch):
             raise PassError(_refusal(sites))
         if not sites.found:
-            raise PassError(_refusal(sites.refused[0][1]))
+            reasons = [reason for _, reason in sites.refused if reason.node is None or reason.node.target is not RAT]
+            raise PassError(_refusal(reasons[0]) if reasons else "rat-recurrence: each attention is a chunked recurrence already")
         return sites
 
     def _chosen(self, sites: Sites) -> tuple[list[Site], tuple[LeftAlone, ...]]:
         """The attentions to replace, in the program's order, and why others stay."""
         found = {site.index: site for site in sites.found}
-        known = sorted({*found, *(index for index, _ in sites.refused if index >= 0)})
+        known = sorted({*found, *(index for index, _ in sites.refused)})
         wanted = known if self.layers == "all" else [n for n in known if n % 2 == 0] if self.layers == "even" else list(self.layers)
         refused = {index: reason for index, reason in sites.refused}
         for index in wanted:
             if index not in known:
                 raise PassError(f"rat-recurrence: layers name attention {index}, and there are {known[0]} to {known[-1]}")
             if not isinstance(self.layers, str) and index in refused:
-                raise PassError(_refusal(refused[index]))
+                raise PassError(f"rat-recurrence: attention {index} is not taken: {_told(refused[index])}")
         reasons = {site.index: self._unfit_window(site) for site in sites.found}
         chosen = [site for site in sites.found if site.index in wanted and not reasons[site.index]]
         left = [LeftAlone.at(reason.node, reason.reason) for _, reason in sites.refused if reason.node is not None]
@@ -187,27 +188,24 @@ class RatRecurrence(Pass):
 
     # --- gates and measures ---
 
-    def _watched(self, before: Program) -> tuple[Sites, Watched, tuple[torch.Tensor, ...]]:
+    def _watched(self, before: Program) -> Watched:
         sites = find_sites(before, before.main, self.assume_causal)
         assert isinstance(sites, Sites), "a copy is what it was made from"
-        logits = next(leaf for leaf in before.main.signature().outputs if isinstance(leaf, torch.Tensor) and leaf.dim() == 3)
-        batches = checked_batches(self.calibration, sites, int(logits.shape[2]))
-        return sites, Watched(before, sites, batches), batches
+        return Watched(before, sites, self.calibration)
 
-    def _gates(self, chosen: Sequence[Site], watched: Any) -> tuple[list[Gates], list[dict[str, float]]]:
+    def _gates(self, chosen: Sequence[Site], watched: Watched | None) -> tuple[list[Gates], list[dict[str, float]]]:
         bias = math.log(self.chunk) if self.summary_bias == "log_chunk" else float(self.summary_bias)
         if self.init != "fit":
             return [initial(self.init, self._channels(site), self.chunk, bias, site.index) for site in chosen], []
-        sites, seen, batches = watched
-        if _longest(batches) <= self.form.unchanged:
+        assert watched is not None, "init=fit has calibration"
+        if watched.longest <= self.form.unchanged:
             raise PassError(
                 f"rat-recurrence: init=fit needs calibration rows of more than {self.form.unchanged} tokens (window, chunk and sinks): "
                 "shorter ones are the same whatever the gates"
             )
         found = []
-        for site in chosen:
-            twin = next(each for each in sites.found if each.index == site.index)
-            found.append(fit([each for (each,) in seen.seen([twin])], self.form, site.attention.scale, self._channels(site), bias))
+        for site, seen in zip(chosen, watched.by_layer(_twins(watched.sites, chosen)), strict=True):
+            found.append(fit(seen, self.form, site.attention.scale, self._channels(site), bias))
             if not all(map(math.isfinite, found[-1].errors.values())):
                 raise PassError(
                     f"rat-recurrence: attention {site.index} is not finite on calibration tokens, so no gates can be fitted to it"
@@ -219,13 +217,19 @@ class RatRecurrence(Pass):
         return heads if self.gate == "head" else heads * width
 
 
+def _twins(sites: Sites, chosen: Sequence[Site]) -> list[Site]:
+    """Those of a copy of the program."""
+    wanted = {site.index for site in chosen}
+    return [each for each in sites.found if each.index in wanted]
+
+
 def _refusal(reason: NoMatch) -> str:
+    return f"rat-recurrence needs causal attention of a decoder: {_told(reason)}"
+
+
+def _told(reason: NoMatch) -> str:
     where = str(reason.node.meta.get("where") or "") if reason.node is not None else ""
-    return f"rat-recurrence needs causal attention of a decoder: {reason.reason}" + (f" (at {where})" if where else "")
-
-
-def _longest(batches: Sequence[torch.Tensor]) -> int:
-    return max(tokens.shape[1] for tokens in batches)
+    return reason.reason + (f" (at {where})" if where else "")
 
 
 def _is_number(value: Any) -> bool:

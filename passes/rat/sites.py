@@ -19,7 +19,8 @@ from .rotary import Turned, unturned
 
 aten, gw = torch.ops.aten, torch.ops.gw
 
-_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, gw.lowrank_linear.default)
+RAT = gw.rat_attention.default
+PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, gw.lowrank_linear.default)
 # What may stand between a product and attention: nothing of it lets tokens meet, as the limit points of the pass show.
 _BETWEEN = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default, aten.clone.default,
@@ -53,12 +54,28 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites:
-    """What was found in one function. `attentions` counts those that are no recurrence; of these `refused` has the others."""
+    """What was found in one function. Attentions are counted as `attentions_of` has them; those that are not `found` are `refused`."""
 
     tokens: Node
     positions: Node | None
     found: tuple[Site, ...]
     refused: tuple[tuple[int, NoMatch], ...]
+
+
+def attentions_of(function: Function) -> list[SelfAttention | NoMatch]:
+    """Every attention of the model in its order, by whose places users name them: of those that are a recurrence already, or have no known
+    form, the reason why they stay."""
+    attentions, failures = find_attentions(function.calls)
+    known: dict[Node | None, SelfAttention | NoMatch] = {failure.node: failure for failure in failures}
+    known |= {each.root: each for each in attentions}
+    known |= {node: NoMatch("it is a chunked recurrence already", node) for node in function.calls if node.target is RAT}
+    return [known[node] for node in function.calls if node in known]
+
+
+def recurrences_of(function: Function) -> dict[int, Node]:
+    """By their places among all attentions."""
+    places = enumerate(attentions_of(function))
+    return {n: each.node for n, each in places if isinstance(each, NoMatch) and each.node is not None and each.node.target is RAT}
 
 
 def find_sites(program: Program, function: Function, assume_causal: bool) -> Sites | NoMatch:
@@ -67,22 +84,20 @@ def find_sites(program: Program, function: Function, assume_causal: bool) -> Sit
     tokens = token_input(inputs)
     if tokens is None:
         return NoMatch("no input of integers [batch, length] is looked up in an embedding: this is no decoder of tokens", None)
-    attentions, failures = find_attentions(function.calls)
+    attentions = attentions_of(function)
     if not attentions:
-        return (
-            failures[0] if failures else NoMatch("it has no attention of a known form: scores of queries and keys, softmax, values", None)
-        )
+        return NoMatch("it has no attention of a known form: scores of queries and keys, softmax, values", None)
     positions = next((node for node in inputs if node is not tokens and "pos" in str(node.target)), None)
-    keys = Counter(node for each in attentions for node in {each.k, each.v})
+    keys = Counter(node for each in attentions if isinstance(each, SelfAttention) for node in {each.k, each.v})
     found: list[Site] = []
     refused: list[tuple[int, NoMatch]] = []
-    for index, attention in enumerate(attentions):
-        site = _site(program, index, attention, tokens, positions, keys, assume_causal)
+    for index, each in enumerate(attentions):
+        site = _site(program, index, each, tokens, positions, keys, assume_causal) if isinstance(each, SelfAttention) else each
         if isinstance(site, Site):
             found.append(replace(site, name=_own_name(site.name, found, program)))
         else:
             refused.append((index, site))
-    return Sites(tokens, positions, tuple(found), (*refused, *((-1, failure) for failure in failures)))
+    return Sites(tokens, positions, tuple(found), tuple(refused))
 
 
 def _site(
@@ -161,7 +176,7 @@ def _product(node: Node) -> Node | NoMatch:
         if each in seen or each.op == "get_attr" or not isinstance(each.meta["val"], torch.Tensor | tuple):
             continue
         seen.add(each)
-        if each.target in _PRODUCTS:
+        if each.target in PRODUCTS:
             found.add(each)
         elif each.target in _BETWEEN:
             pending += each.all_input_nodes

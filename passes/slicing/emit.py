@@ -12,7 +12,7 @@ from .prepare import Prepared, attention_rows, split_norm
 
 def emit(rewriter: Rewriter, prepared: Prepared, plan: Plan) -> None:
     """Rewrites the program as planned, one step for each split and each region."""
-    sizes = SizeNodes(rewriter.function)
+    sizes = SizeNodes(rewriter.function.placeholders)
     home = _split_where_needed(rewriter, prepared, plan, sizes)
     for region in plan.regions:
         with rewriter.step("outline-region"):

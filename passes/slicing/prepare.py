@@ -60,7 +60,7 @@ def prepare(program: Program, function: str) -> Prepared:
     copy = program.copy()
     pairs = list(zip(program.functions[function].graph.nodes, copy.functions[function].graph.nodes, strict=True))
     rewriter = Rewriter(copy, pass_name="slice-groups", function=function)
-    sizes = SizeNodes(copy.functions[function])
+    sizes = SizeNodes(copy.functions[function].placeholders)
     prepared = Prepared(copy, rewriter, sizes, {twin: node for node, twin in pairs}, {}, {})
     for node, twin in pairs:
         if is_group_norm(node):

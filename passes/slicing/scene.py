@@ -79,7 +79,7 @@ class Scene:
             bytes_of={node: sum(hint(t.numel()) * t.dtype.itemsize for t in tensors_of(node.meta["val"])) for node in nodes},
             workspace_of={node: _scratch(node) for node in nodes},
             weight_bytes={n: sum(storage_bytes(o.meta["val"]) for o in n.all_input_nodes if o.op == "get_attr") for n in nodes},
-            sizes=SizeNodes(function),
+            sizes=SizeNodes(function.placeholders),
             program_order=tuple(nodes),
             random=frozenset(filter(draws, nodes)),
         )

@@ -17,6 +17,7 @@ from ...symbols import SymbolTable
 from ...types import type_text
 from ..dialect import DOMAIN, OP_KEY
 from ..dtypes import element_type
+from .apart import has_float64, taken_apart
 from .lower import Site
 from .own_sizes import of_own_sizes
 from .translate import Piece, Translated
@@ -101,6 +102,10 @@ def body(site: Site, symbols: SymbolTable) -> Piece:
     args = tuple(named[argument.name] for argument in target._schema.arguments if not argument.kwarg_only)
     kwargs = {argument.name: named[argument.name] for argument in target._schema.arguments if argument.kwarg_only}
     value = site.call.meta["val"]
+    if has_float64(value, (args, kwargs)):
+        made = taken_apart(piece, symbols, target, args, kwargs, None)
+        piece.outputs = made if isinstance(made, list) else [made]
+        return piece
     made = piece.call(site.call.target, args, kwargs, value, None)
     single = isinstance(value, torch.Tensor)
     piece.outputs = [made] if single else [piece.call(GETITEM, (made, place), {}, each, None) for place, each in enumerate(value)]

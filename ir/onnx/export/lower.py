@@ -24,6 +24,7 @@ from ...symbols import SymbolTable
 from ..dialect import DOMAIN
 from ..dtypes import element_type
 from . import low_bit
+from .apart import has_float64, loses, taken_apart
 from .scalars import exact
 from .translate import Piece
 
@@ -104,8 +105,10 @@ class Lowering:
         declared = REGISTRY.get(target.name().partition("::")[2]) if getattr(target, "namespace", "") == "gw" else None
         if target is sliced or (declared is not None and (declared.is_opaque or not self.inline)):
             return self._site(piece, Site(node, args, kwargs, _operands(piece, node, args, kwargs)), value)
-        if isinstance(value, torch.Tensor) and _has_float64(value, args):
+        if has_float64(value, (args, kwargs)):
             target, args, kwargs = exact(piece, self.symbols, target, args, kwargs)
+            if declared is not None or loses(target, args, kwargs):
+                return taken_apart(piece, self.symbols, target, args, kwargs, node)
         return piece.call(target, args, kwargs, value, node)
 
     def _type(self, node: Node, args: Any, kwargs: Any) -> Any:
@@ -210,12 +213,6 @@ def _operands(piece: Piece, node: Node, args: Any, kwargs: Any) -> dict[Node, No
 
     fx.map_arg(args[0] if "onnx_node" in str(node.target) else (args, kwargs), note)
     return found
-
-
-def _has_float64(value: torch.Tensor, args: Any) -> bool:
-    found = [value]
-    fx.map_arg(args, lambda each: found.append(each.meta["val"]))
-    return any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in found)
 
 
 # Of the strides of what a site gives the exporter knows nothing, and a view may be none of these.

@@ -17,6 +17,7 @@ _OF_TENSORS = {
     aten.mul.Scalar: aten.mul.Tensor,
     aten.div.Scalar: aten.div.Tensor,
     aten.pow.Tensor_Scalar: aten.pow.Tensor_Tensor,
+    aten.pow.Scalar: aten.pow.Tensor_Tensor,
     aten.remainder.Scalar: aten.remainder.Tensor,
     aten.clamp.default: aten.clamp.Tensor,
     aten.clamp_min.default: aten.clamp_min.Tensor,
@@ -29,6 +30,8 @@ _OF_TENSORS = {
     aten.gt.Scalar: aten.gt.Tensor,
     aten.ge.Scalar: aten.ge.Tensor,
 }
+# Tensors of one number: their last argument, before which stands their shape.
+_FILLED = (aten.full.default, aten.new_full.default, aten.scalar_tensor.default)
 
 
 def exact(piece: Piece, symbols: SymbolTable, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
@@ -38,8 +41,9 @@ def exact(piece: Piece, symbols: SymbolTable, target: Any, args: Any, kwargs: An
         tensor = torch.tensor(value, dtype=torch.float64)
         return piece.constant("scalar", tensor, fake_like(symbols, torch.float64, (), (), torch.device("cpu")))
 
-    if target is aten.full.default and isinstance(args[1], float):
-        return aten.expand.default, (constant(args[1]), args[0]), {}
+    if target in _FILLED and isinstance(args[-1], float):
+        shape = [] if len(args) == 1 else args[-2]
+        return aten.expand.default, (constant(args[-1]), shape), {}
     form = _OF_TENSORS.get(target, target)
     schema = getattr(form, "_schema", None)
     if schema is None:

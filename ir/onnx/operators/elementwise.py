@@ -244,10 +244,17 @@ def cast_like(call: Call, x: Value, like: Value) -> Value:
     return converted(call, x, call.builder.dtype(like), saturate=bool(call.get("saturate", 1)))
 
 
+_SATURATING = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
 def converted(call: Call, x: Value, dtype: torch.dtype, *, saturate: bool) -> Value:
     builder, source = call.builder, call.builder.dtype(x)
     if isinstance(x, np.ndarray):
         return builder.cast(x, dtype)
+    if saturate and dtype in _SATURATING and source in (torch.float32, torch.float16, torch.bfloat16):
+        # Which versions of torch saturate where differs; of numbers within range all round alike.
+        largest = torch.finfo(dtype).max
+        return builder.cast(builder.call(aten.clamp.default, x, -largest, largest), dtype)
     narrow = dtype.is_floating_point and dtype.itemsize == 1
     if narrow or (source.is_floating_point and source.itemsize == 1 and dtype.itemsize == 1 and dtype != source):
         raise Unsupported(f"torch and ONNX round to {str(dtype).removeprefix('torch.')} in different ways")
