@@ -184,9 +184,10 @@ def test_symbols_stand_at_capture_and_at_both_ends_and_inside() -> None:
     assert sizes == [3, 3, 2, 12, 5]
 
 
-def test_an_expanded_input_stays_expanded() -> None:
-    program = lines("function main {\n  takes ((*), {})\n  gives *\n  input %x : f32[3, 4] strides [0, 1]\n  return %x\n}")
-    assert all(inputs_for(program, seed)[0].stride() == (0, 1) for seed in range(3))
+@pytest.mark.parametrize("stride", [(0, 1), (8, 2), (1, 3)])
+def test_an_input_lies_in_memory_as_it_is_declared(stride: tuple[int, int]) -> None:
+    program = lines(f"function main {{\n  takes ((*), {{}})\n  gives *\n  input %x : f32[3, 4] strides {list(stride)}\n  return %x\n}}")
+    assert all(inputs_for(program, seed, kind)[0].stride() == stride for seed in range(3) for kind in ("plain", "hard"))
 
 
 def test_a_narrow_integer_names_places_that_it_can_hold() -> None:
