@@ -1,18 +1,20 @@
 # make demo    install and show what graphwright does
 # make test    lint, types, tests: what CI runs
+# make fuzz    random programs under random pipelines; FUZZ_FLAGS= for other ones, results in out/fuzz
 # make bench   every benchmark; BENCH_FLAGS= for the long ones, JSON in out/bench/
 #
 # Everything lives in .venv; a second run installs nothing. PYTHON=python3.12 picks the interpreter.
 
 PYTHON ?= python3
 BENCH_FLAGS ?= --quick
+FUZZ_FLAGS ?= --programs 10000 --seed 1 --jobs 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -c constraints.txt
 BENCHES := $(filter-out bench/decoder_peers.py bench/gpu_experts.py bench/gpu_kv_cache.py bench/gpu_low_rank.py bench/gpu_rat.py bench/harness.py bench/low_rank_networks.py bench/picture.py bench/trained_decoder.py,$(wildcard bench/*.py))
 
-.PHONY: demo test lint bench bench-deps clean
+.PHONY: demo test lint fuzz bench bench-deps clean
 
 demo: $(VENV)/installed
 	$(BIN)/graphwright demo
@@ -25,6 +27,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/graphwright
 	$(BIN)/mypy
+
+fuzz: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m graphwright.testing.fuzz $(FUZZ_FLAGS) --out out/fuzz
 
 bench: $(VENV)/installed
 	@test -n "$(BENCHES)" || { echo "no benchmark under bench/ yet"; exit 1; }

@@ -6,7 +6,8 @@ become float64 (complex ones complex128). Integers, booleans and literals stay: 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ from .run import run
 from .strides import laid_out
 from .symbols import SymbolTable
 
+WIDENING = "widening"  # in the meta of a call that the float64 program has beside those of the program
+_INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 _WIDE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
 
 
@@ -190,8 +193,43 @@ class _GraphWidening:
                 copy = add_call(result, self.symbols, target, args, {**kwargs, "dtype": widened(node.meta["val"].dtype)}, **meta)
         except InferenceError as error:
             raise NoFloat64(f"{_place(node)} refuses float64: {error}") from error
-        if not _is_wide(copy.meta["val"], node.meta["val"]):
-            raise NoFloat64(f"{_place(node)} has no float64 implementation")
+        if _is_wide(copy.meta["val"], node.meta["val"]):
+            return copy
+        result.erase_node(copy)
+        for dtypes in (_INTEGERS, {*_INTEGERS, torch.bool}):
+            with suppress(InferenceError):
+                return self._on_float64(result, node, target, args, kwargs, dtypes)
+        raise NoFloat64(f"{_place(node)} has no float64 implementation")
+
+    def _on_float64(
+        self, result: fx.Graph, node: Node, target: Any, args: Any, kwargs: dict[str, Any], dtypes: Collection[torch.dtype]
+    ) -> Node:
+        """The call on float64 copies of operands of `dtypes`: of integers alone `i / 3` and `exp(i)` are in the default float.
+
+        Raises:
+            InferenceError: it does not type-check, or is no float64 all the same.
+        """
+        added: list[Node] = []
+
+        def cast(operand: Node) -> Node:
+            value = operand.meta["val"]
+            if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
+                return operand
+            added.append(add_call(result, self.symbols, torch.ops.aten._to_copy.default, (operand,), {"dtype": torch.float64}))
+            added[-1].meta[WIDENING] = True
+            return added[-1]
+
+        meta = {"origin": node.meta.get("origin", ()), "where": node.meta.get("where") or Where()}
+        try:
+            wide_args, wide_kwargs = fx.map_arg((args, kwargs), cast)
+            copy = add_call(result, self.symbols, target, wide_args, wide_kwargs, **meta)
+            added.append(copy)
+            if not _is_wide(copy.meta["val"], node.meta["val"]):
+                raise InferenceError("it is no float64")
+        except InferenceError:
+            for made in reversed(added):
+                result.erase_node(made)
+            raise
         return copy
 
     def _wide_arguments(self, value: Any) -> Any:

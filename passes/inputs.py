@@ -8,6 +8,7 @@ import torch
 
 from ..ir import Node, Program
 from ..ir.pattern import named_arguments
+from ..ir.strides import laid_out
 from ..ir.symbols import hint
 
 _DEFAULT_BOUND = 4
@@ -56,13 +57,14 @@ def _is_float(value: Any) -> bool:
 
 
 def _with_hard_rows(value: Any) -> Any:
-    if not _is_float(value) or value.dim() == 0:
+    """The value with hard rows, laid out as it is; an expanded one, whose rows may be one, stays."""
+    if not _is_float(value) or value.dim() == 0 or 0 in value.stride():
         return value
     hard = value.clone()
     rows = hard.unbind(0) if value.dim() == 1 else hard.flatten(0, -2).unbind(0) if hard.is_contiguous() else hard.unbind(0)
     for place, row in enumerate(rows):
         row.copy_((torch.zeros_like(row), torch.full_like(row, 0.5), row * 1e-4, row + 100, row)[place % 5])
-    return hard
+    return laid_out(hard, value.stride())
 
 
 def _random_value(node: Node, generator: torch.Generator, number: Callable[[Any], int]) -> Any:

@@ -11,6 +11,7 @@ import torch
 from ..ir import Node
 from ..ir.calls import name_of
 from ..ir.derive import ancestors
+from ..ir.float64 import WIDENING
 from ..ir.infer import tensors_of
 from .outputs import leaves_of
 from .verdict import Verdict
@@ -66,7 +67,8 @@ def first_jump(reference: "Reference", verdict: Verdict) -> str:
 
 
 def _calls(reference: "Reference", *, wide: bool) -> list[Node]:
-    return (reference.wide_program if wide else reference.program).main.calls
+    """The calls of the program, or those of its float64 program in the same places."""
+    return [node for node in (reference.wide_program if wide else reference.program).main.calls if WIDENING not in node.meta]
 
 
 def _values(reference: "Reference", places: list[int], seed: int, scale: float, *, wide: bool) -> list[Any]:

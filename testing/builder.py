@@ -13,7 +13,7 @@ from torch import fx
 from ..ir import Node, Symbol, SymbolTable, Weight, Where
 from ..ir.build import add_call, add_placeholder, add_weight
 from ..ir.infer import InferenceError, contiguous_stride, fake_like, tensors_of
-from ..ir.symbols import hint, same_size
+from ..ir.symbols import UNBOUNDED, hint, same_size
 from .choices import Choices
 from .values import FLOATS, INTEGERS, LIMIT, Value, numel
 
@@ -48,18 +48,19 @@ class Builder:
         self._numbers = torch.Generator().manual_seed(choices.integer(0, 2**31 - 1))
         self._first_call: Node | None = None
         self._dims: list[Any] = [self._dim() for _ in range(3)]  # sizes meet where values share them
-        if dynamic:
-            self._dims += self._declare_symbols()
+        self._dims += self._declared(dynamic)
 
     def _dim(self) -> int:
         common = not self.choices.chance(10)
         return self.choices.pick(_SIZES[:_COMMON] if common else _SIZES[_COMMON:])
 
-    def _declare_symbols(self) -> list[Any]:
-        """One symbol, or two that stand at one size at capture."""
-        at_capture = self.choices.pick((3, 2, 6, 9))
-        names = ("s0", "s1")[: self.choices.pick((1, 1, 2))]
-        return [self.symbols.declare(Symbol(name, 2, self.choices.pick((32, 12, 2**63 - 1)), at_capture)) for name in names]
+    def _declared(self, dynamic: bool) -> list[Any]:
+        """One symbol, or two that stand at one size at capture; none unless `dynamic`, for which as much is decided, so that a program
+        shrinks to one without symbols."""
+        at_capture, count = self.choices.pick((3, 2, 6, 9)), self.choices.pick((1, 1, 2))
+        ends = [self.choices.pick((32, 12, UNBOUNDED)) for _ in range(2)]
+        names = ("s0", "s1")[:count] if dynamic else ()
+        return [self.symbols.declare(Symbol(name, 2, end, at_capture)) for name, end in zip(names, ends)]
 
     def symbolic(self) -> list[Any]:
         """The sizes that are symbols."""
@@ -212,7 +213,7 @@ class Builder:
     def partner(self, value: Value, fits: Callable[[Value], bool] = lambda other: other.is_float) -> Value:
         """A value that broadcasts with `value`."""
         known = [other for other in self.values if fits(other) and (self.broadcasts(other.shape, value.shape))]
-        if known and self.choices.chance(75):
+        if known and self.choices.chance(55):
             return self.choices.pick(known)
         return self.leaf(self.broadcastable(value.shape), value.dtype if not self.choices.chance(15) else self.float_dtype())
 

@@ -32,10 +32,11 @@ def programs(draw: Any, ops: Collection[str] | None = None, max_nodes: int = 12)
     """Programs of one function with up to about `max_nodes` calls (a motif that was begun is finished).
 
     `ops` are families: attention, convolutions, creation, dialect, elementwise, indexing, motifs, norms, products, random, reductions,
-    shapes, sizes (of programs with dynamic dims) and state; None for all. Weights have values. Inputs are made with `inputs_for`.
+    shapes, sizes (of programs with dynamic dims) and state; or single operations by name, such as `aten.relu.default`. None is all
+    families. Weights have values. Inputs are made with `inputs_for`.
 
     Raises:
-        InputError: a family is unknown.
+        InputError: there is no such family or operation.
     """
     return random_program(DrawnChoices(draw, st.integers), ops, max_nodes)
 
@@ -45,8 +46,8 @@ def random_program(choices: Choices, ops: Collection[str] | None = None, max_nod
     families = makers_of(ops)
     dynamic = choices.chance(25)
     builder = Builder(choices, dynamic=dynamic)
-    if dynamic:
-        builder.input((*builder.symbolic(), choices.pick((4, 8, 3))), builder.float_dtype())
+    last = choices.pick((4, 8, 3))
+    builder.input((*builder.symbolic(), last) if dynamic else builder.shape(2, 2), builder.float_dtype())
     names = _drawn_families(choices, list(families), dynamic)
     wanted = choices.integer(1, max_nodes)
     for _ in range(_TRIES * wanted):

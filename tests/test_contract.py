@@ -103,6 +103,34 @@ def test_float64_is_no_cast_of_the_model_that_casts_inside() -> None:
     assert not torch.equal(Casting().double()(x).double(), x.exp())
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("aten.div.Tensor(%i, 3)", "aten.mul.Scalar(%i, 0.1)", "aten.exp.default(%i)", "aten.rsub.Scalar(%i, 0.1)"),
+        *("aten.mul.Scalar(%b, 0.1)", "aten.pow.Scalar(2.1, %i)", "aten.where.ScalarOther(%b, %i, 0.1)"),
+    ],
+)
+def test_what_makes_floats_of_integers_makes_float64(body: str) -> None:
+    made = program(f"%a = {body}\nreturn %a", "%i : i64[3]; %b : bool[3]")
+    i, b = torch.tensor([1, 2, 5]), torch.tensor([True, False, True])
+    (narrow,), (wide,) = run(made, [i, b])[0], run(to_float64(made), [i, b])[0]
+    assert (narrow.dtype, wide.dtype) == (torch.float32, torch.float64)
+    assert 0 < (wide - narrow.double()).abs().max() < 1e-6 * wide.abs().max(), "no more precise than float32"
+    assert check_exact(made, made, [i, b]).kind == "right"
+
+
+def test_a_jump_is_found_behind_integers_that_became_floats() -> None:
+    """The float64 program has a cast more, so its calls are not those of the program one by one."""
+    rest = "%q = aten.div.Tensor(%i, 4)\n%j = aten.gt.Scalar(%t, 0.6)\n%y = aten.mul.Tensor(%q, %j)\nreturn %y"
+    inputs = "%i : i64[1]; %x : f64[1]; %y : f64[1]; %z : f64[1]"
+    sums = [f"%s = aten.add.Tensor({a}, {b})\n%t = aten.add.Tensor(%s, {c})\n" for a, b, c in (("%x", "%y", "%z"), ("%y", "%z", "%x"))]
+    before, after = (
+        program((body + rest).replace("%y = aten.mul", "%o = aten.mul").replace("return %y", "return %o"), inputs) for body in sums
+    )
+    values = [torch.tensor([4]), *(torch.tensor([v], dtype=torch.float64) for v in (0.1, 0.2, 0.3))]
+    assert check_exact(before, after, values).kind == "inconclusive"
+
+
 def test_a_view_of_a_floats_bits_has_no_float64_form() -> None:
     bits = "%a = aten.view.dtype(%x, i32) : i32[4, 6]\nreturn %a"
     with pytest.raises(NoFloat64, match="aten.view.dtype looks at the bits of a float"):

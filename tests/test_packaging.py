@@ -14,7 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_SHIPPED = {"tests", "bench", "docs", "examples"}
 NOT_SOURCE = {"build", "dist", "out", "__pycache__"}
 
-HEAVY = {"transformers", "diffusers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "triton", "torch._dynamo", "torch._inductor"}
+HEAVY = {
+    "transformers",
+    "diffusers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "triton",
+    "hypothesis",
+    "torch._dynamo",
+    "torch._inductor",
+}
 
 RUNS_WHAT_IT_READS = {
     *("eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "allow_pickle"),

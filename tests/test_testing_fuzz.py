@@ -69,7 +69,7 @@ def test_no_exact_pipeline_changes_a_program() -> None:
     records = [run_trial(20, number, max_nodes=8) for number in range(40)]
     assert [record for record in records if record.kind in fuzz.FAILING] == []
     assert sum(record.kind == "inconclusive" for record in records) <= 2
-    assert sum(sum(record.fired.values()) for record in records) >= 20
+    assert sum(sum(record.fired.values()) for record in records) >= 10
 
 
 def test_what_goes_wrong_while_a_trial_is_made_is_a_crash_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,12 +85,12 @@ def test_the_dialect_is_covered_whole_but_for_what_onnxruntime_computes() -> Non
 
 
 def test_programs_have_what_real_ones_have() -> None:
-    """Each of these in some of 250 programs: specs/trust.md, 3.3 and 3.4."""
+    """Each of these in some of 600 programs: specs/trust.md, 3.3 and 3.4."""
     wanted = {"symbols", "states", "several outputs", "an input as output", "one value twice", "a constant as output", "dead code",
               "a shared weight", "a tensor without elements", "odd sizes", "other strides", "torch.float32", "torch.float64",
               "torch.bfloat16", "torch.float16", "torch.int64", "torch.int32", "torch.int8", "torch.uint8", "torch.bool"}  # fmt: skip
     found: Counter[str] = Counter()
-    for seed in range(250):
+    for seed in range(600):
         if wanted <= (+found).keys():
             break
         program = made(seed, max_nodes=6)
@@ -114,8 +114,15 @@ def test_programs_have_what_real_ones_have() -> None:
 def test_families_can_be_chosen() -> None:
     elementwise = {name for seed in range(20) for name in calls(made(seed, ops=["elementwise"]))}
     assert not elementwise & {"aten.linear.default", "aten.view.default", "aten.sum.dim_IntList"}
-    with pytest.raises(InputError, match="no operations are called convs: the families are attention, convolutions"):
+    with pytest.raises(
+        InputError, match="convs is neither an operation, such as aten.relu.default, nor a family: these are attention, conv"
+    ):
         made(0, ops=["convs"])
+
+
+@pytest.mark.parametrize("name", ["aten.relu.default", "aten.sub.Tensor", "aten.hypot.default", "aten.cat.default", "aten.cummax.default"])
+def test_single_operations_can_be_chosen_by_name(name: str) -> None:
+    assert {call for seed in range(10) for call in calls(made(seed, ops=[name]))} - {"getitem"} == {name}
 
 
 def test_values_stay_small_enough_to_run_often() -> None:
@@ -177,9 +184,10 @@ def test_symbols_stand_at_capture_and_at_both_ends_and_inside() -> None:
     assert sizes == [3, 3, 2, 12, 5]
 
 
-def test_an_expanded_input_stays_expanded() -> None:
-    program = lines("function main {\n  takes ((*), {})\n  gives *\n  input %x : f32[3, 4] strides [0, 1]\n  return %x\n}")
-    assert all(inputs_for(program, seed)[0].stride() == (0, 1) for seed in range(3))
+@pytest.mark.parametrize("stride", [(0, 1), (8, 2), (1, 3)])
+def test_an_input_lies_in_memory_as_it_is_declared(stride: tuple[int, int]) -> None:
+    program = lines(f"function main {{\n  takes ((*), {{}})\n  gives *\n  input %x : f32[3, 4] strides {list(stride)}\n  return %x\n}}")
+    assert all(inputs_for(program, seed, kind)[0].stride() == stride for seed in range(3) for kind in ("plain", "hard"))
 
 
 def test_a_narrow_integer_names_places_that_it_can_hold() -> None:

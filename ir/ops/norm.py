@@ -6,6 +6,8 @@ Chan, Golub and LeVeque's pairwise update, which does not cancel where E[x^2] - 
 (arXiv 2411.01171) slices across normalised axes; its released code takes statistics per slice, which is another function.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
@@ -20,7 +22,7 @@ def norm_stats(x: Tensor, groups: int) -> Tensor:
     Two passes: the mean first, then the squares of what is left. `groups` divides C.
     """
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    grouped = wide.reshape(x.size(0), groups, -1)
+    grouped = wide.reshape(x.size(0), groups, math.prod(x.shape[1:]) // groups)  # of no images, -1 says nothing
     mean = grouped.mean(-1)
     m2 = (grouped - mean.unsqueeze(-1)).square().sum(-1)
     count = torch.ones_like(mean) * grouped.size(-1)

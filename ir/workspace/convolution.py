@@ -58,7 +58,7 @@ def transposed_convolution(a: dict[str, Any], node: Node, threads: int, part: Pa
     columns = call.input_places * call.weight_sizes[1] * product(call.kernel) * call.itemsize
     if len(call.kernel) < 3:
         return Workspace(columns + call.copied)
-    return Workspace((columns + call.places * call.itemsize) // call.input[0] + call.copied)
+    return Workspace((columns + call.places * call.itemsize) // call.images + call.copied)
 
 
 def _is_ours(node: Node, call: "_Call") -> bool:
@@ -85,6 +85,7 @@ class _Call:
         self.input = sizes(x) if is_feature else part.sizes(x)
         self.is_batched = len(self.input) == len(self.weight_sizes)
         self.input = [1] * (len(self.weight_sizes) - len(self.input)) + self.input
+        self.images = max(self.input[0], 1)  # what a call on none of them takes is 0 all the same
         self.flat = [*self.input[:3], product(self.input[3:])]
         self.dtype, self.itemsize = tensor(x).dtype, tensor(x).dtype.itemsize
         self.groups = hint(a["groups"])
@@ -152,7 +153,7 @@ class _Call:
             return Workspace(self.copied, self.weight_blocks + (self.weight_bytes if product(self.kernel) > 1 else 0))
         source = 0 if self.is_plain else self.input_blocks
         if product(self.kernel) == 1 and self.is_strided and len(self.kernel) < 3:
-            source += threads * (self.places // self.input[0]) * self.input[1] * self.itemsize
+            source += threads * (self.places // self.images) * self.input[1] * self.itemsize
         source += 0 if holds_copy else self.copied
         dense = 2 if self.is_depthwise and len(self.kernel) == 3 and self.channels == self.input[1] else 1
         after = dense * self.result_blocks
@@ -164,7 +165,7 @@ class _Call:
         """oneDNN: the result in blocks, and once more laid out. Channels that lie innermost are read and written as they lie, with a
         stride by way of an image a thread."""
         if self.is_channels_last:
-            images = threads * self.input_bytes // self.input[0] if self.is_strided else 0
+            images = threads * self.input_bytes // self.images if self.is_strided else 0
             return Workspace(self.copied, 2 * self.weight_bytes + images)
         after = 2 * self.result_blocks
         during = self.input_blocks + after - self.result_bytes
@@ -177,7 +178,7 @@ class _Call:
         but the plain 3-d kernel take groups one by one, each with its copy of the input, and join the results. Where channels lie
         innermost, the weight of a 2-d kernel is laid out like them, and for a 3-d kernel the input as if they did not."""
         columns = 0 if self.is_pointwise and not self.is_dilated else self.places * self.input[1] * product(self.kernel) * self.itemsize
-        columns //= self.input[0] if self.is_dilated else 1
+        columns //= self.images if self.is_dilated else 1
         if self.is_channels_last and len(self.kernel) == 3:
             columns += self.input_bytes
         weight = self.weight_bytes if self.is_channels_last and product(self.kernel) > 1 and len(self.kernel) < 3 else 0

@@ -173,8 +173,13 @@ def chain_of_views(b: Builder) -> Value:
         elif kind == "select back" and x.rank and x.shape[0] == 1:
             x = b.call(aten.select.int, x, 0, 0, **bounds)
         elif x.is_static and x.rank:
-            x = b.call(aten.view.default, x, b.choices.pick(([-1], list(x.shape))) if 0 not in x.shape else list(x.shape), **bounds)
+            x = b.call(aten.view.default, x, _other_sizes(b, x), **bounds)
     return x
+
+
+def _other_sizes(b: Builder, x: Value) -> list[int]:
+    sizes = [b.static(size) for size in x.shape]
+    return b.choices.pick(([1, *sizes], [*sizes, 1], sizes, [-1] if 0 not in sizes else sizes))
 
 
 @maker("motifs", weight=2)

@@ -1,9 +1,12 @@
 """Makers: each draws operands from a builder and adds one call, or a few that belong together. A family is a room of them."""
 
 from collections.abc import Callable, Collection
+from typing import Any
 
+from ...ir.calls import target_of
 from ...ir.errors import InputError
 from ..builder import Builder
+from .named import maker_of
 
 Maker = Callable[[Builder], object]
 MAKERS: dict[str, list[Maker]] = {}
@@ -19,13 +22,20 @@ def maker(family: str, *, weight: int = 1) -> Callable[[Maker], Maker]:
     return register
 
 
-def makers_of(families: Collection[str] | None) -> dict[str, list[Maker]]:
-    """The makers of `families`, of all when None.
+def makers_of(ops: Collection[str] | None) -> dict[str, list[Maker]]:
+    """The makers of `ops`, which are families or operations as text names them (`aten.relu.default`); of all families when None.
 
     Raises:
-        InputError: a family is unknown.
+        InputError: there is no such family or operation.
     """
-    unknown = sorted(set(families or ()) - MAKERS.keys())
-    if unknown:
-        raise InputError(f"no operations are called {unknown[0]}: the families are {', '.join(sorted(MAKERS))}")
-    return {name: makers for name, makers in MAKERS.items() if families is None or name in families}
+    if ops is None:
+        return dict(MAKERS)
+    return {name: MAKERS[name] if name in MAKERS else [maker_of(_operation(name))] for name in ops}
+
+
+def _operation(name: str) -> Callable[..., Any]:
+    try:
+        return target_of(name)
+    except KeyError:
+        families = ", ".join(sorted(MAKERS))
+        raise InputError(f"{name} is neither an operation, such as aten.relu.default, nor a family: these are {families}") from None

@@ -1,0 +1,163 @@
+"""`check_pass(MyPass())`: a property test of any pass, derived from its contract, that ends in the smallest program which breaks it.
+
+    def test_my_pass() -> None:
+        check_pass(MyPass(), ops=["aten.relu.default", "elementwise"])
+
+| contract | what must hold on every program and its inputs |
+|---|---|
+| exact, policy | the exact rule: the same function in float64, as precise in the working dtype, of the same types and aliases |
+| bounded, substitution | what the pass's own `check` finds |
+
+And of each: every rule of the IR behind the pass, and a text that parses back. A typed error of the pass is a refusal, and none of these.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis import strategies as st
+
+from ..ir import Program
+from ..ir.torch_log import silenced
+from ..passes import Contract, Pass
+from .inputs import input_sets
+from .pipelines import calibrated
+from .programs import programs as any_programs
+from .verdict import TrialResult, try_passes
+
+_MOST_NUMBERS = 2000  # that a ready-made test spells out
+
+
+@dataclass(eq=False)
+class _Failure(Exception):
+    """One trial that breaks the contract, as hypothesis passes it on."""
+
+    program: Program
+    each: Pass
+    inputs: Sequence[Any] | None
+    result: TrialResult
+
+
+def check_pass(
+    each: Pass,
+    *,
+    ops: Collection[str] | None = None,
+    max_nodes: int = 8,
+    examples: int = 200,
+    seed: int = 0,
+    programs: st.SearchStrategy[Program] | None = None,
+) -> None:
+    """Holds `each` to its contract on `examples` random programs, of `ops` and `max_nodes` as for `programs()`, or of a strategy of
+    your own. Equal arguments try equal programs where the same modules are imported (hypothesis tries constants of their code, too).
+
+    A pass that calibrates is given inputs of each program. The pass must change some programs: one that none of them concerns was
+    not tested, so name operations that it looks for.
+
+    Raises:
+        AssertionError: with the smallest program that breaks the contract as text, the verdict, and a test that reproduces it; or that
+            the pass changed no program.
+    """
+    changed: list[bool] = []
+    reasons: dict[str, None] = {}
+
+    def trial(program: Program, number: int) -> None:
+        ready = calibrated(each, program)
+        sets = list(input_sets(program, number))
+        result = try_passes(program, [ready], sets)
+        verdict = result.verdict
+        changed.append(any(report.records for report in result.reports) and verdict.kind != "inconclusive")
+        if verdict.kind == "refused":
+            reasons[verdict.reason] = None
+        if result.fails or verdict.kind == "unmeasured":
+            raise _Failure(program, ready, None if result.input_set is None else sets[result.input_set], result)
+
+    strategy = any_programs(ops, max_nodes) if programs is None else programs
+    try:
+        with silenced():  # what torch reports of symbols is no part of a failure's story
+            _searching(seed, examples)(given(strategy, st.integers(0, 2**16))(trial))()
+    except _Failure as failure:
+        raise AssertionError(_story(failure)) from None
+    if not any(changed):
+        why = f"; it refused: {next(iter(reasons))}" if reasons else ""
+        advice = "name operations that it looks for, as in check_pass(.., ops=['aten.relu.default'])"
+        raise AssertionError(f"{each.name} changed none of {len(changed)} programs, so nothing was tested{why}: {advice}")
+
+
+def _searching(number: int, examples: int) -> Any:
+    """Hypothesis set up to search alike each time, and to say nothing itself."""
+    silent = settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink),
+        verbosity=Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    return lambda test: seed(number)(silent(test))
+
+
+# --- what a failure says ---
+
+
+def _story(failure: _Failure) -> str:
+    each, result = failure.each, failure.result
+    promise = {Contract.EXACT: "exact", Contract.POLICY: "a policy"}.get(each.contract, str(each.contract))
+    parts = [f"{each.name} is not {promise}: {result.verdict}", "the smallest program that was found:", str(failure.program)]
+    if result.after is not None:
+        parts += ["what the pass made of it:", str(result.after)]
+    parts += ["a test that reproduces it:", _test_of(failure)]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _test_of(failure: _Failure) -> str:
+    each, cls = failure.each, type(failure.each)
+    weights = {name: weight.tensor for name, weight in failure.program.weights.items()}
+    inputs = [] if failure.inputs is None else [failure.inputs]
+    spelled_weights = ", ".join(f"{name!r}: {_literal(tensor)}" for name, tensor in weights.items())
+    spelled_inputs = ", ".join(f"[{', '.join(map(_literal, leaves))}]" for leaves in inputs)
+    lines = [
+        "import torch",
+        "from graphwright import parse",
+        *(["from graphwright.ir.strides import laid_out"] if "laid_out(" in spelled_weights + spelled_inputs else []),
+        "from graphwright.testing import try_passes",
+        f"from {cls.__module__} import {cls.__name__}",
+        "",
+        'PROGRAM = """',
+        str(failure.program).rstrip(),
+        '"""',
+        "",
+        "",
+        f"def test_{each.name.replace('-', '_')}_keeps_its_contract() -> None:",
+        f"    program = parse(PROGRAM.lstrip(), weights={{{spelled_weights}}})",
+        f"    result = try_passes(program, [{_construction(each)}], [{spelled_inputs}])",
+        '    assert result.verdict.kind in ("right", "refused"), result.verdict',
+    ]
+    return "\n".join(lines)
+
+
+def _construction(each: Pass) -> str:
+    """The pass as code; examples to calibrate on are no code, and are the inputs of the trial."""
+    given_options = [f"{name}={getattr(each, name)!r}" for name in each.option_names() if name != "calibration"]
+    if "calibration" in each.option_names():
+        given_options.append("calibration=[]")
+    return f"{type(each).__name__}({', '.join(given_options)})"
+
+
+def _literal(value: Any) -> str:
+    """A value as code: a tensor with its numbers and strides; one with too many is drawn anew."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    if value.numel() > _MOST_NUMBERS:
+        return f"torch.randn({list(value.shape)}).to({value.dtype})"
+    if value.numel() == 0:
+        return f"torch.empty({list(value.shape)}, dtype={value.dtype})"
+    numbers = value.tolist()
+    text = repr(numbers).replace("nan", "float('nan')").replace("inf", "float('inf')")
+    literal = f"torch.tensor({text}, dtype={value.dtype})"
+    if value.is_contiguous():
+        return literal
+    return f"laid_out({literal}, {list(value.stride())})"
