@@ -81,7 +81,7 @@ class Probe:
             try:
                 call()
                 best[name] = self._sample(call)
-            except (RuntimeError, NotImplementedError):
+            except (RuntimeError, NotImplementedError, IndexError):  # the last: numbers that stand for indices point beyond an operand
                 continue
         rounds = 2 if best and min(best.values()) > _LONG_CALL else _ROUNDS
         for _ in range(rounds):

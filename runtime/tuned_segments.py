@@ -14,6 +14,8 @@ from torch import fx
 from ..codegen.cpu_packed import hinted
 from ..codegen.cpu_rows import with_rows_spelled_out
 from ..ir import Node, SymbolTable
+from ..ir.calls import GETITEM
+from ..ir.pattern import named_arguments
 from ..ir.symbols import hint
 from .code_cache import CodeCache
 from .flat import FlatGraph
@@ -22,6 +24,15 @@ from .segments import AtenLowering, InductorLowering, Segment, computes, cut_out
 
 _log = logging.getLogger(__name__)
 Run = Callable[[list[Any]], list[Any]]
+
+aten = torch.ops.aten
+
+_SORTS = (aten.sort.default, aten.sort.stable)
+_ARGSORTS = (aten.argsort.default, aten.argsort.stable)
+_SAME_ELEMENTS = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default,
+    aten._to_copy.default,
+)  # fmt: skip
 
 
 class TunedSegments(InductorLowering):
@@ -40,24 +51,25 @@ class TunedSegments(InductorLowering):
             return AtenLowering.segment(self, nodes, lowered, copies)
         key = likeness(nodes, inputs, outputs)
         if key not in self._alike:
-            self._alike[key] = self._fastest(cut_out(nodes, inputs, outputs), [node.meta["val"] for node in inputs], str(key))
+            self._alike[key] = self._fastest(cut_out(nodes, inputs, outputs), inputs, str(key))
         compiled = self._alike[key]
         if compiled is None:
             return AtenLowering.segment(self, nodes, lowered, copies)
         self.add_call(compiled, nodes, inputs, outputs, lowered, copies)
 
-    def _fastest(self, graph: fx.Graph, types: Sequence[Any], question: str) -> Segment | None:
+    def _fastest(self, graph: fx.Graph, inputs: Sequence[Node], question: str) -> Segment | None:
         """The compiled form of `graph`, None where the kernels of its calls are faster."""
         if self._probe.known("segment", question) == "aten":
             return None
+        types = [node.meta["val"] for node in inputs]
         try:
             compiled = Segment(graph, self._compiled(graph, types))
         except Exception as error:  # a compiler that fails on some segment is no reason to have no model
             _log.warning("a segment of %d calls stays with library kernels, Inductor fails on it: %s", len(graph.nodes), error)
             return None
-        aten = FlatGraph(graph)
-        values = [random_like(value) for value in types]
-        ways = {"aten": lambda: aten(list(values)), "inductor": lambda: compiled(list(values))}
+        by_kernels = FlatGraph(graph)
+        values = [example_of(node) for node in inputs]
+        ways = {"aten": lambda: by_kernels(list(values)), "inductor": lambda: compiled(list(values))}
         with torch.no_grad(), torch._C._DisableAutocast(), torch.random.fork_rng(devices=[]):
             return compiled if self._probe.fastest("segment", question, ways) == "inductor" else None
 
@@ -84,6 +96,27 @@ def _type(value: Any) -> tuple[str, ...]:
     if not isinstance(value, torch.Tensor):
         return (type(value).__name__, str(value))
     return str(value.dtype), str(value.device), str(tuple(value.shape)), str(value.stride())
+
+
+def example_of(node: Node) -> Any:
+    """A value that a segment can be timed with: `random_like` its type, but the order that a sort gives is one, behind views too, since a
+    segment that inverts an order writes only where that points, and reads all."""
+    if node.target is GETITEM and node.args[1] == 1 and node.args[0].target in _SORTS:  # type: ignore[union-attr]
+        return _orders(node, named_arguments(node.args[0])["dim"])  # type: ignore[arg-type]
+    if node.target in _ARGSORTS:
+        return _orders(node, named_arguments(node)["dim"])
+    if node.target in _SAME_ELEMENTS and isinstance(node.meta["val"], torch.Tensor) and not node.meta["val"].dtype.is_floating_point:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), example_of)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    return random_like(node.meta["val"])
+
+
+def _orders(node: Node, dim: int) -> torch.Tensor:
+    """0, 1, .. along `dim`, in the memory of what `node` gives."""
+    order = random_like(node.meta["val"])
+    if order.dim() and order.numel():
+        order.transpose(dim, -1).copy_(torch.arange(order.size(dim), device=order.device))
+    return order
 
 
 def random_like(value: Any) -> Any:
