@@ -25,6 +25,7 @@ from graphwright.passes.check import Reference
 from graphwright.passes.inputs import random_inputs
 from graphwright.passes.kv_cache.stepping import empty_caches, largest_difference
 from graphwright.passes.rat import measure
+from graphwright.passes.rat.gates import initial
 from graphwright.passes.rat.judge import with_chunks_of_one, with_window_over_all
 from graphwright.tests import decoders
 
@@ -147,6 +148,29 @@ def test_at_fixed_sizes_the_recurrence_may_run_on_and_its_tables_may_be_constant
     for options in ({"rope": "chunk"}, {"reset": False, "local": "state"}):
         chosen = gw.RatRecurrence(**(SMALL | options))
         assert chosen.check(Reference(program, random_inputs(program)), rewritten(program, **options)).kind == "right"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_mean_gates_without_resets_count_the_state_before_as_one_token_more(chunk: int) -> None:
+    gates = initial("mean", 1, chunk, False, 0.0)
+    assert gates.chunk_bias is not None
+    x = torch.randn(4 * chunk, dtype=torch.float64, generator=torch.Generator().manual_seed(chunk))
+    state, before = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for place, token in enumerate(x):
+        within = place % chunk
+        before = state if within == 0 else before
+        gate = torch.sigmoid(gates.bias[0] + gates.chunk_bias[within, 0, 0]).double()
+        state = gate * state + (1 - gate) * token
+        expected = (before + x[place - within : place + 1].sum()) / (within + 2)
+        torch.testing.assert_close(state, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["mean", "chrono"])
+def test_open_gates_carry_states_into_the_next_chunk_unless_it_starts_from_nothing(init: str) -> None:
+    tokens = tokens_of(2, 12)
+    with_resets, without = (logits(rewritten(fixed(), init=init, reset=reset), tokens) for reset in (True, False))
+    assert off(without[:, :5], with_resets[:, :5]) <= 1e-6  # the first summary is seen from chunk + window on
+    assert off(without[:, 10:], with_resets[:, 10:]) >= 1e-4
 
 
 def test_attributes_and_layers_are_as_asked_for() -> None:

@@ -228,7 +228,7 @@ def test_equal_seeds_find_the_same_program() -> None:
 
 
 def test_a_pass_that_changes_nothing_was_not_tested() -> None:
-    with pytest.raises(AssertionError, match="square-by-product changed none of 10 programs, so nothing was tested: name operations"):
+    with pytest.raises(AssertionError, match="square-by-product changed none of 40 programs, so nothing was tested: name operations"):
         check_pass(SquareByProduct(), ops=["creation"], examples=10)
 
 

@@ -38,11 +38,11 @@ def fit(batches: Sequence[Seen], form: Form, scale: float, channels: int, summar
             return sum(float(seen.squared_error(form, gates, scale)) for seen in batches) / whole
 
     biases = sorted({summary_bias, 0.0, math.log(form.chunk) / 2, math.log(form.chunk)})
-    mean = min((initial("mean", channels, form.chunk, each, 0) for each in biases), key=error)
+    mean = min((initial("mean", channels, form.chunk, form.reset, each) for each in biases), key=error)
     found = {
-        "mean": initial("mean", channels, form.chunk, summary_bias, 0),
+        "mean": initial("mean", channels, form.chunk, form.reset, summary_bias),
         "fitted": _descended(batches, form, scale, mean, whole),
-        "closed": initial("closed", channels, form.chunk, summary_bias, 0),
+        "closed": initial("closed", channels, form.chunk, form.reset, summary_bias),
     }
     errors = {name: error(gates) for name, gates in found.items()}
     return Fitted(found[kept(errors)], errors)

@@ -1,7 +1,8 @@
 """What gates are before any training: logits of `bias` [Hk E] for each channel and of `chunk_bias` [L, 1, 1] for each place in a chunk.
 
     closed   g = 4e-18: a state is its last token
-    mean     g = l / (l + 1) at place l: a state is the mean of its chunk so far
+    mean     g = l / (l + 1) at place l: a state is the mean of its chunk so far; without resets g = (l + 1) / (l + 2), which counts the
+             state before the chunk as one token more
     chrono   g = u / (u + 1), u even in (1, L - 1): memories of different lengths, as RAT starts that is trained from scratch
 
 Source: specs/rat.md, section 3.
@@ -25,12 +26,12 @@ class Gates:
     summary_bias: float = 0.0
 
 
-def initial(init: str, channels: int, chunk: int, summary_bias: float, seed: int) -> Gates:
-    """The gates that `init` names: "closed", "mean" or "chrono"."""
+def initial(init: str, channels: int, chunk: int, reset: bool, summary_bias: float, seed: int = 0) -> Gates:
+    """The gates that `init` names: "closed", "mean" or "chrono" (drawn with `seed`)."""
     if init == "closed":
         return Gates(torch.full((channels,), CLOSED), None, summary_bias)
     if init == "mean":
-        logits = [CLOSED, *(math.log(place) for place in range(1, chunk))]
+        logits = [CLOSED, *map(math.log, range(1, chunk))] if reset else [math.log(place + 1) for place in range(chunk)]
         return Gates(torch.zeros(channels), torch.tensor(logits).reshape(chunk, 1, 1), summary_bias)
     drawn = torch.rand(channels, generator=torch.Generator().manual_seed(seed))
     return Gates((1 + drawn * (chunk - 2)).log(), None, summary_bias)

@@ -39,7 +39,8 @@ class RatRecurrence(Pass):
     chunk, window, sinks: tokens of a chunk; tokens before each that it sees by themselves; first tokens that all see (with local="raw" up
         to a multiple of the chunk). Everything else is seen as the last state of its chunk.
     local: near tokens as keys and values ("raw", each past token is then seen once, given resets) or as states ("state").
-    reset: whether a chunk starts from nothing.
+    reset: whether a chunk starts from nothing. Without, closed gates carry nothing into a chunk, and mean ones count the state before it as
+        one token more.
     rope: the time that turns a token: its own ("token") or its chunk's number ("chunk").
     init: gates before training: "closed", "mean", "chrono", or "fit", which minimises each layer's error on `calibration`, given what the
         layer reads and gives in the original model; activations of several layers are held at once, up to 1 GiB.
@@ -196,7 +197,7 @@ class RatRecurrence(Pass):
     def _gates(self, chosen: Sequence[Site], watched: Watched | None) -> tuple[list[Gates], list[dict[str, float]]]:
         bias = math.log(self.chunk) if self.summary_bias == "log_chunk" else float(self.summary_bias)
         if self.init != "fit":
-            return [initial(self.init, self._channels(site), self.chunk, bias, site.index) for site in chosen], []
+            return [initial(self.init, self._channels(site), self.chunk, self.reset, bias, site.index) for site in chosen], []
         assert watched is not None, "init=fit has calibration"
         if watched.longest <= self.form.unchanged:
             raise PassError(

@@ -24,7 +24,8 @@ def described(form: Form, init: str, sites: Sites, chosen: Sequence[Site], measu
     """Lines for the report."""
     whole, fits = len(sites.found) + len(sites.refused), () if measured is None else measured.fits
     rotary = f"rotary by {form.rope}" if any(site.cos is not None for site in chosen) else "no rotary positions"
-    shape = f"chunk {form.chunk}, window {form.window}, sinks {form.sinks}, local {form.local}, {rotary}"
+    resets = "" if form.reset else ", no resets"
+    shape = f"chunk {form.chunk}, window {form.window}, sinks {form.sinks}, local {form.local}{resets}, {rotary}"
     return (
         f"{len(chosen)} of {whole} attentions: {_name(form, init, len(chosen), fits)}, {shape}",
         *_cost(form, measured),
