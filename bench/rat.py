@@ -1,6 +1,7 @@
 """`gw.rat_cached_attention` and `gw.rat_attention` on a CPU against what a user would pick: attention of one decoding step behind 4,096
 tokens, of a whole prompt, and the bytes of a cache; projections are in none of them. Llama's heads: 32 of queries, 8 or 32 of keys, 128
-wide, rotated in both; chunks of 16 tokens. Rows are named dtype, rows of the batch, key heads, tokens, window.
+wide, rotated in both; chunks of 16 tokens. Rows are named dtype, rows of the batch, key heads, tokens, window, and raw where near tokens
+are keys and values beside 16 sinks, as `rat-recurrence` has them by default; elsewhere they are states, without sinks, as in RAT.
 
 A call of a step is that of several layers, each with caches of its own, so that slots come from memory as they do in a model. Peers:
 "SDPA": ATen's attention over all tokens, causal; "flex_attention": torch's, compiled, over states that are there already, with the mask of
@@ -22,6 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from graphwright.codegen.rat.kernels import rat_attention, step_in_place
 from graphwright.codegen.rat.library import library
+from graphwright.ir.ops.rat_parts import ring_of
 
 PEERS = {"SDPA": "torch", "flex_attention": "torch", "flash-linear-attention": "flash-linear-attention", "formula": "torch"}
 HEADS, DIM, CHUNK, SEEN = 32, 128, 16, 4096
@@ -40,11 +42,19 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.dtype}, {self.batch}, {self.kv_heads}, {self.tokens}, {self.window}"
+        return f"{self.dtype}, {self.batch}, {self.kv_heads}, {self.tokens}, {self.window}" + (", raw" if self.local == "raw" else "")
+
+    @property
+    def sinks(self) -> int:
+        return CHUNK if self.local == "raw" else 0
+
+    @property
+    def slots(self) -> int:
+        return self.sinks + -(-self.tokens // CHUNK) + ring_of(CHUNK, self.window, self.local)
 
     @property
     def options(self) -> dict[str, object]:
-        return {"chunk": CHUNK, "scale": DIM**-0.5, "window": self.window, "local": self.local}
+        return {"chunk": CHUNK, "scale": DIM**-0.5, "window": self.window, "sinks": self.sinks, "local": self.local}
 
     def normal(self, heads: int, tokens: int) -> Tensor:
         """Laid out as a projection leaves it."""
@@ -58,13 +68,14 @@ class Case:
 
     def caches(self) -> list[Tensor]:
         """Slots and states of a row that has seen so many tokens."""
-        slots = -(-self.tokens // CHUNK) + self.window + 1
-        shape = (self.batch, self.kv_heads, slots, DIM)
+        shape = (self.batch, self.kv_heads, self.slots, DIM)
         return [*(torch.randn(shape).to(DTYPES[self.dtype]) for _ in range(2)), *(torch.randn(*shape[:2], DIM) for _ in range(2))]
 
 
 DECODE = [Case(dtype, batch, heads, SEEN, window) for dtype in DTYPES for batch in (1, 8) for heads in (8, 32) for window in (0, 256)]
+DECODE += [Case(dtype, 1, 8, SEEN, 256, "raw") for dtype in DTYPES]
 PREFILL = [Case(dtype, 1, 8, tokens, window) for dtype in DTYPES for tokens in (1024, 2048, 4096) for window in (0, 256)]
+PREFILL += [Case(dtype, 1, 8, 2048, 256, "raw") for dtype in DTYPES]
 
 
 def main() -> None:
@@ -80,7 +91,7 @@ def main() -> None:
     with torch.no_grad():
         cases = [
             *(("decode", decode, case) for case in (DECODE[:2] if bench.quick else DECODE)),
-            *(("cache", cache_bytes, case) for case in DECODE[:4:3]),
+            *(("cache", cache_bytes, case) for case in (*DECODE[:4:3], DECODE[-2])),
             *(("prefill", prefill, case) for case in (PREFILL[2:4] if bench.quick else PREFILL)),
         ]
         for section, measure, case in cases:
@@ -118,11 +129,12 @@ def prefill(bench: Bench, case: Case) -> None:
 
 
 def flexible(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
-    window = case.window
+    window, sinks, raw = case.window, case.sinks, case.local == "raw"
 
     def visible(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
-        is_summary = ((j + 1) % CHUNK == 0) & (j < (t - window).clamp(min=0) // CHUNK * CHUNK)
-        return is_summary | ((j <= t) & (j >= t - window))
+        begin = (t - window).clamp(min=0) // CHUNK * CHUNK  # of what is near, where it is raw
+        is_summary = ((j + 1) % CHUNK == 0) & (j < begin)
+        return is_summary | (j <= t) & ((j < sinks) | (j >= (begin if raw else t - window)))
 
     mask = create_block_mask(visible, None, None, case.tokens, case.tokens, device="cpu")
     compiled = torch.compile(flex_attention)
@@ -136,8 +148,7 @@ def flexible(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object
 
 def cache_bytes(bench: Bench, case: Case) -> None:
     caches = case.caches()
-    slots = -(-case.tokens // CHUNK) + case.window + 1
-    formula = 2 * case.kv_heads * DIM * (slots * caches[0].itemsize + 4)
+    formula = 2 * case.kv_heads * DIM * (case.slots * caches[0].itemsize + 4)
     full = 2 * case.kv_heads * case.tokens * DIM * caches[0].itemsize
     held = sum(each.nbytes for each in caches) // case.batch
     bench.row(f"cache {case.name}", "bytes", "B", held, {"SDPA": full, "formula": formula})
