@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import sys
-import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from .dtypes import check_dtypes
 from .dynamic_shapes import misfit
 from .errors import CaptureError, InputError
 from .exportable_experts import exportable_experts
+from .forks import new_lock
 from .functionalize import NotFunctional, functional_variant, instance_norm, is_ambiguous, take_apart
 from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
 from .parser import is_symbol_name
@@ -156,7 +156,7 @@ class _Quiet:
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._restore = threading.Lock(), 0, ExitStack()
+        self._lock, self._inside, self._restore = new_lock(), 0, ExitStack()
         self._held, self._failed = io.StringIO(), False
 
     def __enter__(self) -> None:

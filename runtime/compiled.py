@@ -1,6 +1,5 @@
 """`CompiledModel`: what `compile` returns, called like the module that it was made from."""
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from ..ir import Program
 from ..ir.calling import Call, Parameter
 from ..ir.derive import specialised
 from ..ir.errors import ArtifactError, InputError, TargetError
+from ..ir.forks import new_lock, new_rlock
 from ..ir.tree import unflatten
 from ..passes import Contract
 from . import artifact
@@ -73,7 +73,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.training = training if compilation is None else compilation.training
         self._make = make
-        self._lock = threading.RLock()
+        self._lock = new_rlock()
         self._runner = None if compilation is None else _Runner(compilation)
         self._measured: Measurement | None = None
         self._compiled_peak: int | None = None
@@ -319,13 +319,13 @@ class _Runner:
         self.call = Call(program, main, compilation.parameters)
         self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
         self._updates = _updates(signature)
-        self._named, self._lock = {"main": self.executor}, threading.Lock()
+        self._named, self._lock = {"main": self.executor}, new_lock()
         schedule = schedule_of(program)
         self._by_ratio = None if schedule is None else RowsByRatio(program, schedule, self._outputs_of)
         self._out_spec = main.out_tree.to_spec()
         # Two calls at once would lose one update.
         self._folded = _folded(compilation)
-        self._turn: AbstractContextManager[Any] = threading.RLock() if self.states else nullcontext()
+        self._turn: AbstractContextManager[Any] = new_rlock() if self.states else nullcontext()
         tensors = [(w.name, w.kind, w.tensor) for w in program.weights.values() if w.tensor is not None]
         self.buffers = {name: tensor for name, kind, tensor in tensors if kind == "buffer"} | self.states
 

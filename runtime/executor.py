@@ -15,6 +15,7 @@ from ..codegen.cpu_packed import Pack, PackedCall
 from ..ir import Node, Program
 from ..ir.appends import plan_appends
 from ..ir.errors import InputError
+from ..ir.forks import check_threads
 from ..ir.infer import tensors_of
 from .cache import Cache
 from .flat import FlatGraph
@@ -42,6 +43,7 @@ class Executor:
 
     Raises:
         InputError: a weight has no values (the program was read from text alone).
+        TargetError: this process, or one that calls later, was forked and lacks the threads that torch would wait for.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Executor:
         cache: Cache | None = None,
         packs: Packs | None = None,
     ):
+        check_threads()
         body = program.functions[function]
         self.program, self.backend = program, backend
         self._name = function
@@ -111,6 +114,7 @@ class Executor:
     def __call__(
         self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        check_threads()
         expected = self._sources.count(None)
         if len(inputs) != expected:
             raise InputError(f"function {self._name} takes {expected} inputs, not {len(inputs)}")

@@ -2,7 +2,6 @@
 
 import base64
 import functools
-import threading
 import zlib
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TargetError, first_line
+from ..forks import new_lock
 from ..op import opaque_op
 
 # By TensorProto.DataType, whose numbers are the format's own: what an opaque operator may take and give.
@@ -54,7 +54,7 @@ def onnx_node(inputs: list[Tensor], sizes: list[int], *, op: str, model: str, dt
     return [from_array(result, DTYPES[dtype]).to(device) for result, dtype in zip(results, dtypes, strict=True)]
 
 
-_LOCK = threading.Lock()
+_LOCK = new_lock()
 
 
 @functools.lru_cache(maxsize=256)
