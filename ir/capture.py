@@ -32,7 +32,7 @@ from .dtypes import check_dtypes
 from .dynamic_shapes import misfit
 from .errors import CaptureError, InputError
 from .exportable_experts import exportable_experts
-from .forks import new_lock
+from .forks import new_rlock
 from .functionalize import NotFunctional, functional_variant, instance_norm, is_ambiguous, take_apart
 from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
 from .parser import is_symbol_name
@@ -137,10 +137,16 @@ def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
 
 
+_TURN = new_rlock()
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Tracing may draw random numbers and warn; the caller's generator, filters and grad mode stay as they were."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), _QUIET:
+    """Tracing may draw random numbers and warn; the caller's generator, filters and grad mode stay as they were.
+
+    Threads take turns: torch keeps the modes in which it traces for the whole process, and so does Python the filters of warnings.
+    """
+    with _TURN, torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad(), _QUIET:
         warnings.simplefilter("ignore")
         yield
 
@@ -151,35 +157,32 @@ _NOISY_LOGGERS = ("torch", "torch.export", "torch.export._draft_export", "torch.
 class _Quiet:
     """torch logs failures that our errors say, and prints the graph beside some; with TORCH_LOGS set it is left to.
 
-    What the model itself writes to stderr comes out when it has been captured. Threads may capture at once: the first to enter
-    silences, the last to leave restores.
+    What the model itself writes to stderr comes out when it has been captured. Of captures within another the outer one silences.
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._restore = new_lock(), 0, ExitStack()
+        self._inside, self._restore = 0, ExitStack()
         self._held, self._failed = io.StringIO(), False
 
     def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside > 1 or os.environ.get("TORCH_LOGS"):
-                return
-            self._held, self._failed = io.StringIO(), False
-            self._restore.enter_context(redirect_stderr(self._held))
-            for logger in map(logging.getLogger, _NOISY_LOGGERS):
-                self._restore.callback(logger.setLevel, logger.level)
-                logger.setLevel(logging.CRITICAL)
+        self._inside += 1
+        if self._inside > 1 or os.environ.get("TORCH_LOGS"):
+            return
+        self._held, self._failed = io.StringIO(), False
+        self._restore.enter_context(redirect_stderr(self._held))
+        for logger in map(logging.getLogger, _NOISY_LOGGERS):
+            self._restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            self._failed |= kind is not None
-            if self._inside:
-                return
-            self._restore.close()
-            if not self._failed:
-                sys.stderr.write(self._held.getvalue())
-                self._held = io.StringIO()
+        self._inside -= 1
+        self._failed |= kind is not None
+        if self._inside:
+            return
+        self._restore.close()
+        if not self._failed:
+            sys.stderr.write(self._held.getvalue())
+            self._held = io.StringIO()
 
 
 _QUIET = _Quiet()
