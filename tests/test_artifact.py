@@ -20,6 +20,7 @@ from graphwright.ir.errors import ArtifactError
 from graphwright.runtime import artifact, atomic, zip_subset
 from graphwright.runtime.compiled import Compilation, CompiledModel
 from graphwright.runtime.zip_subset import Member
+from graphwright.tests.forged import members_of, packed, sealed
 
 
 class Net(nn.Module):
@@ -61,29 +62,6 @@ def load_bytes(content, tmp_path, **options):
     path = tmp_path / "bytes.gw"
     path.write_bytes(content)
     return gw.load(path, backend="aten", **options)
-
-
-def members_of(content):
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def packed(members):
-    """An archive of these members with every checksum right, manifest included where it is JSON: what a forger would make."""
-    members = dict(members)
-    manifest = json.loads(members.get("manifest.json", b"{}"))
-    if "members" in manifest:
-        others = {name: data for name, data in members.items() if name != "manifest.json"}
-        manifest["members"] = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in others.items()}
-        members["manifest.json"] = json.dumps(manifest).encode()
-    file = io.BytesIO()
-    zip_subset.write(file, [Member.of(name, data) for name, data in members.items()])
-    return file.getvalue()
-
-
-def sealed(body):
-    """`body` followed by the digest that makes it look whole."""
-    return body + hashlib.sha256(body).hexdigest().encode()
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------
