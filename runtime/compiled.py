@@ -19,6 +19,7 @@ from ..ir.errors import ArtifactError, InputError, TargetError
 from ..ir.forks import new_lock, new_rlock
 from ..ir.tree import unflatten
 from ..passes import Contract
+from ..passes.manager import PassReport
 from . import artifact
 from .artifact import Saved
 from .cache import Cache
@@ -412,7 +413,7 @@ class _Runner:
         program = as_trained(compiled.program) if compiled.trainable else compiled.program.copy()
         program.weights.update(states)
         sources = tuple(kernel.source for kernel in self.executor.kernel_calls()) or compiled.kernels
-        reports = tuple(map(str, compiled.reports))
+        reports = tuple(str(each.untimed if isinstance(each, PassReport) else each) for each in compiled.reports)
         return Saved(program, compiled.parameters, compiled.contract, reports, compiled.training, compiled.other_mode, sources)
 
     @contextmanager

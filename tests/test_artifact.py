@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_two_saves_are_equal_bytes(model, content, tmp_path):
     assert (tmp_path / "again.gw").read_bytes() == content
     load_bytes(content, tmp_path).save(tmp_path / "from_loaded.gw")
     assert (tmp_path / "from_loaded.gw").read_bytes() == content
+
+
+def test_no_time_is_saved_so_that_equal_compiles_are_equal_bytes(tmp_path):
+    module, reports = Net().eval(), []
+    for n in range(2):
+        model = gw.compile(module, example_inputs=(X,), backend="aten", cache=False)
+        assert re.search(r"  \d+\.\d\d s", str(model.report()))
+        model.save(tmp_path / f"{n}.gw")
+        reports += json.loads(members_of((tmp_path / f"{n}.gw").read_bytes())["manifest.json"])["reports"]
+    assert reports and not any(re.search(r"  \d+\.\d\d s", report) for report in reports)
+    assert (tmp_path / "0.gw").read_bytes() == (tmp_path / "1.gw").read_bytes()
 
 
 def test_tied_weights_are_stored_once(tmp_path):
