@@ -50,8 +50,19 @@ def onnx_node(inputs: list[Tensor], sizes: list[int], *, op: str, model: str, dt
         results = runner.run(None, feeds)
     except Exception as error:  # onnxruntime has an exception of its own for each status
         raise TargetError(f"onnxruntime fails in {op}: {first_line(error)}") from error
+    _check_sizes(op, [list(result.shape) for result in results], sizes, ranks)
     device = inputs[0].device if inputs else torch.device("cpu")
     return [from_array(result, DTYPES[dtype]).to(device) for result, dtype in zip(results, dtypes, strict=True)]
+
+
+def _check_sizes(op: str, shapes: list[list[int]], sizes: list[int], ranks: list[int]) -> None:
+    """Raises TargetError where a result is of other sizes than the file, from which they may come, says."""
+    following = iter(sizes)
+    for shape, rank in zip(shapes, ranks, strict=True):
+        wanted = [next(following) for _ in range(rank)]
+        if len(shape) != rank or any(want not in (-1, size) for want, size in zip(wanted, shape)):
+            shown = [None if want < 0 else want for want in wanted]
+            raise TargetError(f"onnxruntime gives a result of sizes {shape} in {op}, which the model says has {shown}: correct the model")
 
 
 _LOCK = new_lock()

@@ -10,7 +10,7 @@ import torch
 from ..builder import WIDER, Unsupported, Value, aten
 from ..dtypes import torch_dtype
 from ..registry import Call, reader
-from ..sizes import Size, maximum, minimum, same
+from ..sizes import Size, maximum, minimum, quotient, same
 
 _UNARY = {
     "Abs": "abs",
@@ -67,7 +67,7 @@ _ON_SIZES: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
     "Mul": operator.mul,
-    "Div": operator.floordiv,
+    "Div": quotient,
     "Mod": operator.mod,
     "Max": maximum,
     "Min": minimum,
@@ -75,7 +75,7 @@ _ON_SIZES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def on_sizes(call: Call, inputs: tuple[Value, ...]) -> np.ndarray | None:
-    """The result where an operand is symbolic and none depends on data. Sizes are not negative, so that quotients are floors."""
+    """The result where an operand is symbolic and none depends on data."""
     if not any(isinstance(each, np.ndarray) for each in inputs):
         return None
     arrays = [call.builder.sizes(each) for each in inputs]

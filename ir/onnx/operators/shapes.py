@@ -113,10 +113,11 @@ def unsqueeze(call: Call, x: Value, axes: Value = None) -> Value:
 @reader("Squeeze")
 def squeeze(call: Call, x: Value, axes: Value = None) -> Value:
     builder, given = call.builder, axes_of(call, axes)
-    if given is None:
-        dims = [dim for dim, each in enumerate(builder.shape(x)) if not isinstance(each, Size) and each == 1]
-    else:
-        dims = builder.dims(given, builder.rank(x))
+    sizes = builder.shape(x)
+    dims = [dim for dim in range(len(sizes)) if not provably_not(sizes[dim], 1)] if given is None else builder.dims(given, len(sizes))
+    for dim in dims:
+        if isinstance(sizes[dim], Size):
+            raise builder.depends(np.array([sizes[dim]], object), f"dim {dim}, which goes where it is 1,")
     if isinstance(x, np.ndarray):
         return np.squeeze(x, tuple(dims))
     return x if not dims else builder.call(aten.squeeze.dims, x, dims)
