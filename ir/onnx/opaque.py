@@ -233,8 +233,8 @@ def _of_loop(model: Any, node: Any) -> dict[str, Type]:
         found = _inferred(alone)
     except Exception:  # whatever the package says of a body that is none
         return {}
-    made = [found.get(each.name) for each in body.output][1:]
-    if None in made or any(each != _type_of(kind) for each, kind in zip(made, carried)):
+    made = [found[each.name] for each in body.output[1:] if each.name in found]
+    if len(made) < len(body.output) - 1 or any(each != _type_of(kind) for each, kind in zip(made, carried)):
         return {}
     collected = [([None, *dims], kind) for dims, kind in made[len(carried) :]]
     return {name: each for name, each in zip(node.output, [*made[: len(carried)], *collected]) if name}
