@@ -30,7 +30,7 @@ MODEL is one of
 
 exit codes
   0  done; nothing was found
-  1  diff found a difference, verify could not confirm the program, or cache explain found nothing kept
+  1  diff found a difference, verify could not confirm the program, bisect or reduce found a fault, or cache explain found nothing kept
   2  a mistake in what was asked: one line on stderr says which
 """
 
@@ -170,6 +170,15 @@ def _parser() -> argparse.ArgumentParser:
     differing.add_argument("--trusted", action="store_true", help="read .pt2 files, which can run code")
     verifying = add("verify", ("programs", "verify"), "check a program, and what passes make of it", model, passes)
     verifying.add_argument("--numeric", action="store_true", help="hold each pass to its contract on inputs")
+    bisecting = add("bisect", ("debug", "bisect"), "find the rewrite of a pipeline that breaks its contract", model, passes)
+    reducing = add("reduce", ("debug", "reduce"), "find the smallest program on which a pipeline breaks its contract", model, passes)
+    for each in (bisecting, reducing):
+        each.add_argument("-o", "--output", metavar="FILE.py", help="also write the smallest case as a file that runs alone")
+    explaining = add("explain", ("debug", "explain"), "say what a pass rewrites in a model, what it leaves alone, and why", common)
+    explaining.add_argument("passname", metavar="PASS", help="the pass, with options as in --passes")
+    explaining.add_argument("model", metavar="MODEL", help="what to read; see below")
+    explaining.add_argument("--trusted", action="store_true", help="read .pt2 files, which can run code")
+    explaining.add_argument("--no-cleanups", action="store_true", help="look at the program as captured")
     listing = add("passes", ("lists", "passes"), "list the passes with contracts and options, or say all of one", common)
     listing.add_argument("passname", nargs="?", metavar="PASS", help="the one to describe")
     add("zoo", ("lists", "zoo"), "list the networks of the zoo, which serve as MODEL", common)
