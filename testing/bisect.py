@@ -76,7 +76,7 @@ def bisect(program: Program, passes: Pipeline, input_sets: Sequence[Sequence[Any
     results = {failing: whole}
     start, _ = _conclusive(program, pipeline, shown, 0)
     if start.verdict.fails:
-        return _without_rewrite(program, pipeline, start, shown)
+        return _without_rewrite(program, pipeline, start)
     while failing - passing > 1:
         middle = (passing + failing) // 2
         results[middle], _ = _conclusive(program, pipeline, shown, middle)
@@ -87,12 +87,12 @@ def bisect(program: Program, passes: Pipeline, input_sets: Sequence[Sequence[Any
 
 
 def _conclusive(
-    program: Program, pipeline: Sequence[Pass], given: list[Sequence[Any]] | None, most: int | None
-) -> tuple[TrialResult, list[Sequence[Any]]]:
+    program: Program, pipeline: Sequence[Pass], given: Sequence[Sequence[Any]] | None, most: int | None
+) -> tuple[TrialResult, Sequence[Sequence[Any]]]:
     """The trial with at most so many rewrites, and its inputs: others of a trial that is inconclusive, where none were given."""
     result = TrialResult(Verdict("inconclusive"))
     for seed in range(1 if given is not None else _SEEDS):
-        sets = given if given is not None else list(inputs_of(program, seed))
+        sets: Sequence[Sequence[Any]] = given if given is not None else list(inputs_of(program, seed))
         result = try_passes(program, pipeline, sets, most=most)
         if result.verdict.kind != "inconclusive":
             return result, sets
@@ -100,14 +100,14 @@ def _conclusive(
     raise InputError(f"the trial is inconclusive{where} ({result.verdict.reason}): give inputs on which the program is well conditioned")
 
 
-def _without_rewrite(program: Program, pipeline: tuple[Pass, ...], result: TrialResult, sets: list[Sequence[Any]]) -> Bisection:
+def _without_rewrite(program: Program, pipeline: tuple[Pass, ...], result: TrialResult) -> Bisection:
     if result.blamed is None:
         raise InputError(f"the program fails before any rewrite, so that no pass is to blame: {result.verdict}")
     return Bisection(pipeline, result.blamed, 0, 0, None, result.verdict, None, program, None)
 
 
 def _described(
-    program: Program, pipeline: tuple[Pass, ...], rewrite: int, failing: TrialResult, passing: TrialResult, sets: list[Sequence[Any]]
+    program: Program, pipeline: tuple[Pass, ...], rewrite: int, failing: TrialResult, passing: TrialResult, sets: Sequence[Sequence[Any]]
 ) -> Bisection:
     assert passing.after is not None, "it passed"
     if failing.after is None:  # the last pass that ran raised
