@@ -10,35 +10,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 import graphwright as gw
 from graphwright.ir.run import run
+from graphwright.passes.check import Reference
 from graphwright.tests.onnx_cases import Verdict, cases, judge, operators, passes_onnxruntime
+from graphwright.tests.onnx_models import model_of, onnxruntime_results, results
 
 F, INT = TensorProto.FLOAT, TensorProto.INT64
-
-
-def model_of(nodes, inputs, outputs, initializers=(), *, opset=18, functions=(), **domains):
-    """inputs and outputs: name -> shape of floats, or (element type, shape)."""
-
-    def infos(described):
-        typed = {name: shape if isinstance(shape, tuple) else (F, shape) for name, shape in described.items()}
-        return [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in typed.items()]
-
-    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in dict(initializers).items()]
-    graph = helper.make_graph(nodes, "g", infos(inputs), infos(outputs), constants)
-    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, version) for domain, version in domains.items())]
-    return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=10)
-
-
-def results(model, *tensors, **options):
-    return run(gw.from_onnx(model, **options), list(tensors))[0]
-
-
-def onnxruntime_results(model, *tensors):
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {each.name: tensor.numpy() for each, tensor in zip(session.get_inputs(), tensors, strict=True)})
 
 
 # --- operators ---------------------------------------------------------------------------------------------------------------
@@ -306,6 +286,35 @@ def test_types_of_operators_of_onnxruntimes_own_are_asked_of_it():
     for rows in (1, 6):
         x = torch.randn(rows, 4)
         torch.testing.assert_close(run(program, [x])[0][0], torch.from_numpy(onnxruntime_results(model, x)[0]))
+
+
+def in_a_row(*operators, alpha=0.5):
+    """The program of operators of one operand each; FusedMatMul is onnxruntime's own, and Add adds half of float32's rounding of 1."""
+    seconds = {"Add": ["half"], "FusedMatMul": ["w"]}
+    domains = {"FusedMatMul": {"domain": "com.microsoft", "alpha": alpha}}
+    names = ["x", *(f"h{place}" for place in range(len(operators) - 1)), "y"]
+    nodes = [
+        helper.make_node(op, [names[place], *seconds.get(op, [])], [names[place + 1]], **domains.get(op, {}))
+        for place, op in enumerate(operators)
+    ]
+    weight = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
+    constants = {"w": weight, "half": np.float32(2**-24)}
+    return gw.from_onnx(model_of(nodes, {"x": [3, 4]}, {"y": [3, 5]}, constants, **{"com.microsoft": 1}))
+
+
+def test_rewrites_around_operators_of_onnxruntimes_own_are_judged():
+    reference = Reference(in_a_row("Neg", "FusedMatMul"), [torch.randn(3, 4, generator=torch.Generator().manual_seed(0))])
+    assert reference.judge_exact(in_a_row("FusedMatMul", "Neg")).kind == "right"
+    assert reference.judge_exact(in_a_row("Abs", "FusedMatMul")).kind == "wrong"
+    assert reference.judge_exact(in_a_row("Neg", "FusedMatMul", alpha=0.50001)).kind == "wrong"
+
+
+def test_what_an_operator_of_onnxruntimes_own_rounds_one_way_or_the_other_settles_nothing():
+    """Sums that lie between two floats, of which exp(log(sum)), off by float64's rounding, becomes the other one."""
+    ties = 1 + torch.arange(12.0).reshape(3, 4) * 2**-23
+    reference = Reference(in_a_row("Add", "FusedMatMul"), [ties])
+    verdict = reference.judge_exact(in_a_row("Add", "Log", "Exp", "FusedMatMul"))
+    assert verdict.kind == "inconclusive" and "too ill-conditioned to judge" in verdict.reason
 
 
 def doubling(collects, sizes):

@@ -157,7 +157,10 @@ def split(call: Call, x: Value, sizes: Value = None) -> Any:
 
 @reader("Slice")
 def slice_(call: Call, x: Value, starts: Value = None, ends: Value = None, axes: Value = None, steps: Value = None) -> Value:
+    """Before opset 10 the places are attributes."""
     builder, rank = call.builder, call.builder.rank(x)
+    if call.version < 10:
+        starts, ends, axes = (_vector(call.get(name)) for name in ("starts", "ends", "axes"))
     begins, stops = builder.sizes(starts), builder.sizes(ends)
     if begins is None or stops is None:
         raise builder.depends(starts if begins is None else ends, "place")
@@ -166,6 +169,10 @@ def slice_(call: Call, x: Value, starts: Value = None, ends: Value = None, axes:
     for dim, begin, stop, step in zip(dims, list(begins), list(stops), strides, strict=True):
         x = _sliced(call, x, dim, begin, stop, step)
     return x
+
+
+def _vector(integers: list[int] | None) -> torch.Tensor | None:
+    return None if integers is None else torch.tensor(integers, dtype=torch.int64)
 
 
 def _sliced(call: Call, x: Value, dim: int, begin: Any, stop: Any, step: int) -> Value:
@@ -289,7 +296,10 @@ def space_to_depth(call: Call, x: Value) -> Value:
 
 @reader("Pad")
 def pad(call: Call, x: Value, pads: Value = None, value: Value = None, axes: Value = None) -> Value:
+    """Before opset 11 widths and fill value are attributes."""
     builder, rank = call.builder, call.builder.rank(x)
+    if call.version < 11:
+        pads, value = _vector(call.get("pads")), torch.tensor(call.get("value", 0.0))
     given = builder.sizes(pads)
     if given is None:
         raise builder.depends(pads, "width")
