@@ -19,6 +19,7 @@ from ..ir.errors import ArtifactError, InputError, TargetError
 from ..ir.forks import new_lock, new_rlock
 from ..ir.tree import unflatten
 from ..passes import Contract
+from ..passes.experts.capacity import schedule_of
 from ..passes.manager import PassReport
 from . import artifact
 from .artifact import Saved
@@ -26,7 +27,7 @@ from .cache import Cache
 from .decoding.generate import generate
 from .decoding.generated import Generated, Token
 from .decoding.steps import ProgramDecoder
-from .denoising.ratio import ARGUMENT, RowsByRatio, schedule_of
+from .denoising.ratio import ARGUMENT, RowsByRatio
 from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
 from .modes import NAMES

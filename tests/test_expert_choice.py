@@ -13,7 +13,7 @@ from graphwright.ir.run import run
 from graphwright.passes.experts.capacity import SHAPES, Capacity, CapacitySchedule
 from graphwright.tests import moe_models
 from graphwright.tests.expert_oracles import expert_choice, expert_mlp
-from graphwright.tests.mixtures import ATTENTIONS, CHOSEN, EXPERTS, LENGTH, Network, captured, chosen, tokens
+from graphwright.tests.mixtures import ATTENTIONS, CHOSEN, EXPERTS, KINDS, LENGTH, Deep, Network, captured, chosen, tokens
 
 GW = torch.ops.gw
 
@@ -336,6 +336,59 @@ def test_a_schedule_needs_a_row_of_outputs_for_each_row_of_inputs():
         chosen(gw.capture(Pooled().eval(), (tokens(),)), schedule=[1, 2])
 
 
+# --- more than one run -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_for_different_mixtures_are_one_run_for_all_where_options_agree_and_numbers_stay():
+    program = gw.capture(Deep("both ways", "both ways"), (tokens(),))
+    passes = [gw.passes.RegroupExperts(), gw.ExpertChoice(layers=[1], k=1), gw.ExpertChoice(layers=[0], k=1)]
+    result = gw.PassManager(passes, verify="numeric").run(program)
+    assert len(calls(result.program, GW.expert_choice)) == 2
+    assert torch.equal(call(result.program, tokens()), call(chosen(program, k=1).program, tokens()))
+    assert left(chosen(result.program, layers=[0])) == ["its experts choose already"]
+
+
+def test_a_leak_that_one_run_was_told_to_make_is_kept_by_the_next():
+    program = captured().copy()
+    program.schedules["expert-choice"] = {"leaks_future": True}
+    assert chosen(program).program.schedules["expert-choice"] == {"leaks_future": True}
+    assert chosen(program, schedule=[1, 2]).program.schedules["expert-choice"]["leaks_future"]
+
+
+def test_a_program_with_a_schedule_is_not_rewritten_again():
+    program = gw.capture(Deep("both ways", "both ways"), (tokens(),))
+    once = chosen(program, layers=[0], schedule=[1, 2]).program
+    for options in ({"layers": [1]}, {"schedule": [1, 3]}):
+        with pytest.raises(PassError, match="has functions for a schedule of expert-choice already.*in the one pass that has the schedule"):
+            chosen(once, **options)
+    assert not chosen(once, layers=[0]).reports[-1].records, "there is nothing to do"
+
+
+def test_a_schedule_for_some_mixtures_keeps_what_others_have():
+    program = gw.capture(Deep("both ways", "both ways"), (tokens(),))
+    passes = [gw.passes.RegroupExperts(), gw.ExpertChoice(layers=[0], k=3), gw.ExpertChoice(layers=[1], schedule=[1, 2])]
+    made = gw.PassManager(passes).run(program).program
+    capacities = {name: [n.kwargs["capacity"] for n in calls(made, GW.expert_choice, name)] for name in ("main", "experts_1")}
+    assert capacities == {"main": [7, 5], "experts_1": [7, 2]}
+
+
+def test_capacities_of_rows_that_differ_have_names_of_their_own():
+    class Padded(Deep):
+        def forward(self, tokens, attention_mask):
+            return (sum(layer(tokens, attention_mask)[0] for layer in self.layers),)
+
+    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+    program = gw.capture(Padded("both ways", "both ways"), (tokens(), mask))
+    passes = [gw.passes.RegroupExperts(), gw.ExpertChoice(layers=[0]), gw.ExpertChoice(layers=[1], capacity_multiple=4)]
+    made = gw.PassManager(passes, verify="numeric").run(program).program
+    tables = {name: weight.tensor.tolist() for name, weight in made.weights.items() if name.startswith("expert_choice")}
+    assert tables == {
+        "expert_choice.capacity_4_2": [Capacity(EXPERTS).of(n, 2) for n in range(LENGTH + 1)],
+        "expert_choice.capacity_4_2_1": [Capacity(EXPERTS, multiple=4).of(n, 2) for n in range(LENGTH + 1)],
+    }
+    assert gw.parse(str(made)) == made
+
+
 # --- routers that are left alone -------------------------------------------------------------------------------------------
 
 
@@ -375,10 +428,26 @@ def test_tokens_whose_sequences_are_not_seen_are_left_with_a_reason():
 # --- causality -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["both ways", "eager both ways"])
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if "both ways" in name and "convolved" not in name])
 def test_graphs_that_look_both_ways_are_taken(attention):
     (evidence,) = [line for line in chosen(captured(attention)).reports[-1].lines if "another last token" in line]
-    assert evidence.startswith("1 attention let all positions meet")
+    is_known = not attention.endswith((" mean", " transform"))
+    assert evidence.startswith("1 attention let all positions meet" if is_known else "there is no attention whose masks are known")
+    assert evidence.endswith("and each of 8 tokens changes all others' outputs")
+
+
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name.startswith(tuple(KINDS)) and (" by " in name or " in " in name)])
+def test_masks_of_any_form_are_seen(attention):
+    says = "the graph is causal" if attention.startswith("causal") else "not all positions meet"
+    with pytest.raises(PassError, match=f"expert-choice: {says}: .*another last token changes earlier outputs by"):
+        chosen(captured(attention))
+
+
+def test_what_masks_and_probe_cannot_say_is_refused():
+    """Without values of weights there is no probe."""
+    program = gw.parse(str(captured("both ways by a mean")))
+    with pytest.raises(PassError, match="what it sees is unknown: there is no attention whose masks are known; no probe was run"):
+        chosen(program)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +470,27 @@ def test_graphs_that_do_not_look_both_ways_are_refused_unless_told(attention, sa
     with pytest.raises(PassError, match=says):
         chosen(captured(attention))
     assert chosen(captured(attention), allow_noncausal=True).program.schedules["expert-choice"] == {"leaks_future": True}
+
+
+def test_each_shape_of_sequences_is_looked_at():
+    program = gw.capture(Deep("both ways", "causal flag", lengths=[LENGTH, 7]), (tokens(),))
+    with pytest.raises(PassError, match="the graph is causal"):
+        chosen(program)
+    assert len(calls(chosen(program, layers=[0]).program, GW.expert_choice)) == 1
+
+
+@pytest.mark.parametrize(
+    ("leak", "says"),
+    [
+        (None, "whether positions know of later ones was not measured"),
+        (0.0, "the last token changes earlier outputs by 0 of the largest, where it was 0 before, on the inputs that were tried"),
+        (0.5, "the last token changes earlier outputs by 0.5 of the largest, where it was 0 before: each position knows of later ones"),
+    ],
+)
+def test_of_the_leak_is_said_what_was_measured(monkeypatch, leak, says):
+    monkeypatch.setattr("graphwright.passes.experts.expert_choice.change_of_earlier_outputs", lambda *args: leak)
+    report = chosen(captured("causal flag"), allow_noncausal=True).reports[-1]
+    assert report.data["leak"] == leak and any(line.startswith(says) for line in report.lines)
 
 
 class Segmented(Network):

@@ -63,6 +63,8 @@ class _Weights:
 
 def routed(moe: Node) -> Routed | NoMatch:
     """The router of `moe`, or why experts cannot choose by it."""
+    if moe.target is gw.expert_mlp.default:
+        return NoMatch("its experts choose already", moe)
     a = named_arguments(moe)
     weights = _weights(a["weight"])
     if isinstance(weights, NoMatch):

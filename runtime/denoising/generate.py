@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import InputError
-from ...passes.experts.capacity import CapacitySchedule
+from ...passes.experts.capacity import CapacitySchedule, schedule_of
 from ..compiled import CompiledModel
-from .ratio import ARGUMENT, schedule_of
+from .ratio import ARGUMENT
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,9 @@ import torch
 
 from ...ir import Program
 from ...ir.errors import InputError
-from ...passes.experts.capacity import CapacitySchedule
+from ...passes.experts.capacity import SCHEDULE, CapacitySchedule
 
-SCHEDULE = "expert-choice"
 ARGUMENT = "mask_ratio"
-
-
-def schedule_of(program: Program) -> CapacitySchedule | None:
-    """The schedule of capacities that `expert-choice` left with the program."""
-    data = program.schedules.get(SCHEDULE, {})
-    return CapacitySchedule(data["kmin"], data["kmax"], data["shape"], data["ratio"]) if "kmin" in data else None
 
 
 class RowsByRatio:
