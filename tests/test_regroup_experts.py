@@ -164,6 +164,64 @@ def test_one_expert_a_token() -> None:
     assert [call.args[1].meta["val"].shape for call in calls] == [(18, 1)] * LAYERS
 
 
+class OfOne(nn.Module):
+    """One expert a token, in the forms of `FORMS`, chosen as `CHOSEN_AS` says; rows are summed over one expert or not at all."""
+
+    def __init__(self, form: str, chosen_as: str, *, is_summed: bool):
+        super().__init__()
+        self.form, self.choose, self.is_summed = form, CHOSEN_AS[chosen_as], is_summed
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.held = nn.ParameterList(weights_of())
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        scores = self.router(tokens)
+        weight, index = self.choose(scores)
+        gate_up, down = self.held
+        if self.form == "dense":
+            gates = torch.zeros_like(scores).scatter(1, index.reshape(-1, 1), weight.reshape(-1, 1))
+            return dense_of_any(tokens, index, weight, gate_up, down, lambda *_: gates).reshape(x.shape)
+        y = (_batched_of_one if self.form == "batched" else _grouped_of_one)(tokens, index.reshape(-1), weight.reshape(-1), gate_up, down)
+        return (y.view(-1, 1, WIDTH).sum(1) if self.is_summed else y).reshape(x.shape)
+
+
+def _batched_of_one(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = torch.bmm(gate_up[chosen], x.unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+    return torch.bmm(down[chosen], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1) * weight.unsqueeze(-1)
+
+
+def _grouped_of_one(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    experts, order = chosen.sort()
+    ends = torch.histc(experts.float(), EXPERTS, 0, EXPERTS - 1).cumsum(0, dtype=torch.int32)
+    gate, up = torch.ops.gw.grouped_mm(x[order], gate_up.transpose(1, 2), ends).chunk(2, -1)
+    y = torch.ops.gw.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), ends) * weight[order].unsqueeze(-1)
+    return y[torch.empty_like(order).index_put((order,), torch.arange(len(order)))]
+
+
+CHOSEN_AS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "topk": lambda scores: tuple(scores.softmax(-1).topk(1, -1)),
+    "topk, squeezed": lambda scores: tuple(each.squeeze(-1) for each in scores.softmax(-1).topk(1, -1)),
+    "max": lambda scores: tuple(scores.softmax(-1).max(-1)),
+    "argmax": lambda scores: (scores.softmax(-1).gather(1, scores.argmax(-1, keepdim=True)).squeeze(1), scores.argmax(-1)),
+    "sigmoid of topk": lambda scores: (lambda chosen: (chosen[0].sigmoid(), chosen[1]))(scores.topk(1, -1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "chosen_as", "is_summed"),
+    [(form, "topk", False) for form in ("batched", "grouped")]
+    + [("dense", name, True) for name in CHOSEN_AS if name != "topk"]
+    + [("batched", name, False) for name in CHOSEN_AS if name != "topk"]
+    + [("grouped", "max", True), ("grouped", "argmax", False), ("grouped", "topk, squeezed", False)],
+)
+def test_one_expert_a_token_in_every_form(form: str, chosen_as: str, is_summed: bool) -> None:
+    program = gw.capture(OfOne(form, chosen_as, is_summed=is_summed), (torch.randn(2, 9, WIDTH),))
+    result = regrouped(program, [torch.randn(2, 9, WIDTH)])
+    (call,) = calls_of(result.program)
+    assert [operand.meta["val"].shape for operand in call.args[:3]] == [(18, WIDTH), (18, 1), (18, 1)]
+    assert result.reports[-1].left == () and result.reports[-1].verdict.kind == "right"
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------------------
 
 

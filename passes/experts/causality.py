@@ -42,8 +42,8 @@ _CONTENT = (
 
 @dataclass(frozen=True)
 class Seen:
-    """How positions see one another: "both ways", "causal", "partial", "none" or "unknown", and what says so. `change` is by how much the last
-    token changes earlier outputs, of the largest, where that was measured."""
+    """How positions see one another: "both ways", "causal", "partial", "none" or "unknown", and what says so. `change` is by how much the
+    last token changes earlier outputs, of the largest, where that was measured."""
 
     kind: str
     why: str
@@ -52,7 +52,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Sight:
-    """Whether experts may choose in a graph: `problem` says why not, `evidence` what was found either way. `change` is that of its probe."""
+    """Whether experts may choose in a graph: `problem` says why not, `evidence` what was found either way. `change` is that of the probe."""
 
     evidence: str
     problem: str
@@ -233,7 +233,7 @@ def probed(program: Program, batch: Any, length: int, padding: Sequence[Node]) -
 
 
 def change_of_earlier_outputs(program: Program, batch: Any, length: int, padding: Sequence[Node]) -> float | None:
-    """By how much outputs [B, S, ..] before the last position change with the last token, of the largest; None where that cannot be asked."""
+    """By how much outputs [B, S, ..] before the last position change with the last token, of the largest; None where there are none."""
     probe = _Probe.of(program, batch, length, padding)
     changes = None if probe is None else probe.changes([length - 1])
     return None if changes is None else float(changes[0, :-1].max())

@@ -22,7 +22,8 @@ def disagreement(program: Program, block: MoEBlock) -> str | None:
     draw = torch.Generator().manual_seed(0)
     operands = _operands(block, draw)
     expected = block.region.run(program, operands, {aten._grouped_mm.default: _grouped, gw.grouped_mm.default: _grouped})
-    x, index, weight = (operands[node][:_ROWS] for node in (block.x, block.index, block.weight))
+    x = operands[block.x][:_ROWS]
+    index, weight = (operands[node].reshape(-1, block.k)[:_ROWS] for node in (block.index, block.weight))
     matrices = [
         operands[product.weight].transpose(1, 2) if product.transposed else operands[product.weight]
         for product in (block.gated.product, block.down)
@@ -36,8 +37,8 @@ def disagreement(program: Program, block: MoEBlock) -> str | None:
 
 
 def _operands(block: MoEBlock, draw: torch.Generator) -> dict[Node, Tensor]:
-    tokens, k = (hint(n) for n in block.index.meta["val"].shape)
-    chosen = torch.rand(tokens, block.experts, generator=draw).argsort(1)[:, :k]
+    shape = [hint(n) for n in block.index.meta["val"].shape]
+    chosen = torch.rand(shape[0], block.experts, generator=draw).argsort(1)[:, : block.k].reshape(shape)
     values: dict[Node, Tensor] = {block.index: chosen.contiguous().to(block.index.meta["val"].device)}
     for node, product in ((block.gated.product.weight, block.gated.product), (block.down.weight, block.down)):
         depth = node.meta["val"].size(1 if product.transposed else 2)
