@@ -260,6 +260,53 @@ def test_tokens_that_choose_have_k_experts_each():
     assert counted.untouched == 0.0 and counted.untouched_masked is None
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"program": gw.CapacitySchedule(1, 2)}, "counts in a program, as compiled.program is one, not in a CapacitySchedule"),
+        ({"function": "decode"}, "no function decode: it has main"),
+        ({"inputs": tokens()}, "inputs are a list with a value for each leaf, not a Tensor"),
+        ({"inputs": []}, "takes 1 inputs, one for each of tokens, not 0"),
+        ({"inputs": [tokens(2, 4)]}, "tokens"),
+        ({"inputs": [tokens().float()]}, "tokens"),
+        ({"masked": torch.ones(2, LENGTH)}, "masked is a tensor bool"),
+        ({"masked": [True]}, "masked is a tensor bool"),
+    ],
+)
+def test_statistics_of_what_does_not_fit_are_refused(changed, says):
+    with pytest.raises(InputError, match=says):
+        gw.routing_statistics(**({"program": captured(), "inputs": [tokens()]} | changed))
+
+
+def test_of_no_rows_there_are_statistics_of_nothing():
+    program = chosen(captured(dynamic=(0, torch.export.Dim("batch", min=0, max=64)))).program
+    (counted,) = gw.routing_statistics(program, [tokens(0)], masked=tokens(0) > 1)
+    assert (counted.load, counted.untouched, counted.untouched_masked, counted.flops) == ((0,) * EXPERTS, 0.0, 0.0, 0)
+
+
+def test_the_report_counts_what_was_measured():
+    compiled = gw.compile(captured(), ["regroup-experts", gw.ExpertChoice(k=1)], backend="aten", cache=False)
+    assert "experts, in the call" not in str(compiled.report())
+    compiled.measure(tokens(seed=3))
+    (counted,) = compiled.report().routing
+    assert (counted,) == tuple(gw.routing_statistics(compiled.program, [tokens(seed=3)]))
+    (figures,) = compiled.report().passes[-1].data["expert_choice"]
+    assert counted.flops == 2 * figures["flops"]  # those of two rows
+    text = str(compiled.report())
+    assert f"experts, in the call that was measured: {counted.flops:.3g} FLOPs\n  mixture 0: tokens an expert: 4 to 4" in text
+    assert f"no expert: {counted.untouched:.1%} of tokens" in text
+
+
+def test_the_report_adds_up_rows_of_different_numbers_of_experts():
+    compiled = gw.compile(captured(rows=3), ["regroup-experts", gw.ExpertChoice(schedule=[1, 3, "linear"])], backend="aten", cache=False)
+    ids = tokens(3)
+    compiled.measure(ids, mask_ratio=([0, LENGTH, 0], LENGTH))
+    (counted,) = compiled.report().routing
+    parts = [gw.routing_statistics(compiled.program, [ids], function=name)[0] for name in ("experts_1", "main")]
+    assert counted.load == (2 * 2 + 7,) * EXPERTS and sum(counted.experts_per_token) == 3 * LENGTH
+    assert counted.flops == (2 * parts[0].flops + parts[1].flops) / 3
+
+
 # --- schedules -------------------------------------------------------------------------------------------------------------
 
 

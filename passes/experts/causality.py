@@ -52,7 +52,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Sight:
-    """Whether experts may choose in a graph: `problem` says why not, `evidence` what was found either way. `change` is that of the probe."""
+    """Whether experts may choose in a graph: `problem` says why not, `evidence` what was found either way. `change` is the probe's."""
 
     evidence: str
     problem: str
