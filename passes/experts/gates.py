@@ -35,7 +35,7 @@ def gated_of(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> Gat
     """What the second product of an expert reads."""
     product: Any = down.x
     if operation(product) is not aten.mul.Tensor:
-        return NoMatch("its experts are not gated: what their second product reads is no product of two halves", down.result)
+        return _between(down, products)
     for activated, value in (product.args, product.args[::-1]):
         gate, other = _half(_first(activated)), _half(value)
         if gate is None or other is None or gate[0] is not other[0]:
@@ -48,9 +48,26 @@ def gated_of(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> Gat
         if (gate[1], other[1]) != (0, 1):
             return NoMatch("the gate of its experts stands in the second half of their weights", activated)
         return Gated(products[gate[0]], activation)
-    return NoMatch(
-        "its experts are not gated: what their second product reads is no activation of one half of the first times the other", product
-    )
+    return _between(down, products)
+
+
+def _between(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> NoMatch:
+    """What stands between the two products of an expert, in the place of a gate."""
+    path: dict[str, None] = {}
+    pending, seen = [down.x], set[Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen or node in products or node.op != "call_function":
+            continue
+        seen.add(node)
+        if node.target is not GETITEM:
+            path[name_of(node.target)] = None  # type: ignore[arg-type]
+        pending += node.all_input_nodes
+    if not seen.intersection(user for product in products for user in product.users):
+        return NoMatch("there is no product of its experts before it, so they are not gated: one of two halves by the other", down.result)
+    what = f"between the products of its experts stand {', '.join(reversed(path))}" if path else "nothing stands between its products"
+    bias = ", a bias among them" if {"aten.add.Tensor", "aten.addmm.default"} & set(path) else ""
+    return NoMatch(f"{what}{bias}, and not an activation of one half of the first times the other half", down.result)
 
 
 def _activation(node: Node) -> str | None:
