@@ -42,9 +42,9 @@ def advice_on_loop(modules: Iterable[nn.Module]) -> str | None:
             "model.set_experts_implementation('grouped_mm') or 'batched_mm'"
         )
     return (
-        f"{type(held).__name__} decides by data which of its experts run: run them all, since an expert runs on no rows as well "
-        "(rows, choice = torch.where(index == expert)); or stack its weights into [experts, 2 * inner, width] and [experts, width, inner] and "
-        "multiply those of each token's experts by torch.bmm, which regroup-experts makes fast; classes of transformers 5 do so by themselves"
+        f"{type(held).__name__} decides by data which of its experts run: run them all, since an expert runs on no rows as well (rows, "
+        "choice = torch.where(index == expert)); or stack its weights into [experts, 2 * inner, width] and [experts, width, inner] and "
+        "multiply those of each token's experts by torch.bmm, which regroup-experts makes fast; classes of transformers 5 do so themselves"
     )
 
 

@@ -116,6 +116,12 @@ def _elsewhere(net, x):
     return _topk(logits.softmax(-1))
 
 
+def _corrected(net, x):
+    scores = net.router(x).sigmoid()
+    index = (scores + net.factor).topk(CHOSEN, -1)[1]
+    return index, scores.gather(1, index)
+
+
 def _chosen_elsewhere(net, x):
     index, weight = _topk(net.router(x).softmax(-1))
     net.extra = weight.sum() * 0
@@ -131,6 +137,15 @@ ROUTERS = {
     "biased": lambda net, x: _topk(net.router(x).softmax(-1) + net.factor),
     "grouped": lambda net, x: _topk(net.router(x).softmax(-1).masked_fill(torch.arange(EXPERTS) < 2, 0.0)),
     "noisy": lambda net, x: _topk((net.router(x) + torch.randn(len(x), EXPERTS)).softmax(-1)),
+    "renormalized, kept from 0": lambda net, x: (lambda index, weight: (index, weight / (weight.sum(-1, keepdim=True) + 1e-20)))(
+        *_topk(net.router(x).softmax(-1))
+    ),
+    "divided by more": lambda net, x: (lambda index, weight: (index, weight / (weight.sum(-1, keepdim=True) + 0.5)))(
+        *_topk(net.router(x).softmax(-1))
+    ),
+    "corrected by a bias": _corrected,
+    "of the type of tokens": lambda net, x: (lambda index, weight: (index, weight.softmax(-1).type_as(x)))(*_topk(net.router(x))),
+    "by max": lambda net, x: tuple(each.unsqueeze(-1) for each in net.router(x).softmax(-1).max(-1)[::-1]),
     "raw scores": lambda net, x: _topk(net.router(x)),
     "scores read elsewhere": _elsewhere,
     "choice read elsewhere": _chosen_elsewhere,

@@ -106,7 +106,16 @@ def test_each_expert_takes_its_best_tokens_of_each_row(rule, key, k, seed):
     torch.testing.assert_close(call(program, ids).double(), expected, rtol=1e-5, atol=1e-4)  # float32 of values up to some hundreds
 
 
-@pytest.mark.parametrize(("router", "rule"), [("probabilities", "orig"), ("renormalized", "post"), ("softmax of chosen", "post")])
+@pytest.mark.parametrize(
+    ("router", "rule"),
+    [
+        ("probabilities", "orig"),
+        ("renormalized", "post"),
+        ("renormalized, kept from 0", "post"),
+        ("softmax of chosen", "post"),
+        ("of the type of tokens", "post"),
+    ],
+)
 def test_the_rule_follows_from_the_weights_of_the_model_and_the_report_says_so(router, rule):
     result = chosen(captured(router=router), verify="numeric")
     assert calls(result.program, GW.expert_choice)[0].kwargs["rule"] == rule
@@ -444,6 +453,9 @@ def test_capacities_of_rows_that_differ_have_names_of_their_own():
     [
         ("sigmoid", "chosen by sigmoids, from which no rule of gates follows"),
         ("extra factor", "an extra factor or step, aten.mul.Tensor"),
+        ("divided by more", "are divided by more than their sum"),
+        ("corrected by a bias", "read off scores at what was chosen by others, which a bias or groups changed"),
+        ("by max", "the weights of its experts are not the values of one topk"),
         ("biased", "go through aten.add.Tensor: a bias, groups or a limit"),
         ("grouped", "go through aten.masked_fill"),
         ("noisy", "noise is added to its scores"),

@@ -6,7 +6,7 @@ A block is matched from its second product, backwards to the tokens and the chos
 will do. How rows are sorted, repeated and put back is not matched: the self-check of `regroup-experts` runs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...ir import Function, Node
 from ...ir.calls import GETITEM, name_of
 from ...ir.infer import same_size
 from ...ir.pattern import NoMatch, named_arguments
+from .choices import CHOICES, chosen_behind, dispatched_tokens, dropped
 from .gates import Gated, gated_of, is_gated
 from .products import ExpertProduct, only_user, operation, product_of
 from .region import Region, region_of
@@ -25,7 +26,6 @@ aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim)
 _ON_THE_WAY = (*_VIEWS, aten.index.Tensor, aten.mul.Tensor, aten.clone.default)  # from a product to the sum
 _SWAPPED = (aten.transpose.int, aten.t.default, aten.permute.default)
-_CHOICES = (aten.topk.default, aten.sort.default, aten.sort.stable)
 
 
 @dataclass(frozen=True)
@@ -99,20 +99,23 @@ def _block(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> MoEBl
     if isinstance(gated, NoMatch):
         return gated
     x = _tokens(gated.product)
+    if x is None:
+        return NoMatch("what its experts read is not seen to be tokens [tokens, width] that were sent to them", gated.product.x)
     total = _sum_behind(down, x)
     if isinstance(total, NoMatch):
         return total
-    chosen = _choice(down, total)
-    if isinstance(chosen, NoMatch):
-        return chosen
-    index, weight = chosen
     result = _in_dtype_of(x, total.node)
     if isinstance(result, NoMatch):
         return result
+    given = (x, gated.product.weight, down.weight)
+    chosen = _choice(down, total, result, given, gated.product.result)
+    if isinstance(chosen, NoMatch):
+        return chosen
+    index, weight = chosen
     problem = _misfit(x, index, weight, result, gated, down)
     if problem is not None:
         return problem
-    region = region_of(result, (x, index, weight, gated.product.weight, down.weight), inside=gated.product.result)
+    region = region_of(result, (index, weight, *given), inside=gated.product.result)
     if isinstance(region, NoMatch):
         return region
     return MoEBlock(result, x, index, weight, gated, down, total.dtype, region)
@@ -134,16 +137,23 @@ def _sum_behind(down: ExpertProduct, x: Node) -> _Sum | NoMatch:
         user = only_user(node)
         if user is not None and user.target is aten.sum.dim_IntList:
             break
+        if user is not None and user.target is aten.einsum.default and down.form == "einsum" and factor is None:
+            return _Sum(user, next(operand for operand in user.args[1] if operand is not node), user.meta["val"].dtype)  # type: ignore
         is_weight = user is not None and user.target is aten.mul.Tensor and factor is None
         if user is None or not (is_weight or user.target in _ON_THE_WAY) or (user.target is aten.mul.Tensor and not is_weight):
-            is_row = isinstance(factor, Node) and row is not None and down.form != "dense" and _same_shape(row, x)
+            is_row = isinstance(factor, Node) and row is not None and down.form in ("batched", "grouped") and _same_shape(row, x)
             return _Sum(row, factor, dtype) if is_row else _stray(node, user, factor)  # type: ignore[arg-type]
         if is_weight:
             factor, dtype = next(operand for operand in user.args if operand is not node), user.meta["val"].dtype
         node = user
         row = node if factor is not None and node.meta["val"].dim() == 2 else row
-    named, dim = named_arguments(user), 0 if down.form == "dense" else 1
-    if named["dim"] is None or [each % 3 for each in named["dim"]] != [dim] or named["keepdim"] or node.meta["val"].dim() != 3:
+    named, dims = named_arguments(user), {"dense": (0,), "einsum": (0, 1)}.get(down.form, (1,))
+    if (
+        named["dim"] is None
+        or [each % 3 for each in named["dim"]] not in [[dim] for dim in dims]
+        or named["keepdim"]
+        or node.meta["val"].dim() != 3
+    ):
         return NoMatch("its results are not summed over the experts of a token", user)
     if not isinstance(factor, Node):
         return NoMatch("the results of its experts are summed without weights", user)
@@ -162,9 +172,11 @@ def _stray(node: Node, user: Node | None, factor: Any) -> NoMatch:
     return NoMatch(f"the results of its experts go through {_shown(user)} {weighted}", user)
 
 
-def _tokens(up: ExpertProduct) -> Node:
-    """What a product's rows are copies of, in whatever order."""
+def _tokens(up: ExpertProduct) -> Node | None:
+    """What a product's rows are copies of, in whatever order; None where that is not seen."""
     node = up.x
+    if up.form == "einsum":
+        return dispatched_tokens(node)
     if up.form == "dense":
         node = _first(node) if operation(node) is aten.expand.default else node
         return _first(node) if operation(node) is aten.unsqueeze.default and node.args[1] in (0, -3) else node
@@ -173,13 +185,23 @@ def _tokens(up: ExpertProduct) -> Node:
 
 def _takes_tokens(product: ExpertProduct) -> bool:
     """Whether a product's rows are tokens that were sorted, repeated or given to all."""
-    return _tokens(product) is not product.x or (product.form == "dense" and product.x.meta["val"].dim() == 2)
+    tokens = _tokens(product)
+    is_given_to_all = product.form in ("dense", "einsum") and product.x.meta["val"].dim() == 2
+    return tokens is not None and (tokens is not product.x or is_given_to_all)
 
 
-def _choice(down: ExpertProduct, total: _Sum) -> tuple[Node, Node] | NoMatch:
+def _choice(down: ExpertProduct, total: _Sum, result: Node, given: Sequence[Node], inside: Node) -> tuple[Node, Node] | NoMatch:
     """The experts of each token, [T, k], and the weights that it gives them."""
     if down.form == "dense":
-        return _scattered(total)
+        scatter = _gates(total)
+        if operation(scatter) is aten.scatter.src:
+            return _scattered(scatter)
+        spread = chosen_behind(total.factor, result, given, inside, None)
+        reason = NoMatch("the weights of its experts are not scattered, nor spread by one_hot, from those that a token chose", scatter)
+        return reason if isinstance(spread, NoMatch) else spread
+    if down.form == "einsum":
+        few = dropped(down, given[0].meta["val"].size(0))
+        return chosen_behind(total.factor, result, given, inside, down.experts) if few is None else few
     index: Any = down.experts
     while isinstance(index, Node) and not _is_choice(index):
         index = _source(index)
@@ -215,19 +237,24 @@ def _weight_of_one(factor: Node, tokens: Any) -> Node:
     return weight
 
 
-def _scattered(total: _Sum) -> tuple[Node, Node] | NoMatch:
-    """(index, weight) of weights [T, E] into which those of chosen experts were scattered."""
+def _gates(total: _Sum) -> Node:
+    """The weights [T, E] of all experts, before they are turned and converted."""
     weight: Any = total.factor
     while operation(weight) in (*_VIEWS, *_SWAPPED) or (
         operation(weight) is aten._to_copy.default and weight.meta["val"].dtype == total.dtype
     ):
         weight = _first(weight)
-    if operation(weight) is not aten.scatter.src or weight.args[1] not in (1, -1):
-        return NoMatch("the weights of its experts are not scattered from those that a token chose", weight)
-    index, source = weight.args[2:4]
-    if _experts_of_a_token(index) > 1 and (operation(index) is not GETITEM or operation(index.args[0]) not in _CHOICES):
-        return NoMatch("the experts of a token are not chosen by topk, so one may be there twice, and would count once", index)
-    return index, source
+    return weight
+
+
+def _scattered(scatter: Node) -> tuple[Node, Node] | NoMatch:
+    """(index, weight) of weights [T, E] into which those of chosen experts were scattered."""
+    dim, index, source = scatter.args[1:4]
+    if dim not in (1, -1):
+        return NoMatch("the weights of its experts are scattered over tokens, not over experts", scatter)
+    if _experts_of_a_token(index) > 1 and (operation(index) is not GETITEM or operation(index.args[0]) not in CHOICES):  # type: ignore
+        return NoMatch("the experts of a token are not chosen by topk, so one may be there twice, and would count once", index)  # type: ignore
+    return index, source  # type: ignore[return-value]
 
 
 def _source(node: Node) -> Node | None:
