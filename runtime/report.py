@@ -9,6 +9,7 @@ from ..ir import Program
 from ..ir.liveness import format_bytes, profile
 from ..ir.workspace import NOMINAL_THREADS
 from ..passes import Contract
+from ..passes.experts.statistics import RoutingStatistics
 from .memory import Measurement
 
 _TOLERANCE = 1.05  # of a measured peak over its prediction
@@ -50,7 +51,8 @@ def predicted_on(threads: int, program: Program) -> Threads | None:
 @dataclass(frozen=True)
 class Report:
     """`str(report)` is what users read. `passes` are the pass manager's reports, `kernels` the Triton kernel of each call of one, in
-    order, `packs` how many weights are held in a second layout and the bytes of these copies."""
+    order, `packs` how many weights are held in a second layout and the bytes of these copies, `routing` which tokens the experts of each
+    mixture had in the call that was measured."""
 
     pipeline: str
     contract: Contract
@@ -61,13 +63,14 @@ class Report:
     training: bool = False
     kernels: Sequence[Any] = ()
     packs: tuple[int, int] = (0, 0)
+    routing: Sequence[RoutingStatistics] = ()
 
     def __str__(self) -> str:
         head = f"pipeline: {self.pipeline or 'no passes'}\ncontract: {self.contract}. {self.contract.promise}\nbackend: {self.backend}"
         if self.training:
             head += "\ncaptured in train mode: dropout draws on each call, and this model keeps running statistics of its own"
         passes = [_pass_text(report) for report in self.passes]
-        return "\n".join([head, *passes, *self._kernel_lines(), *self._memory_lines(), *self._time_lines()]) + "\n"
+        return "\n".join([head, *passes, *self._kernel_lines(), *self._memory_lines(), *self._time_lines(), *self._routing_lines()]) + "\n"
 
     def _kernel_lines(self) -> list[str]:
         """Bytes that the groups move, before and after, and for each kernel how often it runs and its roofline."""
@@ -123,6 +126,13 @@ class Report:
         if self.measured is None or self.measured.seconds is None:
             return ["time: not measured; compiled.measure(*inputs) runs the model once"]
         return [f"time: {self.measured.seconds * 1e3:.2f} ms a call"]
+
+    def _routing_lines(self) -> list[str]:
+        """Of each mixture, in the call that was measured, and what all of them cost."""
+        if not self.routing:
+            return []
+        head = f"experts, in the call that was measured: {sum(each.flops for each in self.routing):.3g} FLOPs"
+        return [head, *(f"  mixture {number}: {each}" for number, each in enumerate(self.routing))]
 
 
 def _pass_text(report: Any) -> str:

@@ -66,6 +66,13 @@ def test_an_expert_that_is_not_there_is_an_error(wrong, tokens):
         )
 
 
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_the_body_has_no_expert_that_is_not_there(wrong):
+    x, index = torch.randn(3, 8), torch.tensor([[0, 1], [2, 3], [0, wrong]])
+    with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 4"):
+        moe(x, index, torch.ones(3, 2), torch.randn(4, 12, 8), torch.randn(4, 8, 6), activation="silu", combine_dtype=torch.float32)
+
+
 def test_no_tokens_give_no_rows():
     nothing = torch.empty(0, 2, dtype=torch.int64)
     for call in (moe, KERNELS[moe]):

@@ -40,8 +40,9 @@ def token_choice_moe(
         ValueError: the activation is unknown.
         IndexError: an index lies outside of the experts.
     """
-    tokens = torch.arange(x.size(0), device=x.device).unsqueeze(1)
-    y = _experts(x.unsqueeze(0).expand(gate_up.size(0), -1, -1), gate_up, down, activation)[index, tokens]  # [T, k, D]
+    tokens, experts = torch.arange(x.size(0), device=x.device).unsqueeze(1), gate_up.size(0)
+    chosen = index.masked_fill(index < 0, experts)  # which is refused: a negative index would count from the end
+    y = _experts(x.unsqueeze(0).expand(experts, -1, -1), gate_up, down, activation)[chosen, tokens]  # [T, k, D]
     return (y.to(combine_dtype) * weight.to(combine_dtype).unsqueeze(-1)).sum(1).to(x.dtype)
 
 

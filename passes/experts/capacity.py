@@ -9,7 +9,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...ir import Program
 from ...ir.errors import InputError, PassError
+
+SCHEDULE = "expert-choice"  # the name under which a program keeps what a call has to know
 
 ROUNDINGS: dict[str, Callable[[int, int], int]] = {
     "floor": lambda a, b: a // b,
@@ -85,6 +88,17 @@ class CapacitySchedule:
     def mean(self, steps: int = 1000) -> float:
         """E[k] where the share of masked positions is spread evenly over 0 .. 1."""
         return sum(self.k(2 * i + 1, 2 * steps) for i in range(steps)) / steps
+
+
+def schedule_of(program: Program) -> CapacitySchedule | None:
+    """The schedule of capacities that `expert-choice` left with the program."""
+    data = program.schedules.get(SCHEDULE, {})
+    return CapacitySchedule(data["kmin"], data["kmax"], data["shape"], data["ratio"]) if "kmin" in data else None
+
+
+def leaks_future(program: Program) -> bool:
+    """Whether experts of a program choose among positions some of which do not see one another."""
+    return bool(program.schedules.get(SCHEDULE, {}).get("leaks_future"))
 
 
 def _half_to_even(a: int, b: int) -> int:
