@@ -8,7 +8,8 @@ from ..ir.diff import compare
 
 def difference_data(before: Program, after: Program) -> dict[str, Any]:
     """`rows` are `[marker, line of before, line of after, count, text]`: -1 where there is no line; `count` rows of that marker whose lines
-    follow one another on both sides; `text` where it is not that of the line of `after` (or of `before`), else null. `changed` are `[line of before, line of after]` of what is the same but says another thing."""
+    follow one another on both sides; `text` where it is not that of the line of `after` (or of `before`), else null. `changed` are
+    `[line of before, line of after]` of what is the same but says another thing."""
     difference = compare(before, after)
     rows: list[list[Any]] = []
     for row in difference.rows:

@@ -27,10 +27,11 @@ def document(story: Story) -> dict[str, Any]:
     """The document of `story`: JSON's types alone, and no number that is not finite."""
     wheres = Wheres()
     programs, of_stage = _programs(story, wheres)
-    stages = [_captured(story, of_stage[0])]
+    earlier = len(story.reports) - len(story.history) + 1
+    stages = [_captured(story, earlier)]
     for index, report in enumerate(story.reports):
-        before, after = (programs[of_stage[min(place, len(of_stage) - 1)]] for place in (index, index + 1))
-        stages.append(_stage(report, before, after, of_stage[min(index + 1, len(of_stage) - 1)]))
+        before, after = (of_stage[max(place - earlier, 0)] for place in (index, index + 1))
+        stages.append(_stage(report, programs[before], programs[after], after))
     kernels = story.profile.kernels if story.profile is not None else story.kernels
     return _finite(
         {
@@ -58,11 +59,12 @@ def _programs(story: Story, wheres: Wheres) -> tuple[list[ProgramData], list[int
     """The distinct programs, and for each of the history which one it is."""
     history = list(story.history)
     programs, of_stage = [ProgramData(history[0], wheres)], [0]
-    reports = story.reports if len(story.reports) == len(history) - 1 else [None] * (len(history) - 1)
+    reports = story.reports[len(story.reports) - len(history) + 1 :]
     for (before, after), report in zip(pairwise(history), reports, strict=True):
         if not _is_same(before, after, report):
             programs.append(ProgramData(after, wheres))
         of_stage.append(len(programs) - 1)
+    programs[-1].stands_for(history[-1])  # what was measured is of this very one
     return programs, of_stage
 
 
@@ -71,9 +73,9 @@ def _is_same(before: Program, after: Program, report: Any) -> bool:
     return isinstance(report, PassReport) and not report.records and before.weights.keys() == after.weights.keys()
 
 
-def _captured(story: Story, program: int) -> dict[str, Any]:
-    name = "captured" if len(story.history) > 1 or not story.reports else "loaded"
-    return {"name": name, "pipeline": "", "program": program, "records": [], "left": [], "lines": []}
+def _captured(story: Story, earlier: int) -> dict[str, Any]:
+    """The first stage; of an artifact, which `earlier` passes made, it is what was loaded."""
+    return {"name": "loaded" if earlier else "captured", "pipeline": "", "program": 0, "records": [], "left": [], "lines": []}
 
 
 def _stage(report: Any, before: ProgramData, after: ProgramData, program: int) -> dict[str, Any]:

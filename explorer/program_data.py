@@ -48,6 +48,11 @@ class ProgramData:
             "functions": [self._function(function) for function in program.functions.values()],
         }
 
+    def stands_for(self, program: Program) -> None:
+        """Nodes of `program`, which is equal, are known by the same lines from here on."""
+        pairs = zip(self.bare.nodes(), program.nodes(), strict=True)
+        self.index |= {other: self.index[node] for node, other in pairs if node in self.index}
+
     def labelled(self) -> dict[str, list[int]]:
         """What records of rewrites call a call -> the lines that are called so."""
         found: dict[str, list[int]] = {}

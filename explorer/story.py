@@ -43,8 +43,9 @@ class Profile:
 class Story:
     """A compile, looked at afterwards.
 
-    `history` holds the captured program and the one after each pass, `reports` one for each pass, or the paragraphs of an artifact, whose
-    programs between are not known. `measured` and `backend` are those of the compiled model, where there is one.
+    `history` holds the captured program, or the loaded one, and the one after each pass. `reports` has one for each of these passes, and
+    before them the paragraphs of an artifact on passes that made it, whose programs are not known. `kernels` are those that were emitted,
+    `peak_bytes` and `seconds` what was measured of a call.
     """
 
     history: Sequence[Program]

@@ -209,6 +209,29 @@ def test_profiling_leaves_states_as_they_were():
     assert compiled(torch.zeros(1)).item() == 2
 
 
+def test_what_is_measured_of_a_program_that_no_pass_changed_leads_to_its_lines():
+    class Plain(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin()
+
+    compiled = gw.compile(Plain(), example_inputs=(torch.ones(4),), backend="aten", cache=False)
+    compiled.profile(torch.ones(4))
+    found = compiled.report().data()
+    assert len(found["programs"]) == 1 < len(found["stages"])
+    lines = {found["kernels"][0]["lines"][0], found["errors"][0]["line"], found["errors"][0]["line_before"]}
+    assert [lines_of(found, 0)[line]["op"] for line in lines] == ["aten.sin.default"]
+
+
+def test_passes_over_a_loaded_model_follow_those_that_made_it(sliced, tmp_path):
+    sliced.save(tmp_path / "gated.gw")
+    again = gw.compile(tmp_path / "gated.gw", "share-subexpressions", backend="aten", cleanups=False, cache=False)
+    stages = again.report().data()["stages"]
+    assert [stage["name"] for stage in stages][:2] == ["loaded", "remove-proven-assertions"]
+    assert [stage["name"] for stage in stages][-2:] == ["slice-groups", "share-subexpressions"] and {
+        stage["program"] for stage in stages
+    } == {0}
+
+
 def test_a_report_that_nobody_looks_at_makes_no_document(sliced, monkeypatch):
     monkeypatch.setattr("graphwright.runtime.compiled.Story", lambda **given: pytest.fail("a story was told"))
     assert "slice-groups" in str(sliced.report())

@@ -76,6 +76,7 @@ function layoutGraph() {
     const a = boxOf.get(from), b = boxOf.get(to);
     if (a && b) graphPane.edges.push({ a, b, points: edges.routes.get(`${from.path}|${to.path}`) });
   }
+  byId("canvas").setAttribute("aria-label", `Graph of the function in ${counted(graphPane.boxes.length - 1, "box")}: each is a line of the text beside it, or a group of lines`);
 }
 
 // For every read: the two boxes in sight that it joins, and the two that are siblings in the innermost open group that holds both.

@@ -17,7 +17,7 @@ const KEYS = [
 
 function startHead() {
   const { data } = report, last = data.programs[data.programs.length - 1];
-  byId("title").textContent = visible([data.title, data.pipeline.split(",").pop() && data.stages.length > 1 ? `after ${counted(data.stages.length - 1, "pass").replace("passs", "passes")}` : ""].filter(Boolean).join(" · "));
+  byId("title").textContent = visible([data.title, data.pipeline.split(",").pop() && data.stages.length > 1 ? `after ${counted(data.stages.length - 1, "pass")}` : ""].filter(Boolean).join(" · "));
   const badge = byId("contract");
   badge.textContent = data.contract.name;
   badge.classList.add(data.contract.name);

@@ -116,4 +116,4 @@ function seconds(value) {
 }
 
 const scientific = (value) => (value === null || value === undefined ? "" : typeof value === "number" ? value.toExponential(1) : value);
-const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : /(s|x)$/.test(noun) ? "es" : "s"}`;
