@@ -40,7 +40,9 @@ def _run(node: Node, finder: "_Finder", symbols: SymbolTable, seconds: float | N
     if isinstance(target, Boxed):
         return KernelRun(f"{len(nodes)} calls in one", "compiled", nodes, nbytes, _shown(target.graph, symbols), "ir", seconds)
     if isinstance(target, SlicedRun):
-        return KernelRun("gw.sliced", "region", nodes, nbytes, seconds=seconds)
+        body = target.call.body.graph
+        name = f"gw.sliced, {sum(each.op == 'call_function' for each in body.nodes)} calls a slice"
+        return KernelRun(name, "region", nodes, nbytes, _shown(body, symbols), "ir", seconds)
     name = str(target) if isinstance(target, PackedCall) else _name(target)
     return KernelRun(name, "library", nodes, nbytes, seconds=seconds)
 

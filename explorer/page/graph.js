@@ -423,7 +423,7 @@ function paintBox(c, box, { now, lit, match }) {
   c.fill();
   if (colour !== "kind") {
     const value = Math.min((graphPane.heats.get(node) || 0) / (graphPane.hottest || 1), 1);
-    c.globalAlpha = value ? 0.12 + 0.55 * value : 0;
+    c.globalAlpha = value ? 0.1 + 0.4 * value : 0;
     c.fillStyle = colour === "change" ? colours["add-ink"] : colour === "error" ? colours["remove-ink"] : colours.curve;
     c.fill();
     c.globalAlpha = 1;
@@ -439,7 +439,7 @@ function paintBox(c, box, { now, lit, match }) {
   c.fillStyle = colours.ink;
   c.font = `600 11.5px ${graphPane.sans}`;
   c.fillText(clipped(c, `${node.children ? "▸ " : ""}${head}`, box.width - 16), box.x + 10, box.y + 15);
-  c.fillStyle = colours.quiet;
+  c.fillStyle = colour === "kind" ? colours.quiet : colours.ink;
   c.font = `10.5px ${graphPane.sans}`;
   c.fillText(clipped(c, detail, box.width - 16), box.x + 10, box.y + 28);
 }

@@ -102,9 +102,12 @@ function markMemory(plot) {
   ctx.clip();
   const held = report.index[nowProgram()].storage.get(state.selected);
   if (held) {
+    const left = x(held.born), width = Math.max(x(Math.min(held.dies, memory.live.length - 1) + 1) - left, 2);
     ctx.fillStyle = colours.accent;
-    ctx.globalAlpha = 0.16;
-    ctx.fillRect(x(held.born), bbox.top, Math.max(x(Math.min(held.dies, memory.live.length - 1) + 1) - x(held.born), 2), bbox.height);
+    ctx.globalAlpha = 0.07;
+    ctx.fillRect(left, bbox.top, width, bbox.height);
+    ctx.globalAlpha = 0.9;
+    ctx.fillRect(left, bbox.top, width, 3 * (window.devicePixelRatio || 1));
     ctx.globalAlpha = 1;
   }
   ctx.strokeStyle = colours.ink;
