@@ -69,6 +69,10 @@ EXAMPLES = {
     "clear": """\
   graphwright cache clear
   graphwright cache clear passes""",
+    "completion": """\
+  graphwright completion bash > ~/.local/share/bash-completion/completions/graphwright
+  graphwright completion zsh > ~/.zfunc/_graphwright      # ~/.zfunc being a folder of $fpath
+  graphwright completion fish > ~/.config/fish/completions/graphwright.fish""",
     "demo": """\
   graphwright demo --quick
   graphwright demo --save out""",
@@ -222,6 +226,9 @@ def _parser() -> argparse.ArgumentParser:
     add("zoo", ("lists", "zoo"), "list the networks of the zoo, which serve as MODEL", common)
     caching = add("cache", ("cache", "list_"), "show, explain or empty what is kept between processes")
     _add_cache_commands(caching, common, model, passes)
+    completing = add("completion", ("completion", "completion"), "print a script that lets a shell complete this command", common)
+    completing.add_argument("shell", metavar="SHELL", choices=["bash", "zsh", "fish"], help="bash, zsh or fish")
+    completing.set_defaults(root=parser)
     demo = add("demo", ("demo", "demo"), "lower the memory of a small video network and measure it", common)
     demo.add_argument("--quick", action="store_true", help="the tiny network: seconds instead of minutes")
     demo.add_argument("--save", metavar="DIR", help="also write the program (demo.txt) and the report (report.txt) there")
