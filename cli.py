@@ -23,7 +23,7 @@ MODEL is one of
   unet.gw               an artifact that graphwright wrote
   unet.onnx             an ONNX model
   unet.pt2              a torch.export file; it can run code when it is read, so it needs --trusted
-  unet.txt              a program as `graphwright dump` prints it (dump, diff and verify only)
+  unet.txt              a program as `graphwright dump` prints it (dump, diff, verify and view only)
   video_unet:tiny       a network of the zoo and its size (small when left out)
   package.module:make   a function of yours, looked for in the current folder too, that returns (module, args) or
                         (module, args, kwargs); it runs
@@ -33,6 +33,50 @@ exit codes
   1  diff found a difference, verify could not confirm the program, bisect or reduce found a fault, or cache explain found nothing kept
   2  a mistake in what was asked: one line on stderr says which
 """
+
+EXAMPLES = {
+    "compile": """\
+  graphwright compile video_unet:tiny --passes 'slice-groups{memory_budget=25%}' -o unet.gw
+  graphwright compile decoder:tiny --decoder --passes absorb-outliers --numeric""",
+    "export": """\
+  graphwright export video_unet:tiny --passes slice-groups -o unet.onnx""",
+    "dump": """\
+  graphwright dump vit:tiny | less
+  graphwright dump vit:tiny --passes fold-constants --ops
+  graphwright dump unet.gw --weights --json""",
+    "view": """\
+  graphwright view video_unet:tiny --passes 'slice-groups{memory_budget=25%}' --profile --open
+  graphwright view unet.gw -o unet.html
+  graphwright view program.txt --passes share-subexpressions
+  graphwright view unet.gw --json | jq '.programs[-1].functions[0].memory.peak_bytes'""",
+    "diff": """\
+  graphwright dump vit:tiny > before.txt; graphwright dump vit:tiny --passes fold-constants > after.txt
+  graphwright diff before.txt after.txt""",
+    "verify": """\
+  graphwright verify unet.gw
+  graphwright verify vit:tiny --passes slice-groups --numeric""",
+    "passes": """\
+  graphwright passes
+  graphwright passes slice-groups""",
+    "zoo": """\
+  graphwright zoo""",
+    "cache": """\
+  graphwright cache list
+  graphwright cache explain vit:tiny --passes slice-groups
+  graphwright cache clear probe""",
+    "list": "  graphwright cache list --json",
+    "explain": "  graphwright cache explain vit:tiny --passes slice-groups",
+    "clear": """\
+  graphwright cache clear
+  graphwright cache clear passes""",
+    "completion": """\
+  graphwright completion bash > ~/.local/share/bash-completion/completions/graphwright
+  graphwright completion zsh > ~/.zfunc/_graphwright      # ~/.zfunc being a folder of $fpath
+  graphwright completion fish > ~/.config/fish/completions/graphwright.fish""",
+    "demo": """\
+  graphwright demo --quick
+  graphwright demo --save out""",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,13 +181,13 @@ def _parser() -> argparse.ArgumentParser:
     passes.add_argument("--no-cleanups", action="store_true", help="run the passes of P alone")
 
     parser = _Parser(prog="graphwright", description="Compiles PyTorch models by passes that say what they do to the numbers.")
-    _finish(parser)
+    _finish(parser, "")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
 
     def add(name: str, command: tuple[str, str], about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=list(parents), help=about, description=about[0].upper() + about[1:] + ".")
-        _finish(added)
+        _finish(added, EXAMPLES[name])
         added.set_defaults(command=command)
         return added
 
@@ -164,6 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     dumping = add("dump", ("programs", "dump"), "print a program as text, as captured or after passes", model, passes)
     dumping.add_argument("--ops", action="store_true", help="print how often each operator is called instead")
     dumping.add_argument("--weights", action="store_true", help="print the table of its weights instead")
+    viewing = add("view", ("view", "view"), "write what the compiler did to a model as one page, to open in a browser", model, passes)
+    viewing.add_argument("-o", "--output", metavar="FILE.html", help="the page to write (default: MODEL.report.html in this folder)")
+    viewing.add_argument("--open", action="store_true", help="also open it in the browser")
+    viewing.add_argument("--profile", action="store_true", help="run the model: time of each kernel, error of each layer against float64")
+    viewing.add_argument("--numeric", action="store_true", help="hold each pass to its contract on the example inputs")
+    viewing.add_argument("--backend", default="aten", help="auto, tuned, inductor, triton or aten (default: aten)")
+    _add_decoder(viewing)
     differing = add("diff", ("programs", "diff"), "print what differs between two programs, paired by where operations came from", common)
     differing.add_argument("a", metavar="A")
     differing.add_argument("b", metavar="B")
@@ -184,6 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     add("zoo", ("lists", "zoo"), "list the networks of the zoo, which serve as MODEL", common)
     caching = add("cache", ("cache", "list_"), "show, explain or empty what is kept between processes")
     _add_cache_commands(caching, common, model, passes)
+    completing = add("completion", ("completion", "completion"), "print a script that lets a shell complete this command", common)
+    completing.add_argument("shell", metavar="SHELL", choices=["bash", "zsh", "fish"], help="bash, zsh or fish")
+    completing.set_defaults(root=parser)
     demo = add("demo", ("demo", "demo"), "lower the memory of a small video network and measure it", common)
     demo.add_argument("--quick", action="store_true", help="the tiny network: seconds instead of minutes")
     demo.add_argument("--save", metavar="DIR", help="also write the program (demo.txt) and the report (report.txt) there")
@@ -199,7 +253,7 @@ def _add_cache_commands(parser: argparse.ArgumentParser, common: argparse.Argume
 
     def add(name: str, function: str, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=list(parents), help=about, description=about[0].upper() + about[1:] + ".")
-        _finish(added)
+        _finish(added, EXAMPLES[name])
         added.set_defaults(command=("cache", function))
         return added
 
@@ -209,8 +263,8 @@ def _add_cache_commands(parser: argparse.ArgumentParser, common: argparse.Argume
     clearing.add_argument("kind", nargs="?", metavar="KIND", help="passes, code, ..: entries of this kind alone")
 
 
-def _finish(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
+def _finish(parser: argparse.ArgumentParser, examples: str) -> None:
+    parser.epilog = f"examples\n{examples}\n\n{EPILOG}" if examples else EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
