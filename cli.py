@@ -55,6 +55,14 @@ EXAMPLES = {
     "verify": """\
   graphwright verify unet.gw
   graphwright verify vit:tiny --passes slice-groups --numeric""",
+    "bisect": """\
+  graphwright bisect vit:tiny --passes my_passes:Mine
+  graphwright bisect vit:tiny --passes my_passes:Mine -o case.py; python case.py""",
+    "reduce": """\
+  graphwright reduce vit:tiny --passes my_passes:Mine -o case.py""",
+    "explain": """\
+  graphwright explain slice-groups video_unet:tiny
+  graphwright explain 'absorb-outliers{rank=16}' dit:tiny --json""",
     "passes": """\
   graphwright passes
   graphwright passes slice-groups""",
@@ -64,9 +72,9 @@ EXAMPLES = {
   graphwright cache list
   graphwright cache explain vit:tiny --passes slice-groups
   graphwright cache clear probe""",
-    "list": "  graphwright cache list --json",
-    "explain": "  graphwright cache explain vit:tiny --passes slice-groups",
-    "clear": """\
+    "cache list": "  graphwright cache list --json",
+    "cache explain": "  graphwright cache explain vit:tiny --passes slice-groups",
+    "cache clear": """\
   graphwright cache clear
   graphwright cache clear passes""",
     "completion": """\
@@ -253,7 +261,7 @@ def _add_cache_commands(parser: argparse.ArgumentParser, common: argparse.Argume
 
     def add(name: str, function: str, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=list(parents), help=about, description=about[0].upper() + about[1:] + ".")
-        _finish(added, EXAMPLES[name])
+        _finish(added, EXAMPLES[f"cache {name}"])
         added.set_defaults(command=("cache", function))
         return added
 
