@@ -76,7 +76,15 @@ def test_the_bell_costs_more_than_its_middle_also_where_ratios_are_even():
 
 @pytest.mark.parametrize(
     ("fields", "says"),
-    [((0, 2), "1 <= kmin <= kmax"), ((3, 2), "1 <= kmin <= kmax"), ((1, 2, "wave"), "one of linear"), ((1, 2, "bell", "all"), "row, gen")],
+    [
+        ((0, 2), "1 <= kmin <= kmax"),
+        ((3, 2), "1 <= kmin <= kmax"),
+        ((1, 2, "wave"), "one of linear"),
+        ((1, 2, "bell", "all"), "row, gen"),
+        (("1", 2), "from '1' to 2"),
+        ((1, 2, None), "shape None"),
+        ((1, 2, ["bell"]), r"shape .\[?.bell"),
+    ],
 )
 def test_schedules_that_are_none_are_refused(fields, says):
     with pytest.raises(PassError, match=says):
@@ -85,10 +93,16 @@ def test_schedules_that_are_none_are_refused(fields, says):
         gw.ExpertChoice(schedule=list(fields))
 
 
-@pytest.mark.parametrize("counts", [(3, 2), (-1, 2), (0, 0)])
+@pytest.mark.parametrize("counts", [(3, 2), (-1, 2), (0, 0), (0.5, 2), ("1", 2), (None, 2), (1, True)])
 def test_counts_that_are_none_are_refused(counts):
     with pytest.raises(InputError, match="0 <= masked <= valid"):
         CapacitySchedule(1, 2).k(*counts)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0])
+def test_a_mean_over_no_steps_is_refused(steps):
+    with pytest.raises(InputError, match="steps is an integer from 1 on"):
+        CapacitySchedule(1, 2).mean(steps)
 
 
 # --- what the layer becomes ------------------------------------------------------------------------------------------------
@@ -231,8 +245,10 @@ def test_a_row_does_not_know_how_far_it_is_padded(length, rule, seed):
 def test_padding_is_read_off_the_input_that_is_named():
     program = captured(padded=True)
     assert "padding is read off the input attention_mask" in chosen(program).reports[-1].lines
+    with_tokens = chosen(captured(), valid="tokens").reports[-1].lines
+    assert "1 attention let all positions meet; no probe was run" in with_tokens, "there is no other input to change"
     assert "all positions are tokens" in chosen(program, valid=None).reports[-1].lines
-    with pytest.raises(PassError, match=r"valid=pad is no input \[batch, length\] of the graph: tokens, attention_mask"):
+    with pytest.raises(PassError, match=r"valid='pad' is no input \[batch, length\] of the graph: tokens, attention_mask"):
         chosen(program, valid="pad")
 
 

@@ -127,7 +127,7 @@ def expert_mlp(x: Tensor, index: Tensor, gate: Tensor, gate_up: Tensor, down: Te
 def _experts(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
     """FFN_e(x[e]) for each expert: [E, N, D] -> [E, N, D]."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation} of an expert is unknown: it is one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation {activation!r} of an expert is unknown: it is one of {', '.join(ACTIVATIONS)}")
     gates, up = torch.bmm(x, gate_up.transpose(1, 2)).chunk(2, -1)
     return torch.bmm(ACTIVATIONS[activation](gates) * up, down.transpose(1, 2))
 
@@ -150,8 +150,8 @@ def _gates(scores: Tensor, taken: Tensor, rule: str) -> Tensor:
 
 def _check_routing(rule: str, key: str | None, capacity: int, logits: Tensor) -> None:
     if rule not in RULES:
-        raise ValueError(f"rule {rule} of expert choice is unknown: it is one of {', '.join(RULES)}")
+        raise ValueError(f"rule {rule!r} of expert choice is unknown: it is one of {', '.join(RULES)}")
     if key not in (None, *RULES.values()):
-        raise ValueError(f"key {key} of expert choice is unknown: it is one of prob, logit")
+        raise ValueError(f"key {key!r} of expert choice is unknown: it is one of prob, logit")
     if not 0 <= capacity <= logits.size(1):
         raise ValueError(f"an expert takes from 0 to {logits.size(1)} positions of a sequence, not {capacity}")

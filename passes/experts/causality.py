@@ -265,10 +265,11 @@ class _Probe:
         largest = torch.zeros(len(places), self.length, dtype=torch.float64)
         for seed in range(_DRAWS):
             inputs = self._inputs(seed)
-            first = self._outputs(inputs)
-            if not first:
+            first, told = self._outputs(inputs), [i for i in range(len(inputs)) if self._is_told(i, inputs[i])]
+            if not first or not told:
                 return None
-            others = (self._outputs([self._with_other_token(value, place, i) for i, value in enumerate(inputs)]) for place in places)
+            changed = ([_with_other(value, place) if i in told else value for i, value in enumerate(inputs)] for place in places)
+            others = map(self._outputs, changed)
             largest = torch.maximum(largest, torch.stack([_moved(first, other) for other in others]))
             if (largest > STAYS[self.is_wide]).all():
                 break
@@ -285,18 +286,23 @@ class _Probe:
     def _outputs(self, inputs: list[Any]) -> list[Tensor]:
         return [value for value in run(self.program, inputs)[0] if self._is_sequence(value)]
 
-    def _with_other_token(self, value: Any, place: int, number: int) -> Any:
-        if not self._is_sequence(value) or value.dtype == torch.bool or self.program.main.placeholders[number].target in self.padding:
-            return value
-        other = value.clone()
-        if value.dtype.is_floating_point:
-            other[:, place] = 1 - 2 * other[:, place]
-        else:
-            other[:, place] = (other[:, place] + 1) % max(int(value.max()) + 1, 2)
-        return other
+    def _is_told(self, number: int, value: Any) -> bool:
+        """Whether an input is tokens, of which one can be another."""
+        is_padding = self.program.main.placeholders[number].target in self.padding
+        return self._is_sequence(value) and value.dtype != torch.bool and not is_padding
 
     def _is_sequence(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() >= 2 and (value.size(0), value.size(1)) == (self.batch, self.length)
+
+
+def _with_other(value: Tensor, place: int) -> Tensor:
+    """Tokens with another one in a place of each row."""
+    other = value.clone()
+    if value.dtype.is_floating_point:
+        other[:, place] = 1 - 2 * other[:, place]
+    else:
+        other[:, place] = (other[:, place] + 1) % max(int(value.max()) + 1, 2)
+    return other
 
 
 def _moved(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

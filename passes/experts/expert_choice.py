@@ -269,7 +269,7 @@ def _padding_input(function: Function, site: Routed, wanted: str | None) -> Node
                 return node
     if wanted == "auto":
         return None
-    raise PassError(f"expert-choice: valid={wanted} is no input [batch, length] of the graph: {', '.join(_names(function))}")
+    raise PassError(f"expert-choice: valid={wanted!r} is no input [batch, length] of the graph: {', '.join(_names(function))}")
 
 
 def _names(function: Function) -> list[str]:
