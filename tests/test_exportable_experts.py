@@ -175,3 +175,21 @@ def test_experts_of_transformers_in_a_form_of_the_users_own_are_told_of_the_othe
     model = moe_models.TRANSFORMERS["mixtral"](torch.float32, "one_by_one")
     with pytest.raises(gw.CaptureError, match=r"in a form of its own: choose one .* model.set_experts_implementation\('grouped_mm'\)"):
         gw.capture(model, (TOKENS,), OPTIONS)
+
+
+def test_rows_of_as_many_experts_as_data_says_are_named():
+    import transformers
+
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+        "kv_channels": 8,
+        "intermediate_size": 24,
+        "vocab_size": 64,
+    }
+    config = transformers.JetMoeConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(
+        gw.CaptureError, match="a size depends on tensor values in a way that cannot be followed, as numbers of rows that exp"
+    ):
+        gw.capture(transformers.JetMoeForCausalLM(config).eval(), (TOKENS,), OPTIONS)
