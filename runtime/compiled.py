@@ -14,10 +14,13 @@ from torch import nn
 
 from ..codegen.cpu_kernels import KERNELS
 from ..codegen.cpu_packed import Pack
+from ..explorer import LayerError, Profile, Story, layer_errors
 from ..ir import Program
 from ..ir.calling import Call, Parameter
+from ..ir.calls import draws
 from ..ir.derive import specialised
 from ..ir.errors import ArtifactError, InputError, TargetError
+from ..ir.float64 import NoFloat64
 from ..ir.forks import new_lock, new_rlock
 from ..ir.tree import unflatten
 from ..passes import Contract
@@ -85,6 +88,7 @@ class CompiledModel(nn.Module):
         self._routing: list[RoutingStatistics] = []
         self._compiled_peak: int | None = None
         self._on_threads: Threads | None = None
+        self._profiled: Profile | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, nested as the original's. One whose experts choose by a schedule takes `mask_ratio=(masked, valid)` as well,
@@ -169,8 +173,23 @@ class CompiledModel(nn.Module):
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         memory = replace(memory, compiled=self._compiled_peak, threads=self._on_threads)
         promised = (compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports)
-        runner = self._present
-        return Report(*promised, memory, self._measured, compiled.training, runner.executor.kernel_calls(), runner.packed(), self._routing)
+        executor, packed = self._present.executor, self._present.packed()
+        shown = (executor.kernel_calls(), packed, self._routing, self._story)
+        return Report(*promised, memory, self._measured, compiled.training, *shown)
+
+    def _story(self) -> Story:
+        compiled, measured = self.compilation, self._measured
+        return Story(
+            history=compiled.history or (compiled.program,),
+            reports=compiled.reports,
+            contract=compiled.contract,
+            title="" if compiled.module is None else type(compiled.module).__name__,
+            backend=compiled.backend,
+            kernels=() if self._profiled is not None else self._present.executor.kernels_untimed(),
+            profile=self._profiled,
+            peak_bytes=None if measured is None else measured.peak_bytes,
+            seconds=None if measured is None else measured.seconds,
+        )
 
     def kernels(self) -> "tuple[Kernel, ...]":
         """The Triton kernels that run, each once: `name`, `source` (a file that checks itself), `ir` (the lines that it computes),
@@ -241,6 +260,20 @@ class CompiledModel(nn.Module):
             self._measured = replace(peak, seconds=seconds(lambda: self(*args, **kwargs), device))
             self._routing = runner.routing(args, kwargs)
         return self._measured
+
+    def profile(self, *args: Any, **kwargs: Any) -> Profile:
+        """Runs the model on these arguments, a few times by the clock and three times to see the error of each layer against float64, and
+        keeps what it saw for the report: the time of each kernel, and how far each layer is from float64 as captured and as compiled.
+
+        States and arguments are as before afterwards. Of a model whose rows run at a share of their own, `main` is profiled.
+        """
+        runner = self._runner or self._compile_for(args, kwargs)
+        args, kwargs = runner.spared(args, kwargs)
+        inputs, _ = runner.call.bind(args, {name: value for name, value in kwargs.items() if name != ARGUMENT})
+        with self._lock, runner.states_kept():
+            kernels = runner.executor.kernel_runs(inputs, runner.states)
+            self._profiled = Profile(kernels, *_layer_errors(runner.compilation, inputs))
+        return self._profiled
 
     @property
     def _present(self) -> "_Runner":
@@ -494,6 +527,19 @@ def _folded(compilation: Compilation) -> list[_Folded]:
         return []
     gone = [(name, weight.tensor) for name, weight in before.weights.items() if name not in after]
     return [_Folded.of(name, tensor, compilation.module) for name, tensor in gone if tensor is not None and not tensor.is_inference()]
+
+
+def _layer_errors(compilation: Compilation, inputs: Sequence[Any]) -> tuple[tuple[LayerError, ...], str]:
+    """The errors of the layers, and why there are none."""
+    if not compilation.history:
+        return (), "a loaded model does not know the program that it was captured as"
+    captured = compilation.history[0]
+    if any(node.op == "call_function" and draws(node) for node in captured.nodes()):
+        return (), "the program draws random numbers, which are others in float64"
+    try:
+        return layer_errors(captured, compilation.program, inputs), ""
+    except (NoFloat64, RuntimeError) as error:
+        return (), str(error)
 
 
 def _own_copy(program: Program, name: str) -> torch.Tensor:

@@ -1,16 +1,22 @@
 """What `compiled.report()` says: the pipeline's promise, what each pass did and left alone, memory and time."""
 
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..ir import Program
 from ..ir.liveness import format_bytes, profile
 from ..ir.workspace import NOMINAL_THREADS
 from ..passes import Contract
 from ..passes.experts.statistics import RoutingStatistics
+from .atomic import atomic_write
 from .memory import Measurement
+
+if TYPE_CHECKING:
+    from ..explorer import Story
 
 _TOLERANCE = 1.05  # of a measured peak over its prediction
 
@@ -52,7 +58,7 @@ def predicted_on(threads: int, program: Program) -> Threads | None:
 class Report:
     """`str(report)` is what users read. `passes` are the pass manager's reports, `kernels` the Triton kernel of each call of one, in
     order, `packs` how many weights are held in a second layout and the bytes of these copies, `routing` which tokens the experts of each
-    mixture had in the call that was measured."""
+    mixture had in the call that was measured. `story` gives what `html` and `json` show."""
 
     pipeline: str
     contract: Contract
@@ -64,6 +70,34 @@ class Report:
     kernels: Sequence[Any] = ()
     packs: tuple[int, int] = (0, 0)
     routing: Sequence[RoutingStatistics] = ()
+    story: "Callable[[], Story] | None" = field(default=None, repr=False, compare=False)
+
+    def data(self) -> dict[str, Any]:
+        """The document of the compile, as `explorer/schema.json` describes it: the program after each pass, what changed, memory, kernels.
+
+        Raises:
+            InputError: the program after some pass is asked for again, and weights were changed since.
+        """
+        from ..explorer import document
+
+        assert self.story is not None, "a compiled model gives its report a story"
+        return document(self.story())
+
+    def json(self) -> str:
+        """`data()` as JSON text."""
+        return json.dumps(self.data())
+
+    def html(self, path: str | Path) -> None:
+        """Writes `data()` as one page that needs no server and no network, whole or not at all. It holds lines of the source of the modules
+        that were captured.
+
+        Raises:
+            OSError: the file cannot be written. InputError: as `data` does.
+        """
+        from ..explorer import page
+
+        with atomic_write(Path(path)) as file:
+            file.write(page(self.data()).encode())
 
     def __str__(self) -> str:
         head = f"pipeline: {self.pipeline or 'no passes'}\ncontract: {self.contract}. {self.contract.promise}\nbackend: {self.backend}"
