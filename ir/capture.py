@@ -335,7 +335,8 @@ class _Importer:
                 value = self._rebuild(node.target, args, kwargs, add)
         except InferenceError as error:
             self.blocked.add(node)
-            return [(where, f"{name_of(node.target)} does not type-check: {error}")]
+            advice = f": {_SIZES_BY_VALUES}" if "data-dependent" in str(error) else ""
+            return [(where, f"{name_of(node.target)} does not type-check: {error}{advice}")]
         except NotFunctional as error:  # no use to look further, torch may have to make it functional
             raise NotFunctional(_list_blockers([(where, str(error))])) from error
         self._stands_for(node, value)
@@ -519,6 +520,10 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 # --- failures --------------------------------------------------------------------------------------------------------------
 
 
+_SIZES_BY_VALUES = (
+    "a size depends on tensor values in a way that cannot be followed, as numbers of rows that experts have do: compute all rows, and put "
+    "zeros where there are none"
+)
 _BY_VALUES = "control flow depends on tensor values: use torch.where, or make the value an input"
 
 
@@ -559,6 +564,8 @@ def _raised(error: Exception) -> tuple[Where, str]:
     reason = f"{type(error).__name__}: {_first_line(error)}"
     if isinstance(error, GuardOnDataDependentSymNode):
         reason = f"{advice_on_loop(_modules_of(error)) or _BY_VALUES} ({_first_line(error)})"
+    elif "Couldn't swap" in reason:
+        reason = f"a layer is converted to another dtype or device in forward: convert it before, and leave the call out ({reason})"
     return Where(*_traceback_frame(error)), reason
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_DECORATED = "is_transposed"  # what transformers gives experts that run in the form that their config says
 _NAME = "_experts_implementation"  # private to transformers; a library without it has no such forms
 
 
@@ -36,7 +37,7 @@ def advice_on_loop(modules: Iterable[nn.Module]) -> str | None:
     held = next((module for module in modules if _holds_experts(module)), None)
     if held is None:
         return None
-    if _configs(held):
+    if hasattr(held, _DECORATED):
         return (
             f"experts of {type(held).__name__} run one by one, as data says, in a form of its own: choose one that is captured, by "
             "model.set_experts_implementation('grouped_mm') or 'batched_mm'"
@@ -44,12 +45,14 @@ def advice_on_loop(modules: Iterable[nn.Module]) -> str | None:
     return (
         f"{type(held).__name__} decides by data which of its experts run: run them all, since an expert runs on no rows as well (rows, "
         "choice = torch.where(index == expert)); or stack its weights into [experts, 2 * inner, width] and [experts, width, inner] and "
-        "multiply those of each token's experts by torch.bmm, which regroup-experts makes fast; classes of transformers 5 do so themselves"
+        "multiply those of each token's experts by torch.bmm, which regroup-experts makes fast; Mixtral of transformers 5 does so"
     )
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    """Whether a module has layers of one class in a list that is named for experts, or two weights of as many matrices."""
+    """Whether a module is experts by its name, has layers of one class in a list that is, or two weights of as many matrices."""
+    if "experts" in type(module).__name__.lower():
+        return True
     lists = [child for name, child in module.named_children() if "expert" in name.lower() and isinstance(child, nn.ModuleList)]
     if any(len(each) > 1 and len({type(layer) for layer in each}) == 1 for each in lists):
         return True

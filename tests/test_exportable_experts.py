@@ -110,7 +110,24 @@ class Stacked(torch.nn.Module):
         return x
 
 
-@pytest.mark.parametrize("model", [Loop("rows"), Loop("any"), Loop("list"), Stacked()], ids=["rows", "any", "list", "stacked"])
+class NamedExperts(torch.nn.ModuleDict):
+    """As SwitchTransformers has them."""
+
+    def __init__(self):
+        super().__init__({f"expert_{number}": torch.nn.Linear(8, 8) for number in range(4)})
+
+    def forward(self, x):
+        index = x.argmax(-1) % 4
+        for expert in index.unique().tolist():
+            x = x + (index == expert).unsqueeze(-1) * self[f"expert_{expert}"](x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Loop("rows"), Loop("any"), Loop("list"), Stacked(), NamedExperts()],
+    ids=["rows", "any", "list", "stacked", "named"],
+)
 def test_loops_over_experts_that_data_decides_are_told_what_to_do(model):
     with pytest.raises(gw.CaptureError) as raised:
         gw.capture(model, (torch.randn(6, 8),))
@@ -122,6 +139,22 @@ def test_loops_over_experts_that_data_decides_are_told_what_to_do(model):
 def test_what_they_are_told_to_do_is_captured():
     model, x = Loop("nothing").eval(), torch.randn(6, 8)
     torch.testing.assert_close(run(gw.capture(model, (x,)), [x])[0][0], model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_router_that_is_converted_in_forward_is_named():
+    class Converted(torch.nn.Module):
+        """As SwitchTransformers and NllbMoe have it."""
+
+        def __init__(self):
+            super().__init__()
+            self.router = torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            self.router = self.router.to(torch.float64)
+            return self.router(x.double())
+
+    with pytest.raises(gw.CaptureError, match="a layer is converted to another dtype or device in forward: convert it before"):
+        gw.capture(Converted(), (torch.randn(6, 8),))
 
 
 def test_loops_over_other_layers_are_told_what_all_control_flow_is_told():
@@ -142,3 +175,21 @@ def test_experts_of_transformers_in_a_form_of_the_users_own_are_told_of_the_othe
     model = moe_models.TRANSFORMERS["mixtral"](torch.float32, "one_by_one")
     with pytest.raises(gw.CaptureError, match=r"in a form of its own: choose one .* model.set_experts_implementation\('grouped_mm'\)"):
         gw.capture(model, (TOKENS,), OPTIONS)
+
+
+def test_rows_of_as_many_experts_as_data_says_are_named():
+    import transformers
+
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+        "kv_channels": 8,
+        "intermediate_size": 24,
+        "vocab_size": 64,
+    }
+    config = transformers.JetMoeConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(
+        gw.CaptureError, match="a size depends on tensor values in a way that cannot be followed, as numbers of rows that exp"
+    ):
+        gw.capture(transformers.JetMoeForCausalLM(config).eval(), (TOKENS,), OPTIONS)
