@@ -136,6 +136,23 @@ def test_quotients_of_sizes_are_cut_off_towards_zero(columns):
         assert run(program, [x])[0][0].shape == onnxruntime_results(model, x)[0].shape
 
 
+@pytest.mark.parametrize(
+    ("stride", "shape", "advice"),
+    [
+        (1, [0, 3], r"the shape at y fits only where h is 1: give that a value, sizes=\{'h': 1\}"),
+        (16, [0, 3], r"the shape at y fits only where h is 16 to 31: give that a value, sizes=\{'h': \.\.\}"),
+    ],
+)
+def test_a_reshape_that_not_all_sizes_have_says_which_do(stride, shape, advice):
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["pooled"], kernel_shape=[stride], strides=[stride]),
+        helper.make_node("Reshape", ["pooled", "shape"], ["y"]),
+    ]
+    model = model_of(nodes, {"x": ["n", 3, "h"]}, {"y": None}, {"shape": np.array(shape)})
+    with pytest.raises(gw.CaptureError, match=f"^{advice}$"):
+        gw.from_onnx(model)
+
+
 def test_a_dim_that_may_be_more_than_one_is_not_squeezed():
     model = model_of([helper.make_node("Squeeze", ["x"], ["y"])], {"x": [2, "w"]}, {"y": None})
     with pytest.raises(gw.CaptureError, match=r"dim 1, which goes where it is 1, depends on the size w: give that a value, sizes=\{'w'"):

@@ -96,10 +96,8 @@ class Nodes:
                 self.builder, node, inputs, {**scope.opsets, domain: version}, scope, list(self.functions.values()), self.declared
             )
         except Unsupported as reason:
-            reasons.append(str(reason))
-        raise CaptureError(
-            f"{domain or 'ai.onnx'}.{node.op_type} at {self.builder.where.module} has no form in a program: " + "; ".join(reasons)
-        )
+            reasons = reasons or [str(reason)]
+        raise CaptureError(f"{domain or 'ai.onnx'}.{node.op_type} at {self.builder.where.module} has no form in a program: {reasons[0]}")
 
     def _call_of_ours(self, node: Any, local: Any, inputs: list[Value]) -> tuple[Value, ...] | None:
         """The call of a dialect operator that the node is; None where it is none, or where its function's body says what it is."""

@@ -11,6 +11,7 @@ import torch
 from ..builder import Unsupported, Value, aten
 from ..registry import Call, reader
 from ..sizes import Size, known, maximum, provably_not, same
+from .fitting import misfit
 
 _LAST = 2**63 - 1
 
@@ -75,7 +76,10 @@ def viewed(call: Call, x: Value, sizes: list[Any]) -> Value:
     try:
         return call.builder.call(aten.view.default, x, sizes)
     except Unsupported:
-        return call.builder.call(aten.reshape.default, x, sizes)
+        try:
+            return call.builder.call(aten.reshape.default, x, sizes)
+        except Unsupported as error:
+            raise misfit(call.builder, x, sizes) or error from None
 
 
 @reader("Flatten")
