@@ -69,8 +69,13 @@ def _programs(story: Story, wheres: Wheres) -> tuple[list[ProgramData], list[int
 
 
 def _is_same(before: Program, after: Program, report: Any) -> bool:
-    """Whether a pass left the program as it was: it recorded no rewrite, and the table of weights is the same."""
-    return isinstance(report, PassReport) and not report.records and before.weights.keys() == after.weights.keys()
+    """Whether a pass left the program as it was: it recorded no rewrite, and there are as many calls and the same weights."""
+    is_idle = isinstance(report, PassReport) and not report.records
+    return is_idle and before.weights.keys() == after.weights.keys() and _count(before) == _count(after)
+
+
+def _count(program: Program) -> int:
+    return sum(1 for _ in program.nodes())
 
 
 def _captured(story: Story, earlier: int) -> dict[str, Any]:
@@ -83,7 +88,6 @@ def _stage(report: Any, before: ProgramData, after: ProgramData, program: int) -
         said = str(report).splitlines()
         name = said[0].partition("{")[0].partition(" ")[0] if said else ""
         return {"name": name, "pipeline": "", "program": program, "records": [], "left": [], "lines": said}
-    labels_before, labels_after = before.labelled(), after.labelled()
     return {
         "name": report.spelling.partition("{")[0],
         "pipeline": report.spelling,
@@ -99,8 +103,8 @@ def _stage(report: Any, before: ProgramData, after: ProgramData, program: int) -
                 "file": record.file,
                 "line": record.line,
                 "microseconds": record.microseconds,
-                "before": _named(record.before, labels_before),
-                "after": _named(record.after, labels_after),
+                "before": _named(record.before, before.labelled),
+                "after": _named(record.after, after.labelled),
             }
             for record in report.records
         ],

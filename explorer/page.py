@@ -24,7 +24,7 @@ _LICENCES = ("vendor/dagre.license.txt", "vendor/uPlot.license.txt")
 def page(document: dict[str, Any]) -> str:
     """The page that shows `document`, as `explorer.document` makes it."""
     packed = base64.b64encode(zlib.compress(json.dumps(document, separators=(",", ":")).encode(), level=9)).decode()
-    title = document["title"]
+    title = _visible(document["title"])
     style, script = _style(), _script()
     policy = f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; base-uri 'none'; form-action 'none'"
     parts = {
@@ -36,6 +36,11 @@ def page(document: dict[str, Any]) -> str:
         "licences": _comment("\n\n".join(_read(name) for name in _LICENCES)),
     }
     return Template(_read("index.html")).substitute(parts)
+
+
+def _visible(text: str) -> str:
+    """`text` with what is not seen, or changes the order of what is, spelled out."""
+    return "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in text)
 
 
 @cache

@@ -53,6 +53,7 @@ class ProgramData:
         pairs = zip(self.bare.nodes(), program.nodes(), strict=True)
         self.index |= {other: self.index[node] for node, other in pairs if node in self.index}
 
+    @cached_property
     def labelled(self) -> dict[str, list[int]]:
         """What records of rewrites call a call -> the lines that are called so."""
         found: dict[str, list[int]] = {}

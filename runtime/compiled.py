@@ -180,7 +180,7 @@ class CompiledModel(nn.Module):
     def _story(self) -> Story:
         compiled, measured = self.compilation, self._measured
         return Story(
-            history=compiled.history or (compiled.program,),
+            history=(*compiled.history[:-1], compiled.program),
             reports=compiled.reports,
             contract=compiled.contract,
             title="" if compiled.module is None else type(compiled.module).__name__,

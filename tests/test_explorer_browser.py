@@ -275,21 +275,28 @@ class Hostile(nn.Module):
         return x.relu()
 
 
-def test_hostile_names_are_shown_and_do_nothing(browser, tmp_path):
-    name = "</script><img src=x onerror=document.title='taken'>\u2028\u202egpj"
+@pytest.mark.parametrize("kind", ["markup", "prototype"])
+def test_hostile_names_are_shown_and_do_nothing(browser, tmp_path, kind):
+    name = "</script><img src=x onerror=document.title='taken'>\u2028\u202egpj" if kind == "markup" else "__proto__"
     program = gw.compile(Hostile(), example_inputs=(torch.ones(2),), backend="aten", cleanups=False, cache=False).program
     found = document(Story([program], [], Contract.EXACT, title=name))
     found["wheres"] = [{"file": name, "line": 1, "module": name}]
-    found["sources"] = {name: [{"first": 1, "lines": [name]}]}
+    found["sources"] = {name: [{"first": 1, "lines": [name]}]} if kind == "markup" else {}
+    found["programs"][0]["lines"][-2]["text"] += name * 10_000
     found["schedules"] = [{"name": name, "data": {name: name}}]
     path = tmp_path / "hostile.html"
     path.write_text(page(found))
     opened = Page(browser, path)
     opened.keys("7p")
     opened.click("#tab-source")
-    assert opened.js("return document.title").startswith("graphwright: </script>")
-    assert opened.js("return document.querySelectorAll('img').length") == 0
-    assert "\\u{202e}" in opened.text("#title") and "\u202e" not in opened.js("return document.querySelector('#app').innerText")
+    opened.keys("]jjjjo")
+    assert (
+        opened.js("return document.title") == f"graphwright: {name}".replace("\u2028\u202e", "\\u{2028}\\u{202e}")
+        and opened.js("return document.images.length") == 0
+    )
+    assert ("\\u{202e}" in opened.text("#title")) == (kind == "markup") and "\u202e" not in opened.js(
+        "return document.querySelector('#app').innerText"
+    )
     assert opened.log == []
 
 

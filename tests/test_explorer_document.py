@@ -234,6 +234,44 @@ def test_passes_over_a_loaded_model_follow_those_that_made_it(sliced, tmp_path):
     } == {0}
 
 
+def test_sizes_that_a_call_decides_stand_at_their_hints():
+    batch = torch.export.Dim("batch", min=2, max=512)
+    x = torch.randn(64, 16)
+    compiled = gw.compile(
+        Gated().eval(),
+        "slice-groups{memory_budget=30%}",
+        example_inputs=(x,),
+        dynamic_shapes={"x": {0: batch}},
+        backend="aten",
+        cache=False,
+    )
+    compiled.profile(torch.randn(32, 16))
+    found = compiled.report().data()
+    assert any(line["kind"] == "symbol" for line in lines_of(found, 0))
+    assert found["programs"][0]["functions"][0]["memory"]["peak_bytes"] > 64 * 256 * 4
+    assert {error["module"] for error in found["errors"]} == {"up", "down", ""}
+
+
+def test_a_trainable_model_has_a_report_too():
+    x = torch.randn(4, 16)
+    compiled = gw.compile(Gated().eval(), example_inputs=(x,), backend="aten", trainable=True, cache=False)
+    compiled.profile(x)
+    found = compiled.report().data()
+    assert all(kernel["lines"] for kernel in found["kernels"]) and all(error["line"] >= 0 for error in found["errors"])
+
+
+def test_programs_that_the_cache_has_are_made_again_for_the_report(tmp_path):
+    x = torch.randn(64, 16)
+    make = lambda: gw.compile(Gated().eval(), "slice-groups", example_inputs=(x,), backend="aten", cache=tmp_path)  # noqa: E731
+    torch.manual_seed(0)
+    first = make().report().data()
+    torch.manual_seed(0)
+    again = make()
+    assert again.report().passes[-1].kept
+    again = again.report().data()
+    assert again["programs"] == first["programs"] and again["differences"] == first["differences"]
+
+
 def test_a_report_that_nobody_looks_at_makes_no_document(sliced, monkeypatch):
     monkeypatch.setattr("graphwright.runtime.compiled.Story", lambda **given: pytest.fail("a story was told"))
     assert "slice-groups" in str(sliced.report())

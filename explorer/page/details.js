@@ -132,7 +132,7 @@ function programBefore(stage) {
 function fillSource() {
   const where = state.selected >= 0 ? whereOf(nowLines()[state.selected]) : null;
   const file = where && where.file ? where.file : sourcePane.file || Object.keys(report.data.sources)[0] || "";
-  const runs = report.data.sources[file] || [];
+  const runs = Object.hasOwn(report.data.sources, file) ? report.data.sources[file] : [];
   sourcePane.file = file;
   sourcePane.now = where && where.file === file ? where.line : -1;
   sourcePane.rows = runs.flatMap((run, n) => [...(n ? [{ number: 0, text: "⋯" }] : []), ...run.lines.map((text, at) => ({ number: run.first + at, text }))]);

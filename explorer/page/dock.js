@@ -162,10 +162,12 @@ function errorPanel() {
   return panelOf(kept(new Table(
     [
       { title: "#", width: 50, number: true, value: (row) => row.at, text: (row) => String(row.at + 1) },
-      { title: "layer", width: "4fr", text: (row) => row.error.module || "(the model itself)" },
+      { title: "layer", width: 320, text: (row) => row.error.module || "(the model itself)" },
       { title: "captured", width: 120, number: true, value: (row) => asNumber(row.error.before), text: (row) => scientific(row.error.before), bar: (row) => log(row.error.before) },
-      { title: "compiled", width: 120, number: true, value: (row) => asNumber(row.error.after), text: (row) => (row.error.after === null ? "inside a region" : scientific(row.error.after)), bar: (row) => log(row.error.after) },
-      { title: "ratio", width: 80, number: true, value: ratio, text: (row) => (row.error.after === null ? "" : ratio(row).toFixed(2)) },
+      { title: "compiled", width: 120, number: true, value: (row) => asNumber(row.error.after), text: (row) => (row.error.after === null ? "no such value" : scientific(row.error.after)), bar: (row) => log(row.error.after) },
+      { title: "ratio", width: 80, number: true, value: ratio, text: (row) => (row.error.after === null ? "" : ratio(row) < 100 ? ratio(row).toFixed(2) : Math.round(ratio(row)).toLocaleString("en")) },
+      { title: "", width: 24, text: () => "" },
+      { title: "its result", width: "1fr", mono: true, text: ({ error }) => (error.line >= 0 ? linesOf(report.data.programs.length - 1)[error.line] : linesOf(0)[error.line_before]).text.trim() },
     ],
     errors.map((error, at) => ({ error, at })),
     {

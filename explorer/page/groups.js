@@ -77,7 +77,7 @@ function stretches(children) {
   const size = Math.max(Math.ceil(Math.sqrt(children.length)), Math.ceil(children.length / MANY)), result = [];
   for (let at = 0; at < children.length; at += size) {
     const part = children.slice(at, at + size);
-    result.push({ kind: "stretch", name: `${part[0].name} … ${part[part.length - 1].name}`, count: part.length, path: `${part[0].path} and on`, line: -1, children: part, signature: -1, lines: part.flatMap((each) => each.lines) });
+    result.push({ kind: "stretch", name: `${part[0].name} … ${part[part.length - 1].name}`, count: part.length, path: `${part[0].path} and on`, line: -1, children: stretches(part), signature: -1, lines: part.flatMap((each) => each.lines) });
   }
   return result;
 }

@@ -5,6 +5,7 @@ const TOKEN_CLASS = [null, "n", "v", "w", "o", "t", "n"];
 const MARKER_CLASS = { "-": "remove", "+": "add", ">": "move", "<": "move", "~": "move" };
 const AROUND = 3;
 const MANY_WEIGHTS = 6;
+const WIDEST = 4000; // characters of a line that are shown in its row; all of it is in the pane of the line
 
 const textPane = { rows: [], list: null, opened: new Set(), at: new Map() };
 
@@ -49,7 +50,7 @@ function fillText() {
   textPane.rows = difference ? differenceRows(difference) : plainRows();
   textPane.at = new Map();
   textPane.rows.forEach((row, number) => { if (row.after >= 0 && !row.gap) textPane.at.set(row.after, number); });
-  const longest = textPane.rows.reduce((most, row) => Math.max(most, row.text.length), 0);
+  const longest = textPane.rows.reduce((most, row) => Math.max(most, Math.min(row.text.length, WIDEST)), 0);
   textPane.list.set(textPane.rows.length, longest);
 }
 
@@ -125,7 +126,7 @@ function drawRow(number) {
     { className: classes.filter(Boolean).join(" "), role: "option", id: `row-${number}`, "aria-selected": String(isNow), "aria-posinset": String(number + 1), "aria-setsize": String(textPane.rows.length), "data-line": String(place), onclick: () => clickRow(row) },
     make("span", { className: "gutter" }, String((place >= 0 ? place : row.before) + 1)),
     make("span", { className: "marker" }, row.marker === " " ? "" : row.marker),
-    make("span", {}, coloured(row.text)),
+    make("span", {}, coloured(row.text.length > WIDEST ? `${row.text.slice(0, WIDEST)}…` : row.text)),
   );
 }
 
