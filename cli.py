@@ -30,7 +30,7 @@ MODEL is one of
 
 exit codes
   0  done; nothing was found
-  1  diff found a difference, verify could not confirm the program, or cache explain found nothing kept
+  1  diff found a difference, verify could not confirm the program, bisect or reduce found a fault, or cache explain found nothing kept
   2  a mistake in what was asked: one line on stderr says which
 """
 
@@ -55,6 +55,14 @@ EXAMPLES = {
     "verify": """\
   graphwright verify unet.gw
   graphwright verify vit:tiny --passes slice-groups --numeric""",
+    "bisect": """\
+  graphwright bisect vit:tiny --passes my_passes:Mine
+  graphwright bisect vit:tiny --passes my_passes:Mine -o case.py; python case.py""",
+    "reduce": """\
+  graphwright reduce vit:tiny --passes my_passes:Mine -o case.py""",
+    "explain": """\
+  graphwright explain slice-groups video_unet:tiny
+  graphwright explain 'absorb-outliers{rank=16}' dit:tiny --json""",
     "passes": """\
   graphwright passes
   graphwright passes slice-groups""",
@@ -64,9 +72,9 @@ EXAMPLES = {
   graphwright cache list
   graphwright cache explain vit:tiny --passes slice-groups
   graphwright cache clear probe""",
-    "list": "  graphwright cache list --json",
-    "explain": "  graphwright cache explain vit:tiny --passes slice-groups",
-    "clear": """\
+    "cache list": "  graphwright cache list --json",
+    "cache explain": "  graphwright cache explain vit:tiny --passes slice-groups",
+    "cache clear": """\
   graphwright cache clear
   graphwright cache clear passes""",
     "completion": """\
@@ -221,6 +229,15 @@ def _parser() -> argparse.ArgumentParser:
     differing.add_argument("--trusted", action="store_true", help="read .pt2 files, which can run code")
     verifying = add("verify", ("programs", "verify"), "check a program, and what passes make of it", model, passes)
     verifying.add_argument("--numeric", action="store_true", help="hold each pass to its contract on inputs")
+    bisecting = add("bisect", ("debug", "bisect"), "find the rewrite of a pipeline that breaks its contract", model, passes)
+    reducing = add("reduce", ("debug", "reduce"), "find the smallest program on which a pipeline breaks its contract", model, passes)
+    for each in (bisecting, reducing):
+        each.add_argument("-o", "--output", metavar="FILE.py", help="also write the smallest case as a file that runs alone")
+    explaining = add("explain", ("debug", "explain"), "say what a pass rewrites in a model, what it leaves alone, and why", common)
+    explaining.add_argument("passname", metavar="PASS", help="the pass, with options as in --passes")
+    explaining.add_argument("model", metavar="MODEL", help="what to read; see below")
+    explaining.add_argument("--trusted", action="store_true", help="read .pt2 files, which can run code")
+    explaining.add_argument("--no-cleanups", action="store_true", help="look at the program as captured")
     listing = add("passes", ("lists", "passes"), "list the passes with contracts and options, or say all of one", common)
     listing.add_argument("passname", nargs="?", metavar="PASS", help="the one to describe")
     add("zoo", ("lists", "zoo"), "list the networks of the zoo, which serve as MODEL", common)
@@ -244,7 +261,7 @@ def _add_cache_commands(parser: argparse.ArgumentParser, common: argparse.Argume
 
     def add(name: str, function: str, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=list(parents), help=about, description=about[0].upper() + about[1:] + ".")
-        _finish(added, EXAMPLES[name])
+        _finish(added, EXAMPLES[f"cache {name}"])
         added.set_defaults(command=("cache", function))
         return added
 

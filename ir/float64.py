@@ -19,6 +19,7 @@ from .calls import name_of
 from .derive import ancestors
 from .errors import GraphwrightError, InputError
 from .infer import InferenceError, fake_like
+from .op import declaration
 from .pattern import named_arguments
 from .program import Function, Node, Program, Weight, Where, new_function
 from .region import Region
@@ -184,6 +185,9 @@ class _GraphWidening:
         target: Any = _wide_target(node)
         args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
         args, kwargs = self._wide_arguments(args), self._wide_arguments(kwargs)
+        declared = declaration(target)
+        if declared is not None and declared.in_float64 is not None:
+            kwargs = declared.in_float64(kwargs)
         meta = {"origin": node.meta.get("origin", ()), "where": node.meta.get("where") or Where()}
         try:
             copy = add_call(result, self.symbols, target, args, kwargs, **meta)

@@ -22,6 +22,7 @@ class OpDeclaration:
     body: Callable[..., Any]
     overload: Any
     is_opaque: bool = False  # computed by something other than torch
+    in_float64: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # of an opaque one: see `opaque_op`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
@@ -49,9 +50,12 @@ def op(name: str) -> Callable[[Callable[..., Any]], OpDeclaration]:
     return declare
 
 
-def opaque_op(name: str, *, types: Callable[..., Any]) -> Callable[[Callable[..., Any]], OpDeclaration]:
+def opaque_op(
+    name: str, *, types: Callable[..., Any], in_float64: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Callable[[Callable[..., Any]], OpDeclaration]:
     """Declares an operator that no fake tensor can run through, since something other than torch computes it: `types` gives the types of
-    its results. It has no gradient.
+    its results, `in_float64` its keyword arguments where floats, operands and results, are float64, whatever it rounds them to inside. It
+    has no gradient.
 
     Raises:
         ValueError: the name is taken, or an annotation has no schema type.
@@ -63,7 +67,12 @@ def opaque_op(name: str, *, types: Callable[..., Any]) -> Callable[[Callable[...
         _LIBRARY.define(torch.library.infer_schema(body, mutates_args=(), op_name=name))
         _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gw::{name}", types, lib=_LIBRARY)
-        REGISTRY[name] = OpDeclaration(name, body, getattr(torch.ops.gw, name).default, is_opaque=True)
+        REGISTRY[name] = OpDeclaration(name, body, getattr(torch.ops.gw, name).default, is_opaque=True, in_float64=in_float64)
         return REGISTRY[name]
 
     return declare
+
+
+def declaration(target: Any) -> OpDeclaration | None:
+    """The dialect operator that a call's target is; None of any other."""
+    return REGISTRY.get(target.name().partition("::")[2]) if getattr(target, "namespace", "") == "gw" else None

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from .errors import InputError
+from .forks import check_threads
 from .liveness import last_uses
 from .program import Function, Node, Program
 
@@ -33,7 +34,9 @@ def run(
 
     Raises:
         InputError: the number of inputs is wrong, or a weight has no tensor (a program read from text alone).
+        TargetError: this process was forked and lacks the threads that torch would wait for.
     """
+    check_threads()
     body, called = program.functions[function], instead or {}
     values = _bind(program, body, inputs, {**(states or {}), **(parameters or {})})
     last_use = last_uses(body.graph)

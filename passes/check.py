@@ -221,7 +221,7 @@ class Reference:
     def _distances(self, program: Program, inputs: Sequence[Any], states: Mapping[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
         runs = [self._perturbed(program, inputs, states, _Perturbation(seed)) for seed in range(NOISE_RUNS)]
         return {
-            label: [distance(run.tensors[label], r) for run in runs] if isinstance(r, torch.Tensor) else []
+            label: [_distance(label, run.tensors[label], r) for run in (self.own, *runs)][1:] if isinstance(r, torch.Tensor) else []
             for label, r in self.float64.tensors.items()
         }
 
@@ -305,6 +305,12 @@ def _may_round(node: Node) -> bool:
         source: Any = node.args[0]
         return bool(source.meta["val"].dtype in _ROUNDING)
     return node.target is not torch.ops.aten.histc.default
+
+
+def _distance(label: str, value: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    if value.shape != r.shape:  # of how many are not zero, or are no duplicates
+        raise NoFloat64(f"{label} is of other sizes when values move by their rounding")
+    return distance(value, r)
 
 
 class _Perturbation:

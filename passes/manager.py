@@ -31,7 +31,7 @@ UNCHANGED = "nothing changed"
 @dataclass(frozen=True)
 class PassReport:
     """What one pass did. `str(report)` is its paragraph in the compile report. One that is `kept` is of an earlier run on an equal
-    program, and so are its times."""
+    program, and so are its times. One with `seconds` None says no time, as in files, which are equal bytes for equal input."""
 
     spelling: str
     contract: Contract
@@ -39,20 +39,27 @@ class PassReport:
     left: tuple[LeftAlone, ...] = ()
     lines: tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     verdict: Verdict | None = None
     out_of_fuel: bool = False
     kept: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
-        head = f"{self.spelling}  {self.contract}  {_count(len(self.records), 'rewrite')}  {self.seconds:.2f} s"
-        lines = [head + ("  (out of fuel)" if self.out_of_fuel else "") + ("  (in an earlier run)" if self.kept else "")]
+        head = [self.spelling, str(self.contract), _count(len(self.records), "rewrite")]
+        head += [] if self.seconds is None else [f"{self.seconds:.2f} s"]
+        head += [said for said, holds in (("(out of fuel)", self.out_of_fuel), ("(in an earlier run)", self.kept)) if holds]
+        lines = ["  ".join(head)]
         lines += [f"  {rule} x {count}  ({place})" for (rule, place), count in _tally((r.rule, f"{r.file}:{r.line}") for r in self.records)]
         lines += [f"  {line}" for line in self.lines]
         lines += [f"  left {count} {what}: {reason}" for (what, reason), count in _tally((left.what, left.reason) for left in self.left)]
         if self.verdict is not None:
             lines.append(f"  {_verdict_line(self.verdict, self.contract)}")
         return "\n".join(lines)
+
+    @property
+    def untimed(self) -> "PassReport":
+        """What it says of every run alike."""
+        return replace(self, seconds=None, kept=False)
 
 
 @dataclass(frozen=True)

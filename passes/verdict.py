@@ -96,6 +96,8 @@ class Comparison:
 
     def _judge_rewrite(self, strict: bool) -> Verdict:
         """Equal NaN and infinities, equal integers, and abs(c - r) <= 1e-10 max(abs r)."""
+        if self.c.shape != self.r.shape:
+            return Verdict("inconclusive", f"{self.label} is of other sizes in float64")
         moved = _moved_nonfinite(self.r, self.c)
         if moved.any():
             return Verdict("wrong", "NaN or infinity moved", self._worst(moved, self.c), math.inf)

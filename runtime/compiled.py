@@ -1,10 +1,10 @@
 """`CompiledModel`: what `compile` returns, called like the module that it was made from."""
 
-import threading
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from ..codegen.cpu_kernels import KERNELS
 from ..codegen.cpu_packed import Pack
 from ..explorer import LayerError, Profile, Story, layer_errors
 from ..ir import Program
@@ -20,15 +21,20 @@ from ..ir.calls import draws
 from ..ir.derive import specialised
 from ..ir.errors import ArtifactError, InputError, TargetError
 from ..ir.float64 import NoFloat64
+from ..ir.forks import new_lock, new_rlock
 from ..ir.tree import unflatten
 from ..passes import Contract
+from ..passes.experts.capacity import schedule_of
+from ..passes.experts.limit import mixtures
+from ..passes.experts.statistics import RoutingStatistics, count_routing
+from ..passes.manager import PassReport
 from . import artifact
 from .artifact import Saved
 from .cache import Cache
 from .decoding.generate import generate
 from .decoding.generated import Generated, Token
 from .decoding.steps import ProgramDecoder
-from .denoising.ratio import ARGUMENT, RowsByRatio, schedule_of
+from .denoising.ratio import ARGUMENT, RowsByRatio
 from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
 from .modes import NAMES
@@ -76,9 +82,10 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.training = training if compilation is None else compilation.training
         self._make = make
-        self._lock = threading.RLock()
+        self._lock = new_rlock()
         self._runner = None if compilation is None else _Runner(compilation)
         self._measured: Measurement | None = None
+        self._routing: list[RoutingStatistics] = []
         self._compiled_peak: int | None = None
         self._on_threads: Threads | None = None
         self._profiled: Profile | None = None
@@ -167,7 +174,8 @@ class CompiledModel(nn.Module):
         memory = replace(memory, compiled=self._compiled_peak, threads=self._on_threads)
         promised = (compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports)
         executor, packed = self._present.executor, self._present.packed()
-        return Report(*promised, memory, self._measured, compiled.training, executor.kernel_calls(), packed, self._story)
+        shown = (executor.kernel_calls(), packed, self._routing, self._story)
+        return Report(*promised, memory, self._measured, compiled.training, *shown)
 
     def _story(self) -> Story:
         compiled, measured = self.compilation, self._measured
@@ -233,7 +241,8 @@ class CompiledModel(nn.Module):
         )
 
     def measure(self, *args: Any, **kwargs: Any) -> Measurement:
-        """Runs the model on these arguments (once to warm up, once for memory, once for time) and keeps the figures for the report.
+        """Runs the model on these arguments (once to warm up, once for memory, once for time) and keeps the figures for the report; where
+        there are mixtures of experts, once more to count which tokens each of them has.
 
         States and arguments are as before afterwards.
         """
@@ -249,6 +258,7 @@ class CompiledModel(nn.Module):
             for _ in range(runner.executor.calls_until_recorded):
                 self(*args, **kwargs)
             self._measured = replace(peak, seconds=seconds(lambda: self(*args, **kwargs), device))
+            self._routing = runner.routing(args, kwargs)
         return self._measured
 
     def profile(self, *args: Any, **kwargs: Any) -> Profile:
@@ -351,21 +361,18 @@ class _Runner:
         self.call = Call(program, main, compilation.parameters)
         self.states = {state.name: _own_copy(program, state.name) for state in signature.states}
         self._updates = _updates(signature)
-        self._named, self._lock = {"main": self.executor}, threading.Lock()
+        self._named, self._lock = {"main": self.executor}, new_lock()
         schedule = schedule_of(program)
         self._by_ratio = None if schedule is None else RowsByRatio(program, schedule, self._outputs_of)
         self._out_spec = main.out_tree.to_spec()
         # Two calls at once would lose one update.
         self._folded = _folded(compilation)
-        self._turn: AbstractContextManager[Any] = threading.RLock() if self.states else nullcontext()
+        self._turn: AbstractContextManager[Any] = new_rlock() if self.states else nullcontext()
         tensors = [(w.name, w.kind, w.tensor) for w in program.weights.values() if w.tensor is not None]
         self.buffers = {name: tensor for name, kind, tensor in tensors if kind == "buffer"} | self.states
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        ratio = None
-        if self._by_ratio is not None:
-            ratio, kwargs = kwargs.get(ARGUMENT), {name: value for name, value in kwargs.items() if name != ARGUMENT}
-        inputs, given = self.call.bind(args, kwargs)
+        inputs, given, ratio = self._bound(args, kwargs)
         self.check_weights()
         if self._by_ratio is not None:
             return unflatten(self._out_spec, self._by_ratio(inputs, ratio))
@@ -377,6 +384,24 @@ class _Runner:
             if new_states:
                 leaves = self._write_back(leaves, new_states, given)
         return unflatten(self._out_spec, leaves)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], list[Any], Any]:
+        """The inputs of a call as the program takes them and as they were given, and how much of rows is masked where it asks for that."""
+        ratio = None
+        if self._by_ratio is not None:
+            ratio, kwargs = kwargs.get(ARGUMENT), {name: value for name, value in kwargs.items() if name != ARGUMENT}
+        return *self.call.bind(args, kwargs), ratio
+
+    def routing(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[RoutingStatistics]:
+        """Which tokens the experts of each mixture have in a call. Rows that run with different numbers of experts are added up."""
+        program, (inputs, _, ratio) = self.compilation.program, self._bound(args, kwargs)
+        if not mixtures(program.main):
+            return []
+        whole: list[tuple[str, list[Any], int | None]] = [("main", inputs, None)]
+        parts = whole if self._by_ratio is None else self._by_ratio.parts(inputs, ratio)
+        kernels = {node.target: KERNELS[node.target] for node in mixtures(program.main)}
+        counted = [count_routing(program, own, name, rows=rows, states=self.states, instead=kernels) for name, own, rows in parts]
+        return [reduce(operator.add, counts).statistics() for counts in zip(*counted, strict=True)]
 
     @property
     def mode(self) -> tuple[bool, str | None]:
@@ -444,7 +469,7 @@ class _Runner:
         program = as_trained(compiled.program) if compiled.trainable else compiled.program.copy()
         program.weights.update(states)
         sources = tuple(kernel.source for kernel in self.executor.kernel_calls()) or compiled.kernels
-        reports = tuple(map(str, compiled.reports))
+        reports = tuple(str(each.untimed if isinstance(each, PassReport) else each) for each in compiled.reports)
         return Saved(program, compiled.parameters, compiled.contract, reports, compiled.training, compiled.other_mode, sources)
 
     @contextmanager
@@ -460,7 +485,7 @@ class _Runner:
 
     def spared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call, with copies of those that it writes to."""
-        _, given = self.call.bind(args, kwargs)
+        _, given, _ = self._bound(args, kwargs)
         written = {id(given[index]) for index in self._updates.values() if index is not None}
         return pytree.tree_map(lambda leaf: leaf.detach().clone() if id(leaf) in written else leaf, (args, kwargs))
 

@@ -17,6 +17,7 @@ from ..explorer.story import KernelRun
 from ..ir import Node, Program
 from ..ir.appends import plan_appends
 from ..ir.errors import InputError
+from ..ir.forks import check_threads
 from ..ir.infer import tensors_of
 from .cache import Cache
 from .flat import FlatGraph
@@ -47,6 +48,7 @@ class Executor:
 
     Raises:
         InputError: a weight has no values (the program was read from text alone).
+        TargetError: this process, or one that calls later, was forked and lacks the threads that torch would wait for.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Executor:
         cache: Cache | None = None,
         packs: Packs | None = None,
     ):
+        check_threads()
         body = program.functions[function]
         self.program, self.backend = program, backend
         self._name = function
@@ -116,6 +119,7 @@ class Executor:
     def __call__(
         self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        check_threads()
         values = self._values(inputs, states)
         del inputs, states
         with torch.no_grad(), torch._C._DisableAutocast(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):

@@ -5,7 +5,6 @@ that are given up and weights are read, and written, where they lie, and a recor
 as it is: work that waits for values, and results that share memory with an input, a weight or each other, unless they are a state itself.
 """
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from ..ir.forks import new_lock
 
 Call = Callable[[list[Any]], list[Any]]
 MAX_RECORDINGS = 16  # sets of sizes; each holds memory of its own inputs, all share that of their intermediates
@@ -52,7 +53,7 @@ class Replayed:
         self._recordings: dict[Any, _Recording | None] = {}
         self._seen: set[Any] = set()
         self._places: tuple[int, ...] = ()  # of the weights, when recordings were made
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """As `run` is called: empties `inputs`."""

@@ -3,7 +3,6 @@
 A compiler decides on its own which intermediates of a piece exist. So each piece runs once, on tensors of ones, under the meter.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +11,7 @@ import torch
 from torch import fx
 
 from ..ir import Node
+from ..ir.forks import new_lock
 from ..ir.infer import storage_key, tensors_of
 from ..ir.liveness import MemoryProfile, last_uses, profile_graph, storage_bytes
 from ..ir.symbols import hint
@@ -19,7 +19,7 @@ from .flat import Boxed
 from .memory import measure_peak, profiler_is_running
 from .sliced import SlicedRun, call_workspace
 
-_metering = threading.Lock()
+_metering = new_lock()
 # What each piece was seen to allocate, by the operands that it may free.
 _known: WeakKeyDictionary[Any, dict[tuple[int, ...], int | None]] = WeakKeyDictionary()
 

@@ -5,13 +5,13 @@ others. A question that comes when the time is up takes the first way, unless wh
 another answer.
 """
 
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
 
+from ..ir.forks import new_lock
 from .cache import Cache
 from .cache_key import digest, environment
 
@@ -24,7 +24,7 @@ MARGIN = 0.96
 CACHE_BYTES = 2**25
 
 _verdicts: dict[tuple[str, int], str] = {}
-_turn = threading.Lock()  # two probes at once would time each other
+_turn = new_lock()  # two probes at once would time each other
 
 
 class Probe:

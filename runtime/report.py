@@ -11,6 +11,7 @@ from ..ir import Program
 from ..ir.liveness import format_bytes, profile
 from ..ir.workspace import NOMINAL_THREADS
 from ..passes import Contract
+from ..passes.experts.statistics import RoutingStatistics
 from .atomic import atomic_write
 from .memory import Measurement
 
@@ -56,7 +57,8 @@ def predicted_on(threads: int, program: Program) -> Threads | None:
 @dataclass(frozen=True)
 class Report:
     """`str(report)` is what users read. `passes` are the pass manager's reports, `kernels` the Triton kernel of each call of one, in
-    order, `packs` how many weights are held in a second layout and the bytes of these copies. `story` gives what `html` and `json` show."""
+    order, `packs` how many weights are held in a second layout and the bytes of these copies, `routing` which tokens the experts of each
+    mixture had in the call that was measured. `story` gives what `html` and `json` show."""
 
     pipeline: str
     contract: Contract
@@ -67,6 +69,7 @@ class Report:
     training: bool = False
     kernels: Sequence[Any] = ()
     packs: tuple[int, int] = (0, 0)
+    routing: Sequence[RoutingStatistics] = ()
     story: "Callable[[], Story] | None" = field(default=None, repr=False, compare=False)
 
     def data(self) -> dict[str, Any]:
@@ -101,7 +104,7 @@ class Report:
         if self.training:
             head += "\ncaptured in train mode: dropout draws on each call, and this model keeps running statistics of its own"
         passes = [_pass_text(report) for report in self.passes]
-        return "\n".join([head, *passes, *self._kernel_lines(), *self._memory_lines(), *self._time_lines()]) + "\n"
+        return "\n".join([head, *passes, *self._kernel_lines(), *self._memory_lines(), *self._time_lines(), *self._routing_lines()]) + "\n"
 
     def _kernel_lines(self) -> list[str]:
         """Bytes that the groups move, before and after, and for each kernel how often it runs and its roofline."""
@@ -157,6 +160,13 @@ class Report:
         if self.measured is None or self.measured.seconds is None:
             return ["time: not measured; compiled.measure(*inputs) runs the model once"]
         return [f"time: {self.measured.seconds * 1e3:.2f} ms a call"]
+
+    def _routing_lines(self) -> list[str]:
+        """Of each mixture, in the call that was measured, and what all of them cost."""
+        if not self.routing:
+            return []
+        head = f"experts, in the call that was measured: {sum(each.flops for each in self.routing):.3g} FLOPs"
+        return [head, *(f"  mixture {number}: {each}" for number, each in enumerate(self.routing))]
 
 
 def _pass_text(report: Any) -> str:

@@ -1,4 +1,4 @@
-"""Damaged ONNX files, and what reading them in a process of limited memory ends in."""
+"""Damaged ONNX files, and what reading files of any kind in a process of limited memory ends in."""
 
 import json
 import random
@@ -12,31 +12,38 @@ import onnx
 _READER = """
 import json, re, resource, sys, time
 import graphwright as gw
-from graphwright.ir.onnx import from_onnx
+from graphwright.commands.sources import load
 import onnx, onnxruntime, torch
+from graphwright.commands.result import Mistake
+readers = {
+    ".onnx": gw.from_onnx,
+    ".gw": lambda path: gw.load(path, backend="aten", cache=False),
+    ".txt": lambda path: load(path, trusted=False),
+}
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 warm = peak()
 for line in sys.stdin:
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
-        from_onnx(line.strip())
+        path = line.strip()
+        readers[path[path.rindex("."):]](path)
         said = "read"
-    except gw.GraphwrightError as error:
+    except (gw.GraphwrightError, Mistake) as error:
         said = type(error).__name__
     except BaseException as error:
         said = f"escaped: {type(error).__name__}: {str(error)[:200]}"
-    print("\\noutcome", json.dumps([said, time.monotonic() - begin, peak() - warm]), flush=True)
+    print("\\noutcome", json.dumps([said, time.process_time() - begin, peak() - warm]), flush=True)
 """
 
 
 def mutated(content: bytes, others: list[bytes], seed: int) -> bytes:
     """One damaged copy. Two of three parse still: their nodes, names, types and numbers are wrong; bytes of the third are."""
     draw = random.Random(seed)
-    return _with_wrong_bytes(content, others, draw) if seed % 3 == 0 else _with_wrong_fields(content, draw)
+    return with_wrong_bytes(content, others, draw) if seed % 3 == 0 else _with_wrong_fields(content, draw)
 
 
-def _with_wrong_bytes(content: bytes, others: list[bytes], draw: random.Random) -> bytes:
+def with_wrong_bytes(content: bytes, others: list[bytes], draw: random.Random) -> bytes:
     """Bytes flipped, the end cut off, a part of another file put in, a part doubled, or a number made huge."""
     data = bytearray(content)
     kind, at = draw.randrange(5), draw.randrange(len(data))
@@ -93,7 +100,7 @@ def _with_wrong_fields(content: bytes, draw: random.Random) -> bytes:
 
 
 def outcomes(files: list[Path], timeout: float) -> list[tuple[str, float, int]]:
-    """Of each file what reading it ended in, a class of error or `read`, after how many seconds, and how many bytes of memory all so far
+    """Of each file what reading it ended in, a class of error or `read`, after how many seconds of processors, and how many bytes of memory all so far
     have taken at most, beside what the packages take.
 
     A process that dies or hangs is an outcome too, and another goes on behind that file.

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from graphwright.ir.errors import ArtifactError
 from graphwright.runtime import artifact, atomic, zip_subset
 from graphwright.runtime.compiled import Compilation, CompiledModel
 from graphwright.runtime.zip_subset import Member
+from graphwright.tests.forged import members_of, packed, sealed
 
 
 class Net(nn.Module):
@@ -61,29 +63,6 @@ def load_bytes(content, tmp_path, **options):
     path = tmp_path / "bytes.gw"
     path.write_bytes(content)
     return gw.load(path, backend="aten", **options)
-
-
-def members_of(content):
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def packed(members):
-    """An archive of these members with every checksum right, manifest included where it is JSON: what a forger would make."""
-    members = dict(members)
-    manifest = json.loads(members.get("manifest.json", b"{}"))
-    if "members" in manifest:
-        others = {name: data for name, data in members.items() if name != "manifest.json"}
-        manifest["members"] = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in others.items()}
-        members["manifest.json"] = json.dumps(manifest).encode()
-    file = io.BytesIO()
-    zip_subset.write(file, [Member.of(name, data) for name, data in members.items()])
-    return file.getvalue()
-
-
-def sealed(body):
-    """`body` followed by the digest that makes it look whole."""
-    return body + hashlib.sha256(body).hexdigest().encode()
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------
@@ -148,6 +127,17 @@ def test_two_saves_are_equal_bytes(model, content, tmp_path):
     assert (tmp_path / "again.gw").read_bytes() == content
     load_bytes(content, tmp_path).save(tmp_path / "from_loaded.gw")
     assert (tmp_path / "from_loaded.gw").read_bytes() == content
+
+
+def test_no_time_is_saved_so_that_equal_compiles_are_equal_bytes(tmp_path):
+    module, reports = Net().eval(), []
+    for n in range(2):
+        model = gw.compile(module, example_inputs=(X,), backend="aten", cache=False)
+        assert re.search(r"  \d+\.\d\d s", str(model.report()))
+        model.save(tmp_path / f"{n}.gw")
+        reports += json.loads(members_of((tmp_path / f"{n}.gw").read_bytes())["manifest.json"])["reports"]
+    assert reports and not any(re.search(r"  \d+\.\d\d s", report) for report in reports)
+    assert (tmp_path / "0.gw").read_bytes() == (tmp_path / "1.gw").read_bytes()
 
 
 def test_tied_weights_are_stored_once(tmp_path):

@@ -514,6 +514,13 @@ def test_threads_that_call_first_share_one_capture():
     assert all(program is programs[0] for program in programs)
 
 
+def test_threads_may_compile_at_once():
+    modules = [nn.Sequential(nn.Linear(6, 8 + n), nn.GELU(), nn.Linear(8 + n, 6)) for n in range(6)]
+    results = in_threads(6, lambda n: compiled(modules[n])(X))
+    for module, result in zip(modules, results, strict=True):
+        torch.testing.assert_close(result, module(X))
+
+
 # --- untouched -------------------------------------------------------------------------------------------------------------
 
 

@@ -85,8 +85,8 @@ def commands(parser, above=()):
 @pytest.mark.parametrize("names, parser", list(commands(_parser())), ids=lambda value: "-".join(value) if isinstance(value, tuple) else "")
 def test_help_has_examples_that_the_parser_takes(names, parser):
     text = parser.format_help()
-    assert "examples" in text and EXAMPLES[names[-1]] in text
-    for line in EXAMPLES[names[-1]].splitlines():
+    assert "examples" in text and EXAMPLES[" ".join(names)] in text
+    for line in EXAMPLES[" ".join(names)].splitlines():
         for call in re.split(r"[;|]", line.partition("#")[0]):
             words = re.findall(r"'[^']*'|\S+", call.partition(">")[0])
             if words[0] == "graphwright":

@@ -383,3 +383,10 @@ def test_symbols_stand_at_their_hints() -> None:
     assert x.shape == (5, 2)
     assert check_exact(dynamic, dynamic.copy(), [x]).kind == "right"
     assert check_exact(dynamic, dynamic.copy(), [torch.randn(9, 2)]).kind == "right"
+
+
+def test_sizes_that_move_with_rounding_are_inconclusive() -> None:
+    """As many numbers as are no less than 1: all are 1, or a rounding less."""
+    counted = "%t = aten.div.Scalar(%x, 3.0)\n%u = aten.mul.Scalar(%t, 3.0)\n%m = aten.ge.Scalar(%u, 1.0)\n%n = aten.nonzero.default(%m)\nreturn %n"
+    result = verdict(counted, counted, values=[torch.ones(4, 6)])
+    assert result.kind == "inconclusive" and result.reason == "output 0 is of other sizes when values move by their rounding"

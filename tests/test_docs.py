@@ -32,7 +32,14 @@ def test_the_code_of_the_report_page_runs(tmp_path, monkeypatch, capsys):
     assert 1 <= len(printed) <= 3 and all(re.match(r"\d+  +%\d+ = ", line) for line in printed)
 
 
-PAGES = ["index", "contracts", "left_alone", "own_pass", *(f"tutorials/{path.stem}" for path in sorted((DOCS / "tutorials").glob("*.md")))]
+PAGES = [
+    "index",
+    "contracts",
+    "left_alone",
+    "debugging",
+    "own_pass",
+    *(f"tutorials/{path.stem}" for path in sorted((DOCS / "tutorials").glob("*.md"))),
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

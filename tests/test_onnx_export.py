@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -11,10 +12,10 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import graphwright as gw
-from graphwright.ir.onnx.export import to_onnx
+from graphwright.ir.onnx.export import opaque, to_onnx
 from graphwright.passes.verdict import Verdict
 from graphwright.runtime import onnx_check, onnx_file
-from graphwright.tests.onnx_models import Function, compiled_of
+from graphwright.tests.onnx_models import Function, compiled_of, model_of, onnxruntime_results
 
 
 def session_of(path):
@@ -187,13 +188,80 @@ def test_an_operator_that_stayed_onnx_is_put_back(tmp_path):
         assert results(tmp_path / "m.onnx", x=x, c=torch.tensor(condition))[0].tolist() == wanted.tolist()
 
 
-def test_sizes_that_only_data_tell_are_refused(tmp_path):
-    node = helper.make_node("NonMaxSuppression", ["boxes", "scores", "most"], ["y"])
-    inputs = {"boxes": (TensorProto.FLOAT, [1, 6, 4]), "scores": (TensorProto.FLOAT, [1, 1, 6])}
-    most = onnx.numpy_helper.from_array(np.array([3]), "most")
-    program = gw.from_onnx(onnx_model(node, inputs, {"y": (TensorProto.INT64, ["n", 3])}, [most]))
-    with pytest.raises(gw.CaptureError, match="ai.onnx.NonMaxSuppression at y gives sizes that only the data tell"):
-        gw.compile(program, backend="aten", cache=False).export_onnx(tmp_path / "m.onnx")
+def detections(*nodes, outputs, **initializers):
+    """Of boxes [1, 6, 4] the rows `picked` [n, 4] that NonMaxSuppression keeps, and what `nodes` make of them."""
+    pick = [
+        helper.make_node("NonMaxSuppression", ["boxes", "scores", "most"], ["kept"]),
+        helper.make_node("Gather", ["kept", "two"], ["places"], axis=1),
+        helper.make_node("Squeeze", ["boxes", "zero"], ["flat"]),
+        helper.make_node("Gather", ["flat", "places"], ["picked"], axis=0),
+    ]
+    constants = {"most": np.array([3]), "two": np.array(2), "zero": np.array([0]), **initializers}
+    return model_of([*pick, *nodes], {"boxes": [1, 6, 4], "scores": [1, 1, 6]}, outputs, constants)
+
+
+BEHIND = {
+    "gather": ([], {"picked": [None, 4]}, {}),
+    "softmax": ([helper.make_node("Softmax", ["picked"], ["y"])], {"y": [None, 4]}, {}),
+    "sizes": (
+        [
+            helper.make_node("Shape", ["picked"], ["shape"]),
+            helper.make_node("Expand", ["one", "shape"], ["ones"]),
+            helper.make_node("Add", ["picked", "ones"], ["y"]),
+        ],
+        {"y": [None, 4]},
+        {"one": np.float32([1])},
+    ),
+    "another opaque operator": (
+        [helper.make_node("Unique", ["places"], ["u"]), helper.make_node("Gather", ["flat", "u"], ["y"])],
+        {"y": [None, 4]},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+def test_sizes_that_only_data_tell_go_through_an_export(behind, tmp_path):
+    nodes, outputs, constants = BEHIND[behind]
+    model = detections(*nodes, outputs=outputs, **constants)
+    written = gw.compile(gw.from_onnx(model), backend="aten", cache=False).export_onnx(tmp_path / "m.onnx")
+    random = torch.Generator().manual_seed(0)
+    corners, scores = torch.rand(1, 6, 2, generator=random), torch.rand(1, 1, 6, generator=random)
+    boxes = torch.cat([corners, corners + 1], -1)
+    (wanted,) = onnxruntime_results(model, boxes, scores)
+    assert written.verdict.kind == "right" and 0 < wanted.shape[0] < 6
+    np.testing.assert_allclose(results(tmp_path / "m.onnx", boxes=boxes, scores=scores)[0], wanted, rtol=1e-5)  # a few roundings of float32
+
+
+def test_a_dialect_operator_takes_rows_that_only_data_tell(tmp_path):
+    class Kept(nn.Module):
+        def forward(self, x):
+            rows = x[x.sum(1) > 0]
+            return torch.ops.gw.norm_apply(rows, torch.ops.gw.norm_stats(rows, 2), None, None, 2, 1e-5)
+
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    compiled = compiled_of(Kept(), x)
+    assert compiled.export_onnx(tmp_path / "m.onnx").verdict.kind == "right"
+    torch.testing.assert_close(torch.from_numpy(results(tmp_path / "m.onnx", x=x)[0]), compiled(x))
+
+
+def test_an_operator_that_stayed_onnx_is_compared_as_any_other(tmp_path, monkeypatch):
+    """One that gives floats has a float64 form: what it takes and gives is rounded, and all around it is not."""
+    node = helper.make_node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft", alpha=0.5)
+    weight = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
+    model = model_of([node], {"x": [3, 4]}, {"y": [3, 5]}, {"w": weight}, **{"com.microsoft": 1})
+    compiled = gw.compile(gw.from_onnx(model), backend="aten", cache=False)
+    assert compiled.export_onnx(tmp_path / "m.onnx").verdict.kind == "right"
+    as_it_is = opaque.put_back
+
+    def off(*args):
+        made, outputs = as_it_is(*args)
+        made[-1].attributes["alpha"] = onnx_ir.AttrFloat32("alpha", 0.5001)
+        return made, outputs
+
+    monkeypatch.setattr(opaque, "put_back", off)
+    with pytest.raises(gw.ContractError, match="the ONNX model of main is not the program"):
+        compiled.export_onnx(tmp_path / "m.onnx")
 
 
 def test_functions_are_a_model_each_and_share_one_file_of_weights(tmp_path):

@@ -10,35 +10,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 import graphwright as gw
 from graphwright.ir.run import run
+from graphwright.passes.check import Reference
 from graphwright.tests.onnx_cases import Verdict, cases, judge, operators, passes_onnxruntime
+from graphwright.tests.onnx_models import model_of, onnxruntime_results, results
 
 F, INT = TensorProto.FLOAT, TensorProto.INT64
-
-
-def model_of(nodes, inputs, outputs, initializers=(), *, opset=18, functions=(), **domains):
-    """inputs and outputs: name -> shape of floats, or (element type, shape)."""
-
-    def infos(described):
-        typed = {name: shape if isinstance(shape, tuple) else (F, shape) for name, shape in described.items()}
-        return [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in typed.items()]
-
-    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in dict(initializers).items()]
-    graph = helper.make_graph(nodes, "g", infos(inputs), infos(outputs), constants)
-    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, version) for domain, version in domains.items())]
-    return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=10)
-
-
-def results(model, *tensors, **options):
-    return run(gw.from_onnx(model, **options), list(tensors))[0]
-
-
-def onnxruntime_results(model, *tensors):
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {each.name: tensor.numpy() for each, tensor in zip(session.get_inputs(), tensors, strict=True)})
 
 
 # --- operators ---------------------------------------------------------------------------------------------------------------
@@ -102,6 +82,23 @@ def test_constants_are_folded_as_they_are_read():
     assert [str(node.target) for node in program.main.calls] == ["aten.sym_size.int", "aten.view.default"]
 
 
+@pytest.mark.parametrize("opset", [7, 12, 13, 18])
+@pytest.mark.parametrize("op", ["Softmax", "LogSoftmax", "Hardmax"])
+def test_softmax_goes_over_all_dims_behind_its_axis_before_opset_13(op, opset):
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    for axis in ({}, {"axis": 0}, {"axis": 1}, {"axis": 2}):
+        model = model_of([helper.make_node(op, ["x"], ["y"], **axis)], {"x": [2, 3, 4]}, {"y": [2, 3, 4]}, opset=opset)
+        torch.testing.assert_close(results(model, x)[0], torch.from_numpy(onnxruntime_results(model, x)[0]))
+
+
+def test_top_k_has_k_as_an_attribute_before_opset_10():
+    outputs = {"y": [2, 2, 4], "i": (INT, [2, 2, 4])}
+    model = model_of([helper.make_node("TopK", ["x"], ["y", "i"], k=2, axis=1)], {"x": [2, 3, 4]}, outputs, opset=9)
+    x = torch.randn(2, 3, 4)
+    for got, wanted in zip(results(model, x), onnxruntime_results(model, x), strict=True):
+        assert np.array_equal(got.numpy(), wanted)
+
+
 # --- sizes -------------------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +111,57 @@ def test_dynamic_dims_are_symbols_and_serve_every_size():
     for batch, time in ((1, 1), (3, 7), (2, 400)):
         x = torch.randn(batch, time, 4)
         torch.testing.assert_close(run(program, [x])[0][0], torch.from_numpy(onnxruntime_results(model, x)[0]))
+
+
+@pytest.mark.parametrize("columns", [7, "w"])
+def test_quotients_of_sizes_are_cut_off_towards_zero(columns):
+    """-(-w / 2), which a ceiling would be with floors, and (w - 9) / 2 + 3."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "one"], ["w"]),
+        helper.make_node("Neg", ["w"], ["n"]),
+        helper.make_node("Div", ["n", "two"], ["q"]),
+        helper.make_node("Neg", ["q"], ["a"]),
+        helper.make_node("Sub", ["w", "nine"], ["m"]),
+        helper.make_node("Div", ["m", "two"], ["r"]),
+        helper.make_node("Add", ["r", "three"], ["b"]),
+        helper.make_node("Concat", ["a", "b"], ["t"], axis=0),
+        helper.make_node("Expand", ["unit", "t"], ["y"]),
+    ]
+    constants = {name: np.array([number]) for name, number in (("one", 1), ("two", 2), ("three", 3), ("nine", 9))}
+    model = model_of(nodes, {"x": [2, columns]}, {"y": ["a", "b"]}, constants | {"unit": np.ones(1, np.float32)})
+    program = gw.from_onnx(model)
+    for w in (7,) if columns == 7 else (4, 5, 7, 8, 9, 20):
+        x = torch.randn(2, w)
+        assert run(program, [x])[0][0].shape == onnxruntime_results(model, x)[0].shape
+
+
+@pytest.mark.parametrize(
+    ("stride", "shape", "advice"),
+    [
+        (1, [0, 3], r"the shape at y fits only where h is 1: give that a value, sizes=\{'h': 1\}"),
+        (16, [0, 3], r"the shape at y fits only where h is 16 to 31: give that a value, sizes=\{'h': \.\.\}"),
+    ],
+)
+def test_a_reshape_that_not_all_sizes_have_says_which_do(stride, shape, advice):
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["pooled"], kernel_shape=[stride], strides=[stride]),
+        helper.make_node("Reshape", ["pooled", "shape"], ["y"]),
+    ]
+    model = model_of(nodes, {"x": ["n", 3, "h"]}, {"y": None}, {"shape": np.array(shape)})
+    with pytest.raises(gw.CaptureError, match=f"^{advice}$"):
+        gw.from_onnx(model)
+
+
+def test_a_dim_that_may_be_more_than_one_is_not_squeezed():
+    model = model_of([helper.make_node("Squeeze", ["x"], ["y"])], {"x": [2, "w"]}, {"y": None})
+    with pytest.raises(gw.CaptureError, match=r"dim 1, which goes where it is 1, depends on the size w: give that a value, sizes=\{'w'"):
+        gw.from_onnx(model)
+    assert results(model, torch.randn(2, 1), sizes={"w": 1})[0].shape == (2,)
+    along = model_of([helper.make_node("Squeeze", ["x", "axes"], ["y"])], {"x": [2, "w"]}, {"y": [2]}, {"axes": np.array([1])})
+    assert results(along, torch.ones(2, 1))[0].tolist() == [1, 1]  # by onnxruntime, which says what does not fit
+    with pytest.raises(gw.TargetError, match="onnxruntime fails in ai.onnx.Squeeze"):
+        results(along, torch.ones(2, 3))
 
 
 def test_sizes_may_be_given():
@@ -180,6 +228,17 @@ def test_functions_of_the_model_are_read_with_their_attributes():
     torch.testing.assert_close(results(model, x)[0], 3 * x)
 
 
+def test_functions_of_one_name_are_told_apart_by_their_overload():
+    nodes = {"": helper.make_node("Neg", ["x"], ["y"]), "up": helper.make_node("Exp", ["x"], ["y"])}
+    functions = []
+    for overload, node in nodes.items():
+        functions.append(helper.make_function("mine", "F", ["x"], ["y"], [node], [helper.make_opsetid("", 18)], overload=overload))
+    calls = [helper.make_node("F", ["x"], ["h"], domain="mine", overload="up"), helper.make_node("F", ["h"], ["y"], domain="mine")]
+    model = model_of(calls, {"x": [3]}, {"y": [3]}, functions=functions, mine=1)
+    x = torch.randn(3)
+    torch.testing.assert_close(results(model, x)[0], -x.exp())
+
+
 def test_a_function_that_calls_itself_is_refused():
     endless = helper.make_function(
         "mine", "Endless", ["x"], ["y"], [helper.make_node("Endless", ["x"], ["y"], domain="mine")], [helper.make_opsetid("mine", 1)]
@@ -233,6 +292,85 @@ def test_an_operator_without_a_form_in_aten_runs_in_onnxruntime():
     model, boxes, scores = nms()
     program = gw.from_onnx(model)
     assert np.array_equal(run(program, [boxes, scores])[0][0].numpy(), onnxruntime_results(model, boxes, scores)[0])
+
+
+def test_types_of_operators_of_onnxruntimes_own_are_asked_of_it():
+    nodes = [helper.make_node("FusedMatMul", ["x", "w"], ["h"], domain="com.microsoft", alpha=0.5), helper.make_node("Neg", ["h"], ["y"])]
+    weight = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
+    model = model_of(nodes, {"x": ["n", 4]}, {"y": ["n", 5]}, {"w": weight}, **{"com.microsoft": 1})
+    program = gw.from_onnx(model)
+    assert program.main.outputs[0].meta["val"].shape[1] == 5
+    for rows in (1, 6):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(run(program, [x])[0][0], torch.from_numpy(onnxruntime_results(model, x)[0]))
+
+
+def in_a_row(*operators, alpha=0.5):
+    """The program of operators of one operand each; FusedMatMul is onnxruntime's own, and Add adds half of float32's rounding of 1."""
+    seconds = {"Add": ["half"], "FusedMatMul": ["w"]}
+    domains = {"FusedMatMul": {"domain": "com.microsoft", "alpha": alpha}}
+    names = ["x", *(f"h{place}" for place in range(len(operators) - 1)), "y"]
+    nodes = [
+        helper.make_node(op, [names[place], *seconds.get(op, [])], [names[place + 1]], **domains.get(op, {}))
+        for place, op in enumerate(operators)
+    ]
+    weight = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
+    constants = {"w": weight, "half": np.float32(2**-24)}
+    return gw.from_onnx(model_of(nodes, {"x": [3, 4]}, {"y": [3, 5]}, constants, **{"com.microsoft": 1}))
+
+
+def test_rewrites_around_operators_of_onnxruntimes_own_are_judged():
+    reference = Reference(in_a_row("Neg", "FusedMatMul"), [torch.randn(3, 4, generator=torch.Generator().manual_seed(0))])
+    assert reference.judge_exact(in_a_row("FusedMatMul", "Neg")).kind == "right"
+    assert reference.judge_exact(in_a_row("Abs", "FusedMatMul")).kind == "wrong"
+    assert reference.judge_exact(in_a_row("Neg", "FusedMatMul", alpha=0.50001)).kind == "wrong"
+
+
+def test_what_an_operator_of_onnxruntimes_own_rounds_one_way_or_the_other_settles_nothing():
+    """Sums that lie between two floats, of which exp(log(sum)), off by float64's rounding, becomes the other one."""
+    ties = 1 + torch.arange(12.0).reshape(3, 4) * 2**-23
+    reference = Reference(in_a_row("Add", "FusedMatMul"), [ties])
+    verdict = reference.judge_exact(in_a_row("Add", "Log", "Exp", "FusedMatMul"))
+    assert verdict.kind == "inconclusive" and "too ill-conditioned to judge" in verdict.reason
+
+
+def doubling(collects, sizes):
+    """Doubles x until its sum is 100 or more; `collects` all that were on the way."""
+    nodes = [
+        helper.make_node("Add", ["v", "v"], ["v2"]),
+        helper.make_node("ReduceSum", ["v2"], ["s"], keepdims=0),
+        helper.make_node("Less", ["s", "limit"], ["more"]),
+        *([helper.make_node("Identity", ["v2"], ["each"])] if collects else []),
+    ]
+    infos = [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in (("i", INT, []), ("c", TensorProto.BOOL, []))]
+    carried = [helper.make_tensor_value_info(name, F, [2, 4]) for name in ("v", "v2", "each")]
+    more = helper.make_tensor_value_info("more", TensorProto.BOOL, [])
+    body = helper.make_graph(nodes, "body", [*infos, carried[0]], [more, *carried[1 : 3 if collects else 2]])
+    loop = helper.make_node("Loop", ["", "true", "x"], ["h", *(["all"] if collects else [])], body=body)
+    last = [helper.make_node("Neg", ["h"], ["y"]), *([helper.make_node("ReduceMax", ["all"], ["z"], keepdims=0)] if collects else [])]
+    outputs = {"y": sizes, **({"z": []} if collects else {})}
+    return model_of([loop, *last], {"x": [2, 4]}, outputs, {"true": np.array(True), "limit": np.float32(100)})
+
+
+@pytest.mark.parametrize("collects", [False, True])
+def test_a_loop_that_data_end_runs_in_onnxruntime_and_has_the_types_that_it_carries(collects, tmp_path):
+    model, x = doubling(collects, [2, 4]), torch.rand(2, 4)
+    program = gw.from_onnx(model)
+    for got, wanted in zip(run(program, [x])[0], onnxruntime_results(model, x), strict=True):
+        torch.testing.assert_close(got, torch.from_numpy(wanted))
+    if not collects:
+        gw.compile(program, backend="aten").export_onnx(tmp_path / "again.onnx")
+        again = onnx.load(tmp_path / "again.onnx")
+        torch.testing.assert_close(torch.from_numpy(onnxruntime_results(again, x)[0]), run(program, [x])[0][0])
+
+
+def test_a_result_that_is_not_of_the_size_that_the_file_says_is_an_error():
+    node = helper.make_node("Unique", ["x"], ["h"], sorted=1)
+    program = gw.from_onnx(model_of([node], {"x": [4]}, {"h": [None]}))
+    (call,) = [each for each in program.main.calls if "onnx_node" in str(each.target)]
+    arguments = dict(call.kwargs)
+    with pytest.raises(gw.TargetError, match=r"a result of sizes \[2\] in ai.onnx.Unique, which the model says has \[3\]"):
+        torch.ops.gw.onnx_node([torch.tensor([1.0, 2.0, 1.0, 2.0])], [3], **arguments)
 
 
 def test_programs_with_opaque_operators_are_printed_parsed_saved_and_compiled(tmp_path):

@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+from ...ir.forks import new_lock
 
 _log = logging.getLogger(__name__)
 _SHARED = Path(__file__).parent
@@ -43,7 +44,7 @@ class NativeLibrary:
 
     def __init__(self, folder: Path, op: str, instead: str, declare: Callable[[Any], None]):
         self._folder, self._op, self._instead, self._declare = folder, op, instead, declare
-        self._turn = threading.Lock()
+        self._turn = new_lock()
         self._loaded: dict[tuple[str, ...], Any] = {}
 
     @functools.cached_property

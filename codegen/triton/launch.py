@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import linecache
 import sys
-import threading
 from collections.abc import Callable
 from importlib.abc import SourceLoader
 from types import ModuleType
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 
 from ...ir.errors import TargetError
+from ...ir.forks import new_lock
 from .emit import Kernel
 
 _LOADED: dict[str, ModuleType] = {}
-_LOCK = threading.Lock()
+_LOCK = new_lock()
 
 
 class Launch:

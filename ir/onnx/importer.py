@@ -47,7 +47,7 @@ class _Importer:
         self.symbols = SymbolTable()
         self.builder = Builder(self.symbols)
         self.tensors = Tensors(folder)
-        self.nodes = Nodes(self.builder, self.tensors, {(domain_of(each.domain), each.name): each for each in model.functions})
+        self.nodes = Nodes(self.builder, self.tensors, {(domain_of(f.domain), f.name, f.overload): f for f in model.functions})
         self.unnamed = 0
         self.taken: set[str] = set()  # names of inputs
 
@@ -57,6 +57,7 @@ class _Importer:
         if opsets.get("", 21) not in _OPSETS:
             raise CaptureError(f"the model is of opset {opsets['']}, and {_OPSETS.start} to {_OPSETS.stop - 1} are read")
         scope = Scope(opsets)
+        self.nodes.declared = {each.name: each.type for each in (*graph.value_info, *graph.output)}
         self._read_initializers(graph, scope)
         _check_names([each.name for each in graph.input])
         self._fix_inputs(graph, scope)

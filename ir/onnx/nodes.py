@@ -31,11 +31,12 @@ _MISFITS = (TypeError, ValueError, KeyError, IndexError, AttributeError, Arithme
 
 
 class Nodes:
-    """Adds to `builder` what nodes compute; `functions` are the model's own, by domain and name."""
+    """Adds to `builder` what nodes compute; `functions` are the model's own, by domain, name and overload."""
 
-    def __init__(self, builder: Builder, tensors: Tensors, functions: dict[tuple[str, str], Any]):
+    def __init__(self, builder: Builder, tensors: Tensors, functions: dict[tuple[str, str, str], Any]):
         self.builder, self.tensors, self.functions = builder, tensors, functions
         self.depth = 0
+        self.declared: Mapping[str, Any] = {}  # types that the file gives values of its graph
         self.left = [_LEAST_EXPANDED + _EXPANDED_A_NODE * sum(len(each.node) for each in functions.values())]  # one count for all bodies
         self.claims: dict[tuple[Any, ...], bool] = {}  # of functions that say they are an operator of ours, whether they are
 
@@ -63,7 +64,7 @@ class Nodes:
 
     def _read(self, node: Any, inputs: list[Value], scope: Scope) -> tuple[Value, ...]:
         domain = domain_of(node.domain)
-        local = self.functions.get((node.domain, node.op_type)) or self.functions.get((domain, node.op_type))
+        local = self.functions.get((domain, node.op_type, node.overload))
         ours = self._call_of_ours(node, local, inputs)
         if ours is not None:
             return ours
@@ -91,12 +92,12 @@ class Nodes:
                     reasons.append(str(reason))
             self._forget_after(mark)
         try:
-            return opaque(self.builder, node, inputs, {**scope.opsets, domain: version}, scope, list(self.functions.values()))
+            return opaque(
+                self.builder, node, inputs, {**scope.opsets, domain: version}, scope, list(self.functions.values()), self.declared
+            )
         except Unsupported as reason:
-            reasons.append(str(reason))
-        raise CaptureError(
-            f"{domain or 'ai.onnx'}.{node.op_type} at {self.builder.where.module} has no form in a program: " + "; ".join(reasons)
-        )
+            reasons = reasons or [str(reason)]
+        raise CaptureError(f"{domain or 'ai.onnx'}.{node.op_type} at {self.builder.where.module} has no form in a program: {reasons[0]}")
 
     def _call_of_ours(self, node: Any, local: Any, inputs: list[Value]) -> tuple[Value, ...] | None:
         """The call of a dialect operator that the node is; None where it is none, or where its function's body says what it is."""

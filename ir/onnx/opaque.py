@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import re
 import zlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,9 +27,15 @@ class Names(Protocol):
 
 
 def opaque(
-    builder: Builder, node: Any, inputs: list[Value], opsets: dict[str, int], names: Names, functions: list[Any]
+    builder: Builder,
+    node: Any,
+    inputs: list[Value],
+    opsets: dict[str, int],
+    names: Names,
+    functions: list[Any],
+    declared: Mapping[str, Any],
 ) -> tuple[Value, ...]:
-    """`gw.onnx_node` of the node: one value an output, None for unused ones.
+    """`gw.onnx_node` of the node: one value an output, None for unused ones. `declared` are types that the file gives values, by name.
 
     Raises:
         Unsupported: an operand or result is no tensor, or the type of a result is not known.
@@ -53,11 +60,11 @@ def opaque(
     graph = onnx.helper.make_graph([node], "opaque", infos, [onnx.ValueInfoProto(name=name) for name in outputs], constants)
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in sorted(opsets.items())]
     model = onnx.helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=_IR_VERSION)
-    types = _output_types(model, node, outputs)
+    types = _output_types(model, outputs, declared)
     sizes = [size for shape, _ in types for size in (_output_size(dim, dims) for dim in shape)]
     for info, (shape, kind) in zip(model.graph.output, types):
         info.CopyFrom(onnx.helper.make_tensor_value_info(info.name, kind, shape))
-    content = base64.b85encode(zlib.compress(model.SerializeToString(deterministic=True), 9)).decode()
+    content = _content(model)
     _check_runs(content)
     title = f"{node.domain or 'ai.onnx'}.{re.sub('[^A-Za-z0-9_]', '_', node.op_type)}"
     results = builder.call(
@@ -134,27 +141,107 @@ def _free_names(node: Any) -> list[str]:
     return list(found)
 
 
-def _output_types(model: Any, node: Any, outputs: list[str]) -> list[tuple[list[Any], int]]:
-    """Of each output its dims, numbers, names or None, and its element type."""
+Type = tuple[list[Any], int]  # dims, which are numbers, names or None, and an element type
+
+
+def _output_types(model: Any, outputs: list[str], declared: Mapping[str, Any]) -> list[Type]:
+    """Of each output what onnx infers, or else onnxruntime, or what the file says, `declared` by name.
+
+    Raises:
+        Unsupported: none of them knows one.
+    """
+    found: dict[str, Type] = {}
+    reason = "it is no operator of ATen, and the type of its result is not known"
+    try:
+        found |= _inferred(model)
+    except Exception as error:
+        reason = f"its types cannot be inferred: {str(error).splitlines()[0]}"
+    (node,) = model.graph.node
+    known = {name: _type_of(declared[name]) for name in outputs if name in declared and _is_tensor(declared[name])}
+    for more in (lambda: _of_loop(model, node), lambda: known, lambda: _asked_of_onnxruntime(model)):
+        if any(name not in found for name in outputs):
+            found = more() | found
+    for name in outputs:
+        if name not in found:
+            raise Unsupported(reason)
+        torch_dtype(found[name][1])
+    return [found[name] for name in outputs]
+
+
+def _inferred(model: Any) -> dict[str, Type]:
     import onnx
 
     # Where values are followed, the package makes one for each element that a vector is said to have.
     vectors = [each.type.tensor_type.shape.dim for each in model.graph.input if len(each.type.tensor_type.shape.dim) == 1]
     follow = all(dim.dim_value <= _MOST_EMBEDDED for (dim,) in vectors)
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=follow)
+    return {each.name: _type_of(each.type) for each in inferred.graph.output if _is_tensor(each.type)}
+
+
+def _is_tensor(kind: Any) -> bool:
+    return kind.WhichOneof("value") == "tensor_type" and bool(kind.tensor_type.elem_type) and kind.tensor_type.HasField("shape")
+
+
+def _type_of(kind: Any) -> Type:
+    tensor = kind.tensor_type
+    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim], tensor.elem_type
+
+
+_ORT_TENSOR = re.compile(r"tensor\((\w+)\)")
+
+
+def _asked_of_onnxruntime(model: Any) -> dict[str, Type]:
+    """What onnxruntime says of the outputs, which knows operators of its own; nothing where it is missing or refuses the model. It has
+    the sizes of a scalar for those of a tensor whose rank it does not know, so that neither is taken from it."""
+    import onnx
+
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=follow)
-    except Exception as error:
-        raise Unsupported(f"its types cannot be inferred: {str(error).splitlines()[0]}") from error
-    infos = {each.name: each.type for each in inferred.graph.output}
-    types = []
-    for name in outputs:
-        tensor = infos[name].tensor_type if infos[name].WhichOneof("value") == "tensor_type" else None
-        if tensor is None or not tensor.elem_type or not tensor.HasField("shape"):
-            raise Unsupported("it is no operator of ATen, and the type of its result is not known")
-        torch_dtype(tensor.elem_type)
-        shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim]
-        types.append((shape, tensor.elem_type))
-    return types
+        infos = session(_content(model)).get_outputs()
+    except TargetError:
+        return {}
+    kinds = {each.name: _ORT_TENSOR.fullmatch(each.type) for each in infos}
+    return {
+        each.name: (list(each.shape), onnx.TensorProto.DataType.Value(kind[1].upper()))
+        for each in infos
+        if each.shape and (kind := kinds[each.name]) and kind[1].upper() in onnx.TensorProto.DataType.keys()
+    }
+
+
+def _of_loop(model: Any, node: Any) -> dict[str, Type]:
+    """Of a Loop whose carried values keep their types: these, and one more dim of unknown size for what it collects."""
+    import onnx
+
+    if node.op_type != "Loop" or node.domain not in ("", "ai.onnx"):
+        return {}
+    types = {each.name: each.type for each in model.graph.input}
+    types |= {each.name: onnx.helper.make_tensor_type_proto(each.data_type, list(each.dims)) for each in model.graph.initializer}
+    body = onnx.GraphProto()
+    body.CopyFrom(next(each.g for each in node.attribute if each.name == "body"))
+    carried = [types.get(name) for name in node.input[2:]]
+    if None in carried or len(body.input) != len(carried) + 2:
+        return {}
+    body.input[0].type.CopyFrom(onnx.helper.make_tensor_type_proto(onnx.TensorProto.INT64, []))
+    body.input[1].type.CopyFrom(onnx.helper.make_tensor_type_proto(onnx.TensorProto.BOOL, []))
+    for info, kind in zip(body.input[2:], carried):
+        info.type.CopyFrom(kind)
+    body.input.extend(each for each in model.graph.input if each.name not in {info.name for info in body.input})
+    body.initializer.extend(model.graph.initializer)
+    for each in body.output:
+        each.ClearField("type")
+    alone = onnx.helper.make_model(body, opset_imports=model.opset_import, functions=model.functions, ir_version=_IR_VERSION)
+    try:
+        found = _inferred(alone)
+    except Exception:  # whatever the package says of a body that is none
+        return {}
+    made = [found[each.name] for each in body.output[1:] if each.name in found]
+    if len(made) < len(body.output) - 1 or any(each != _type_of(kind) for each, kind in zip(made, carried)):
+        return {}
+    collected = [([None, *dims], kind) for dims, kind in made[len(carried) :]]
+    return {name: each for name, each in zip(node.output, [*made[: len(carried)], *collected]) if name}
+
+
+def _content(model: Any) -> str:
+    return base64.b85encode(zlib.compress(model.SerializeToString(deterministic=True), 9)).decode()
 
 
 def _output_size(dim: Any, dims: dict[str, Size]) -> Any:

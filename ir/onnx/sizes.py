@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..build import add_call
 from ..program import Node
@@ -92,6 +93,28 @@ def minimum(a: Any, b: Any) -> Any:
 def _extreme(a: Any, b: Any, of_numbers: Callable[..., Any], of_sizes: Callable[..., Any]) -> Any:
     symbolic = a if isinstance(a, Size) else b
     return symbolic._apply(of_sizes, a, b) if isinstance(symbolic, Size) else of_numbers(a, b)
+
+
+def quotient(a: Any, b: Any) -> Any:
+    """a / b cut off towards zero, as ONNX divides integers; floor division of sizes that are never negative.
+
+    Raises:
+        ValueError: the divisor is a size that may be negative.
+    """
+    if not isinstance(a, Size) and not isinstance(b, Size):
+        whole = abs(int(a)) // abs(int(b))
+        return whole if (a < 0) == (b < 0) else -whole
+    if isinstance(b, Size) and not _is_never_negative(b):
+        raise ValueError("it divides by a size that may be negative")
+    if not isinstance(b, Size) and b < 0:
+        return -quotient(a, -b)
+    if _is_never_negative(a):
+        return a // b
+    return maximum(a, 0) // b - maximum(-a, 0) // b
+
+
+def _is_never_negative(size: Any) -> bool:
+    return statically_known_true(size.value >= 0) if isinstance(size, Size) else size >= 0
 
 
 def same(a: Any, b: Any) -> bool:

@@ -2,7 +2,6 @@
 
 import base64
 import functools
-import threading
 import zlib
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TargetError, first_line
+from ..forks import new_lock
 from ..op import opaque_op
 
 # By TensorProto.DataType, whose numbers are the format's own: what an opaque operator may take and give.
@@ -17,6 +17,7 @@ DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
     10: torch.float16, 11: torch.float64, 12: torch.uint32, 13: torch.uint64, 16: torch.bfloat16,
 }  # fmt: skip
+_DOUBLE = 11
 
 
 def _types(inputs: list[Tensor], sizes: list[int], *, op: str, model: str, dtypes: list[int], ranks: list[int]) -> list[Tensor]:
@@ -34,27 +35,53 @@ def _size(size: Any) -> Any:
     return torch.library.get_ctx().new_dynamic_size() if isinstance(size, int) and size < 0 else size
 
 
-@opaque_op("onnx_node", types=_types)
+def _in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**kwargs, "dtypes": [_DOUBLE if DTYPES[each].is_floating_point else each for each in kwargs["dtypes"]]}
+
+
+@opaque_op("onnx_node", types=_types, in_float64=_in_float64)
 def onnx_node(inputs: list[Tensor], sizes: list[int], *, op: str, model: str, dtypes: list[int], ranks: list[int]) -> list[Tensor]:
     """What onnxruntime makes of `inputs` with `model`, a compressed ONNX model of one node; `op` is the node's operator, to read.
 
-    `sizes` are those of all outputs, one after another, -1 where only the data tell; `dtypes` are ONNX element types.
+    `sizes` are those of all outputs, one after another, -1 where only the data tell; `dtypes` are ONNX element types. Floats of other types
+    than the model's, as a float64 program has, are converted on the way in and out.
 
     Raises:
         TargetError: onnxruntime is missing, refuses the model, or fails.
     """
     runner = session(model)
-    names = [each.name for each in runner.get_inputs()]
-    feeds = {name: to_array(tensor) for name, tensor in zip(names, inputs, strict=True)}
+    feeds = {each.name: to_array(_rounded(tensor, each.type)) for each, tensor in zip(runner.get_inputs(), inputs, strict=True)}
     try:
         results = runner.run(None, feeds)
     except Exception as error:  # onnxruntime has an exception of its own for each status
         raise TargetError(f"onnxruntime fails in {op}: {first_line(error)}") from error
+    _check_sizes(op, [list(result.shape) for result in results], sizes, ranks)
     device = inputs[0].device if inputs else torch.device("cpu")
-    return [from_array(result, DTYPES[dtype]).to(device) for result, dtype in zip(results, dtypes, strict=True)]
+    found = [each.type for each in runner.get_outputs()]
+    tensors = [from_array(result, _FLOATS.get(kind, DTYPES[dtype])) for result, kind, dtype in zip(results, found, dtypes, strict=True)]
+    return [tensor.to(device, DTYPES[dtype]) for tensor, dtype in zip(tensors, dtypes, strict=True)]
 
 
-_LOCK = threading.Lock()
+_FLOATS = {
+    "tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16,
+}  # fmt: skip
+
+
+def _rounded(tensor: Tensor, kind: str) -> Tensor:
+    return tensor.to(_FLOATS.get(kind, tensor.dtype)) if tensor.is_floating_point() else tensor
+
+
+def _check_sizes(op: str, shapes: list[list[int]], sizes: list[int], ranks: list[int]) -> None:
+    """Raises TargetError where a result is of other sizes than the file, from which they may come, says."""
+    following = iter(sizes)
+    for shape, rank in zip(shapes, ranks, strict=True):
+        wanted = [next(following) for _ in range(rank)]
+        if len(shape) != rank or any(want not in (-1, size) for want, size in zip(wanted, shape)):
+            shown = [None if want < 0 else want for want in wanted]
+            raise TargetError(f"onnxruntime gives a result of sizes {shape} in {op}, which the model says has {shown}: correct the model")
+
+
+_LOCK = new_lock()
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,7 +5,6 @@ caches), in prefill `lengths` i64[B] (how many of its T tokens are real, the res
 `hidden` [B, T, D], then the caches `cache_k_0`, `cache_v_0`, ... and states of the layers that the function runs (`ir/caches.py`).
 """
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,8 +16,10 @@ from torch import Tensor
 from ...ir import Function, Program
 from ...ir.caches import CacheType, cache_types
 from ...ir.errors import InputError
+from ...ir.forks import new_lock
 from ...ir.lookups import lookup_limit
 from ...ir.symbols import UNBOUNDED
+from ...passes.experts.capacity import leaks_future
 from ..executor import Executor
 from .gain import Gains
 
@@ -71,7 +72,7 @@ class ProgramDecoder:
     """
 
     def __init__(self, program: Program, executor_of: ExecutorOf, *, fixed: bool):
-        if program.schedules.get("expert-choice", {}).get("leaks_future"):
+        if leaks_future(program):
             raise InputError(
                 "experts of this model choose among all positions, so what a token gets depends on later ones, which are not there when "
                 "tokens come one by one: compile it without expert-choice"
@@ -80,7 +81,7 @@ class ProgramDecoder:
             raise InputError("this model has no functions that decode: make it with compile_decoder, or compile it with passes='kv-cache'")
         self._program, self._executor_of, self._fixed = program, executor_of, fixed
         self._steps: dict[str, ProgramStep] = {}
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         types = {name: each for function in program.functions.values() for name, each in cache_types(function).items()}
         self._places = {name: place for place, name in enumerate(sorted(types, key=lambda name: (types[name].layer, name)))}
         self.cache_types = tuple(types[name] for name in self._places)
@@ -126,7 +127,7 @@ class ProgramStep:
         self._symbols = [program.symbols.text(size) if isinstance(size, torch.SymInt) else "" for size in signature.inputs[0].value.shape]
         self._read = [places[each] for each in caches]
         self._written = [places[each.removeprefix("input:")] for each in signature.new_states]
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def padded(self, batch: int) -> int:
         return next((rows for rows in FIXED_ROWS if rows >= batch), batch) if self._is_fixed else batch

@@ -5,7 +5,7 @@ A *site* stands for a call that is put in its place afterwards: an operator of t
 Float64 scalars are constants here, since the exporter writes scalars as float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from ...calls import GETITEM, is_assertion, name_of
 from ...errors import CaptureError
 from ...infer import InferenceError, fake_like, infer
-from ...op import REGISTRY
+from ...op import declaration
 from ...program import Function, Node, Program
 from ...region import Region, narrow, slice_bounds, sliced
 from ...region_call import RegionCall
@@ -25,12 +25,11 @@ from ..dialect import DOMAIN
 from ..dtypes import element_type
 from . import low_bit
 from .apart import has_float64, loses, taken_apart
+from .data_sites import SITE
 from .scalars import exact
 from .translate import Piece
 
 aten = torch.ops.aten
-
-SITE = "Site"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Lowering:
         target: Any = _SAME.get(node.target, node.target)
         if low_bit.has_standard_weight(node):
             args, kwargs = self._with_float_weight(piece, node, args, kwargs)
-        declared = REGISTRY.get(target.name().partition("::")[2]) if getattr(target, "namespace", "") == "gw" else None
+        declared = declaration(target)
         if target is sliced or (declared is not None and (declared.is_opaque or not self.inline)):
             return self._site(piece, Site(node, args, kwargs, _operands(piece, node, args, kwargs)), value)
         if has_float64(value, (args, kwargs)):
@@ -129,13 +128,11 @@ class Lowering:
             raise CaptureError("this torch's ONNX exporter has no nodes for operators of others: use torch 2.11 to 2.13")
         single = isinstance(value, torch.Tensor)
         results = (value,) if single else tuple(value)
-        if any(free_unbacked_symbols(list(result.shape)) for result in results):
-            name, where = site.call.kwargs.get("op", name_of(site.call.target)), site.call.meta.get("where")
-            raise CaptureError(
-                f"{name} at {where} gives sizes that only the data tell, which torch's ONNX exporter does not follow behind it"
-            )
         number = len(self.sites)
         self.sites.append(site)
+        if any(free_unbacked_symbols(list(result.shape)) for result in results):
+            made = _site_of_data(piece, site, number, results)
+            return piece.call(GETITEM, (made, 0), {}, value, site.call) if single else made
         kwargs = {
             "shapes": [list(result.shape) for result in results],
             "attr_keys": ["number"], "attr_types": ["i"], "attr_pos": [[0, 1]], "attr_ints": [number], "attr_floats": [], "attr_strs": [],
@@ -184,6 +181,25 @@ class Lowering:
         with self.symbols.inference():
             value = narrow(whole, dim, begin, end, units)
         return piece.call(aten.slice.Tensor, (operand, dim, begin * unit, end * unit), {}, value, node)
+
+
+def _site_of_data(piece: Piece, site: Site, number: int, results: Sequence[torch.Tensor]) -> Node:
+    """A site whose results have sizes that only the data tell: those that an input has are read off it, others are new."""
+    inputs = list(site.inputs.values())
+    sizes = [_known_size(piece, site, inputs, size) for result in results for size in result.shape]
+    args = (inputs, sizes, number, [result.dtype for result in results], [result.dim() for result in results])
+    return piece.call(torch.ops.gw_export.site.default, args, {}, tuple(results), site.call)
+
+
+def _known_size(piece: Piece, site: Site, inputs: Sequence[Node], size: Any) -> Any:
+    if isinstance(size, int):
+        return size
+    tensors = [(node, node.meta["val"]) for node in inputs if isinstance(node.meta["val"], torch.Tensor)]
+    places = ((node, dim, other) for node, value in tensors for dim, other in enumerate(value.shape))
+    for node, dim, other in places:
+        if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+            return piece.call(aten.sym_size.int, (node, dim), {}, other, site.call)
+    return -1
 
 
 def region_size(call: RegionCall) -> tuple[int, int]:

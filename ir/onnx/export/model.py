@@ -13,7 +13,8 @@ from ...region import sliced
 from ..dialect import DOMAIN
 from ..dtypes import element_type
 from . import functions, low_bit, opaque, regions
-from .lower import SITE, Lowering, Site
+from .data_sites import SITE
+from .lower import Lowering, Site
 from .names import output_names, unique
 from .translate import Piece, Translated, quiet, translate
 

@@ -7,7 +7,9 @@ import sympy
 import torch
 
 from ...infer import contiguous_stride, fake_like
-from ...symbols import Symbol, SymbolTable
+from ...symbols import UNBOUNDED, Symbol, SymbolTable
+
+_OF_DATA = Symbol("data", 0, UNBOUNDED, 2)  # what stands for a size that only the data tell
 
 
 def of_own_sizes(symbols: SymbolTable, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -19,7 +21,8 @@ def of_own_sizes(symbols: SymbolTable, values: Sequence[torch.Tensor]) -> list[t
             return size
         for symbol in size.node.expr.free_symbols:
             if symbol not in known:
-                known[symbol] = new_symbol(symbols, symbols.symbol(symbols.expression(symbol))).node.expr
+                name = symbols.expression(symbol)
+                known[symbol] = new_symbol(symbols, symbols.symbol(name) if name in symbols else _OF_DATA).node.expr
         return symbols.env.create_symintnode(size.node.expr.xreplace(known), hint=None)
 
     made = []

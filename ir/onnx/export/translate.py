@@ -23,6 +23,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from ...calls import name_of
 from ...errors import CaptureError
 from ...program import Node, Where
+from . import data_sites
 from .translations import translations
 
 _MARK = "graphwright node "
@@ -79,10 +80,11 @@ def translate(pieces: Sequence[Piece], opset: int) -> list[Translated]:
     """
     graph, spans, origins = _joined(pieces)
     exported = _exported(graph)
+    table = {**translations(), torch.ops.gw_export.site.default: data_sites.translated}
     try:
         with quiet():
             model = torch.onnx.export(
-                exported, dynamo=True, optimize=False, verbose=False, opset_version=opset, custom_translation_table=translations()
+                exported, dynamo=True, optimize=False, verbose=False, opset_version=opset, custom_translation_table=table
             ).model
     except Exception as error:
         raise _explained(error, pieces) from error

@@ -10,7 +10,7 @@ import torch
 from ..builder import WIDER, Unsupported, Value, aten
 from ..dtypes import torch_dtype
 from ..registry import Call, reader
-from ..sizes import Size, maximum, minimum, same
+from ..sizes import Size, maximum, minimum, quotient, same
 
 _UNARY = {
     "Abs": "abs",
@@ -67,7 +67,7 @@ _ON_SIZES: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
     "Mul": operator.mul,
-    "Div": operator.floordiv,
+    "Div": quotient,
     "Mod": operator.mod,
     "Max": maximum,
     "Min": minimum,
@@ -75,7 +75,7 @@ _ON_SIZES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def on_sizes(call: Call, inputs: tuple[Value, ...]) -> np.ndarray | None:
-    """The result where an operand is symbolic and none depends on data. Sizes are not negative, so that quotients are floors."""
+    """The result where an operand is symbolic and none depends on data."""
     if not any(isinstance(each, np.ndarray) for each in inputs):
         return None
     arrays = [call.builder.sizes(each) for each in inputs]
@@ -277,7 +277,10 @@ def bit_cast(call: Call, x: Value) -> Value:
 
 @reader("Clip")
 def clip(call: Call, x: Value, low: Value = None, high: Value = None) -> Value:
+    """Before opset 11 the bounds are attributes."""
     builder = call.builder
+    if call.version < 11:
+        low, high = (None if bound is None else torch.tensor(bound) for bound in (call.get("min"), call.get("max")))
     if low is None and high is None:
         return x
     numbers = [each.item() if isinstance(each, torch.Tensor) else each for each in (low, high)]
@@ -371,7 +374,12 @@ def shrink(call: Call, x: Value) -> Value:
 
 @reader("Dropout")
 def dropout(call: Call, x: Value, ratio: Value = None, training: Value = None) -> Any:
+    """Before opset 12 it never draws, and its standard leaves open what the mask holds."""
     builder = call.builder
+    if call.version < 12:
+        call.get("ratio")
+        if call.wants(1):
+            raise Unsupported("its mask is the runtime's own before opset 12")
     if training is not None and bool(builder.constant(training, "training flag").item()):
         if ratio is None or float(builder.constant(ratio, "ratio").item()) != 0.0:
             raise Unsupported("it draws random numbers, which ONNX and torch draw in different ways")

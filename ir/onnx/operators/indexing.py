@@ -8,6 +8,7 @@ import torch
 from ..builder import Unsupported, Value, aten
 from ..registry import Call, reader
 from ..sizes import Size
+from .reductions import along_axis
 from .shapes import viewed
 
 
@@ -187,10 +188,10 @@ def extreme_place(call: Call, x: Value) -> Value:
 
 
 @reader("TopK")
-def top_k(call: Call, x: Value, k: Value) -> Any:
-    """Equal elements in the order of their places, which torch.topk does not promise."""
+def top_k(call: Call, x: Value, k: Value = None) -> Any:
+    """Equal elements in the order of their places, which torch.topk does not promise. Before opset 10 k is an attribute."""
     builder = call.builder
-    count = builder.sizes(k)
+    count = np.array(call.get("k"), object) if call.version < 10 else builder.sizes(k)
     if count is None:
         raise builder.depends(k, "k")
     axis = builder.dims([call.get("axis", -1)], builder.rank(x))[0]
@@ -215,9 +216,12 @@ def cumulative(call: Call, x: Value, axis: Value) -> Value:
 @reader("Hardmax")
 def hardmax(call: Call, x: Value) -> Value:
     builder = call.builder
-    axis = builder.dims([call.get("axis", -1)], builder.rank(x))[0]
-    place = builder.call(aten.argmax.default, x, axis, True)
-    steps = builder.call(aten.arange.default, builder.shape(x)[axis])
-    shape = [1] * builder.rank(x)
-    shape[axis] = -1
-    return builder.cast(builder.call(aten.eq.Tensor, place, viewed(call, steps, shape)), builder.dtype(x))
+
+    def first_largest(x: Value, axis: int) -> Value:
+        place = builder.call(aten.argmax.default, x, axis, True)
+        steps = builder.call(aten.arange.default, builder.shape(x)[axis])
+        shape = [1] * builder.rank(x)
+        shape[axis] = -1
+        return builder.cast(builder.call(aten.eq.Tensor, place, viewed(call, steps, shape)), builder.dtype(x))
+
+    return along_axis(call, x, first_largest)

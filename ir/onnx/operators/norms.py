@@ -57,6 +57,8 @@ def rms_norm(call: Call, x: Value, scale: Value) -> Value:
 @reader("BatchNormalization")
 def batch_norm(call: Call, x: Value, scale: Value, bias: Value, mean: Value, variance: Value) -> Any:
     builder, eps, momentum = call.builder, call.get("epsilon", 1e-5), call.get("momentum", 0.9)
+    if call.version < 9 and not call.get("spatial", 1):
+        raise Unsupported("it has statistics of each element")
     if not call.get("training_mode", 0):
         return builder.call(aten.batch_norm.default, x, scale, bias, mean, variance, False, 1 - momentum, eps, False)
     dims = [dim for dim in range(builder.rank(x)) if dim != 1]

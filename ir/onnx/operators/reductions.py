@@ -1,6 +1,7 @@
 """Operators that reduce dims, and softmax."""
 
 import operator
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from ..builder import Builder, Unsupported, Value, aten
 from ..registry import Call, reader
 from ..sizes import Size
-from .shapes import axes_of
+from .shapes import axes_of, viewed
 
 
 def _dims(call: Call, x: Value, axes: Value) -> list[int] | None:
@@ -127,4 +128,15 @@ _REDUCERS: dict[str, Any] = {
 @reader("Softmax", "LogSoftmax")
 def softmax(call: Call, x: Value) -> Value:
     target = aten.softmax.int if call.op_type == "Softmax" else aten.log_softmax.int
-    return call.builder.call(target, x, call.get("axis", -1))
+    return along_axis(call, x, lambda x, axis: call.builder.call(target, x, axis))
+
+
+def along_axis(call: Call, x: Value, function: Callable[[Value, int], Value]) -> Value:
+    """`function` of x and the axis that a normalization goes along: before opset 13 all dims from the axis on, as if they were one."""
+    builder, rank = call.builder, call.builder.rank(x)
+    old = call.version < 13
+    axis = builder.dims([call.get("axis", 1 if old else -1)], rank)[0]
+    if not old or axis >= rank - 1:
+        return function(x, axis)
+    flat = builder.call(aten.flatten.using_ints, x, axis, rank - 1)
+    return viewed(call, function(flat, axis), builder.shape(x))

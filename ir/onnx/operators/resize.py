@@ -26,7 +26,12 @@ def upsample(call: Call, x: Value, scales: Value = None) -> Value:
 
 @reader("Resize")
 def resize(call: Call, x: Value, roi: Value = None, scales: Value = None, sizes: Value = None) -> Value:
+    """Before opset 11 it is an Upsample that may also reduce; how it then rounds to the nearest, its standard leaves open."""
     builder = call.builder
+    if call.version < 11:
+        if call.get("mode", "nearest") == "nearest" and any(factor < 1 for factor in builder.constant(roi, "scales").tolist()):
+            raise Unsupported("the nearest elements are the runtime's own before opset 11")
+        return upsample(call, x, roi)
     dims = builder.dims(call.get("axes", list(range(builder.rank(x)))), builder.rank(x))
     mode = call.get("coordinate_transformation_mode", "half_pixel")
     old = [builder.shape(x)[dim] for dim in dims]
@@ -80,7 +85,9 @@ def _resized(
         if isinstance(length, Size) or isinstance(target, Size) or factor is None:
             raise Unsupported("a symbolic size is resized in a way that torch has not")
         bounds = (0.0, 1.0) if region is None else (region[place], region[len(dims) + place])
-        coordinates = _coordinates(mode, length, target, factor, bounds)
+        # Runtimes place in float32, which decides between neighbours where a place is between two.
+        places = np.arange(target, dtype=np.float32 if kind == "nearest" else np.float64)
+        coordinates = _coordinates(mode, length, places, places.dtype.type(factor), bounds)
         if mode == "tf_crop_and_resize":
             beyond = torch.from_numpy((coordinates < 0) | (coordinates > length - 1))
             shape = [-1 if other == dim else 1 for other in range(builder.rank(x))]
@@ -130,9 +137,9 @@ def _is_more_than_one(size: Any, mode: str) -> bool:
     return mode == "half_pixel" or isinstance(size, Size) or size > 1
 
 
-def _coordinates(mode: str, length: int, target: int, factor: float, region: tuple[float, float]) -> np.ndarray:
-    """Where each element of the result lies among those of x."""
-    places = np.arange(target, dtype=np.float64)
+def _coordinates(mode: str, length: int, places: np.ndarray, factor: Any, region: tuple[float, float]) -> np.ndarray:
+    """Where each element of the result, of which `places` are all, lies among those of x."""
+    target = len(places)
     if mode == "half_pixel":
         return (places + 0.5) / factor - 0.5
     if mode == "half_pixel_symmetric":
@@ -144,6 +151,8 @@ def _coordinates(mode: str, length: int, target: int, factor: float, region: tup
         return places * (length - 1) / (target - 1) if target > 1 else np.zeros(target)
     if mode == "asymmetric":
         return places / factor
+    if mode == "tf_half_pixel_for_nn":
+        return (places + 0.5) / factor
     if mode == "tf_crop_and_resize":
         begin, end = region
         if target > 1:

@@ -11,6 +11,7 @@ import torch
 from ..builder import Unsupported, Value, aten
 from ..registry import Call, reader
 from ..sizes import Size, known, maximum, provably_not, same
+from .fitting import misfit
 
 _LAST = 2**63 - 1
 
@@ -75,7 +76,10 @@ def viewed(call: Call, x: Value, sizes: list[Any]) -> Value:
     try:
         return call.builder.call(aten.view.default, x, sizes)
     except Unsupported:
-        return call.builder.call(aten.reshape.default, x, sizes)
+        try:
+            return call.builder.call(aten.reshape.default, x, sizes)
+        except Unsupported as error:
+            raise misfit(call.builder, x, sizes) or error from None
 
 
 @reader("Flatten")
@@ -113,10 +117,11 @@ def unsqueeze(call: Call, x: Value, axes: Value = None) -> Value:
 @reader("Squeeze")
 def squeeze(call: Call, x: Value, axes: Value = None) -> Value:
     builder, given = call.builder, axes_of(call, axes)
-    if given is None:
-        dims = [dim for dim, each in enumerate(builder.shape(x)) if not isinstance(each, Size) and each == 1]
-    else:
-        dims = builder.dims(given, builder.rank(x))
+    sizes = builder.shape(x)
+    dims = [dim for dim in range(len(sizes)) if not provably_not(sizes[dim], 1)] if given is None else builder.dims(given, len(sizes))
+    for dim in dims:
+        if isinstance(sizes[dim], Size):
+            raise builder.depends(np.array([sizes[dim]], object), f"dim {dim}, which goes where it is 1,")
     if isinstance(x, np.ndarray):
         return np.squeeze(x, tuple(dims))
     return x if not dims else builder.call(aten.squeeze.dims, x, dims)
@@ -156,7 +161,10 @@ def split(call: Call, x: Value, sizes: Value = None) -> Any:
 
 @reader("Slice")
 def slice_(call: Call, x: Value, starts: Value = None, ends: Value = None, axes: Value = None, steps: Value = None) -> Value:
+    """Before opset 10 the places are attributes."""
     builder, rank = call.builder, call.builder.rank(x)
+    if call.version < 10:
+        starts, ends, axes = (_vector(call.get(name)) for name in ("starts", "ends", "axes"))
     begins, stops = builder.sizes(starts), builder.sizes(ends)
     if begins is None or stops is None:
         raise builder.depends(starts if begins is None else ends, "place")
@@ -165,6 +173,10 @@ def slice_(call: Call, x: Value, starts: Value = None, ends: Value = None, axes:
     for dim, begin, stop, step in zip(dims, list(begins), list(stops), strides, strict=True):
         x = _sliced(call, x, dim, begin, stop, step)
     return x
+
+
+def _vector(integers: list[int] | None) -> torch.Tensor | None:
+    return None if integers is None else torch.tensor(integers, dtype=torch.int64)
 
 
 def _sliced(call: Call, x: Value, dim: int, begin: Any, stop: Any, step: int) -> Value:
@@ -288,7 +300,10 @@ def space_to_depth(call: Call, x: Value) -> Value:
 
 @reader("Pad")
 def pad(call: Call, x: Value, pads: Value = None, value: Value = None, axes: Value = None) -> Value:
+    """Before opset 11 widths and fill value are attributes."""
     builder, rank = call.builder, call.builder.rank(x)
+    if call.version < 11:
+        pads, value = _vector(call.get("pads")), torch.tensor(call.get("value", 0.0))
     given = builder.sizes(pads)
     if given is None:
         raise builder.depends(pads, "width")
