@@ -6,7 +6,6 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from graphwright.testing import programs
 from graphwright.testing.bisect import bisect
 from graphwright.testing.reduce import reduce, reduced
 from graphwright.testing.reproducer import write_reproducer
+from graphwright.tests import residual_net
 
 aten = torch.ops.aten
 
@@ -60,32 +60,9 @@ class Relu(Pass):
         return Outcome()
 
 
-NET = textwrap.dedent("""
-    import torch
-    from torch import nn
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(5))
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = x * 1.0 + block(x)
-            return x
-
-    def make():
-        torch.manual_seed(0)
-        return Net().eval(), (torch.randn(3, 8),)
-""")
-
-
 @pytest.fixture(scope="module")
 def program() -> gw.Program:
-    """Five residual blocks, each with a call that a clean-up takes away."""
-    namespace: dict[str, Any] = {}
-    exec(NET, namespace)
-    module, args = namespace["make"]()
+    module, args = residual_net.make()
     return gw.capture(module, args)
 
 
@@ -209,16 +186,15 @@ PASS = textwrap.dedent('''
 
 def test_the_command_line_bisects_reduces_and_writes_the_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (tmp_path / "mine_too.py").write_text(PASS)
-    (tmp_path / "net_too.py").write_text(NET)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert main(["bisect", "net_too:make", "--passes", "mine_too:Mine", "-o", "case.py", "--json"]) == 1
+    assert main(["bisect", "graphwright.tests.residual_net:make", "--passes", "mine_too:Mine", "-o", "case.py", "--json"]) == 1
     said = json.loads(capsys.readouterr().out)
     assert (said["pass"], said["application"], said["verdict"], said["output"]) == ("mine", 1, "wrong", "case.py")
     assert (tmp_path / "case.py").exists()
-    assert main(["reduce", "net_too:make", "--passes", "mine_too:Mine"]) == 1
+    assert main(["reduce", "graphwright.tests.residual_net:make", "--passes", "mine_too:Mine"]) == 1
     assert "1 of " in capsys.readouterr().out
-    assert main(["bisect", "net_too:make"]) == 0
+    assert main(["bisect", "graphwright.tests.residual_net:make"]) == 0
     assert "no rewrite is wrong" in capsys.readouterr().out
 
 
