@@ -11,6 +11,7 @@ from ..ir.calls import name_of
 from ..ir.liveness import profile, storage_bytes
 from ..ir.printer import Line, program_lines
 from ..ir.program import Function, Where, region_of
+from ..ir.region_call import RegionCall
 from ..ir.rewriter import label
 
 
@@ -37,11 +38,15 @@ class ProgramData:
         self.lines = program_lines(self.bare)
         self.index: dict[Node, int] = {}
         self._weights: dict[str, int] = {}
+        self._operand_of: dict[Node, Node] = {}  # a region's input -> what it is a slice of
         for index, line in enumerate(self.lines):
             if line.kind == "weight":
                 self._weights[line.name] = index
             elif line.node is not None and line.kind != "close":
                 self.index[line.node] = index
+                region = region_of(line.node)
+                if region is not None:
+                    self._operand_of |= zip(region.placeholders, RegionCall.of(line.node).operands, strict=True)
         self._wheres = wheres
         self.data: dict[str, Any] = {
             "lines": [self._line(line) for line in self.lines],
@@ -83,7 +88,8 @@ class ProgramData:
             return data
         if node.op == "call_function":
             data["op"] = name_of(node.target)  # type: ignore[arg-type]
-        reads = [place for operand in node.all_input_nodes if (place := self._place(operand)) is not None]
+        operands = [self._operand_of[node]] if node in self._operand_of else node.all_input_nodes
+        reads = [place for operand in operands if (place := self._place(operand)) is not None]
         if reads:
             data["reads"] = list(dict.fromkeys(reads))
         where = node.meta.get("where")

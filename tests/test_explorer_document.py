@@ -75,6 +75,15 @@ def test_lines_name_the_lines_that_they_read(found):
     assert read[1:] == [["weight", "@down.weight"], ["weight", "@down.bias"]] and read[0][0].startswith("%")
 
 
+def test_inputs_of_regions_read_what_they_are_slices_of(found):
+    lines = lines_of(found, -1)
+    inside = [line for line in lines if line["kind"] == "input" and "region" in line]
+    assert inside
+    for line in inside:
+        [read] = line["reads"]
+        assert read in lines[line["region"]]["reads"]
+
+
 def test_lines_lead_to_the_users_source(found):
     line = next(line for line in lines_of(found, 0) if line.get("op") == "aten.sigmoid.default")
     where = found["wheres"][line["where"]]

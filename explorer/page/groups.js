@@ -9,10 +9,11 @@ const label = (line) => (line.op ? shortOp(line.op) : line.kind === "input" ? `i
 function groupsOf(program, fn) {
   const { first, last } = report.data.programs[program].functions[fn], lines = linesOf(program);
   const root = { kind: "module", name: "", path: "", children: [], kids: new Map(), line: -1 };
-  const regions = new Map();
+  const regions = new Map(), inputs = new Map(); // inputs of a region have no box: the region reads its operands
   for (let place = first; place <= last; place++) {
     const line = lines[place];
     if (!["input", "call", "return"].includes(line.kind)) continue;
+    if (line.region !== undefined && line.kind === "input") { inputs.set(place, line.region); continue; }
     const inside = line.region === undefined ? root : regions.get(line.region);
     const where = whereOf(line);
     const parent = descend(inside, where ? where.module : "");
@@ -22,8 +23,9 @@ function groupsOf(program, fn) {
       parent.children.push(region);
     } else parent.children.push({ kind: "op", name: label(line), line: place, path: `line ${place}` });
   }
-  const interned = new Map();
-  return named(simplified(root, lines, interned));
+  const groups = named(simplified(root, lines, new Map()));
+  for (const [place, region] of inputs) groups.chains.set(place, groups.chains.get(region));
+  return groups;
 }
 
 function descend(group, module) {
@@ -82,7 +84,7 @@ function stretches(children) {
   return result;
 }
 
-// `chain` of a line: the groups from the outermost in that hold it, and its own box.
+// The chain of a line: the groups from the outermost in that hold it, and its own box.
 function named(root) {
   const chains = new Map();
   const visit = (node, above) => {
