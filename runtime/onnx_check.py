@@ -1,6 +1,7 @@
 """Whether an ONNX file is the function that it was made from: checked, loaded in onnxruntime, and run beside the program on inputs that
 neither was made with."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,20 @@ def _session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has an exception of its own for each status
-        reason = first_line(error)
-        advice = ": it has no kernel for that type on a CPU, so export the model in float32" if "NOT_IMPLEMENTED" in reason else ""
-        raise TargetError(f"onnxruntime does not load the ONNX model of this program ({reason}){advice}") from error
+        raise TargetError(_why_not_loaded(first_line(error))) from error
+
+
+_LACKING = re.compile(r"NOT_IMPLEMENTED : Could not find an implementation for (\w+)")
+
+
+def _why_not_loaded(reason: str) -> str:
+    lacking = _LACKING.search(reason)
+    if lacking is None:
+        return f"onnxruntime does not load the ONNX model of this program: {reason}"
+    return (
+        f"onnxruntime has no {lacking[1]} on a CPU for a type of this program, so that the ONNX model of it cannot be "
+        "checked: export the model in float32"
+    )
 
 
 def _alone(program: Program, function: Function) -> Program:

@@ -42,6 +42,14 @@ def cache(tmp_path):
     return Cache(tmp_path / "cache")
 
 
+@pytest.fixture(scope="session")
+def exported_decoder(tmp_path_factory):
+    """A decoder of one layer with its functions `prefill` and `decode` as ONNX models."""
+    from graphwright.tests.onnx_models import ExportedDecoder
+
+    return ExportedDecoder.made(tmp_path_factory.mktemp("exported_decoder"))
+
+
 class RootIsAFolder:
     """The root's __init__.py makes pytest import the root as a package named after the clone's folder: all of
     graphwright, and its op registrations, a second time. To pytest the root is a plain folder."""

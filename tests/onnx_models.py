@@ -1,16 +1,43 @@
 """What tests of ONNX models compile, import and compare with."""
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 import onnxruntime
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import graphwright as gw
 from graphwright.ir.run import run
+from graphwright.models.decoder import SIZES, Decoder
 
 
 def compiled_of(module, *inputs, passes=(), **options):
     return gw.compile(module, passes, example_inputs=inputs, backend="aten", cache=False, **options)
+
+
+@dataclass(frozen=True)
+class ExportedDecoder:
+    """A decoder, compiled, and what was written of it."""
+
+    module: nn.Module
+    compiled: gw.CompiledModel
+    written: Any
+
+    @staticmethod
+    def made(folder):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = Decoder(replace(SIZES["tiny"], depth=1)).eval()
+        compiled = gw.compile_decoder(module, backend="aten", cache=False)
+        return ExportedDecoder(module, compiled, compiled.export_onnx(folder / "m.onnx", functions=["prefill", "decode"]))
+
+    @property
+    def files(self):
+        """Those of prefill, of decode, and of weights."""
+        return self.written.files
 
 
 class Function(nn.Module):

@@ -264,16 +264,23 @@ def test_an_operator_that_stayed_onnx_is_compared_as_any_other(tmp_path, monkeyp
         compiled.export_onnx(tmp_path / "m.onnx")
 
 
-def test_functions_are_a_model_each_and_share_one_file_of_weights(tmp_path):
-    module, _, _ = gw.models.load("decoder", "tiny")
-    compiled = gw.compile_decoder(module, backend="aten", cache=False)
-    written = compiled.export_onnx(tmp_path / "m.onnx", functions=["prefill", "decode"])
-    *models, data = written.files
-    assert [path.name for path in models] == ["m.prefill.onnx", "m.decode.onnx"] and written.verdict.kind == "right"
-    weights = sum(weight.nbytes for weight in compiled.program.weights.values())
+def test_functions_are_a_model_each_and_share_one_file_of_weights(exported_decoder):
+    *models, data = exported_decoder.files
+    assert [path.name for path in models] == ["m.prefill.onnx", "m.decode.onnx"] and exported_decoder.written.verdict.kind == "right"
+    weights = sum(weight.nbytes for weight in exported_decoder.compiled.program.weights.values())
     assert data.stat().st_size < 1.2 * weights
     names = {each.name for each in session_of(models[1]).get_inputs()}
     assert {"tokens", "position", "rows", "cache_k_0"} <= names
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "operator"), [(torch.erf, torch.float64, "Erf"), (lambda x: x @ x.T, torch.bfloat16, "MatMul")]
+)
+def test_a_kernel_that_the_runtime_lacks_is_named(function, dtype, operator, tmp_path):
+    compiled = compiled_of(Function(function), torch.randn(2, 3, dtype=dtype))
+    with pytest.raises(gw.TargetError, match=rf"has no {operator} on a CPU for a type of this program, .*: export the model in float32$"):
+        compiled.export_onnx(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 # --- files and errors -------------------------------------------------------------------------------------------------------------------

@@ -43,11 +43,11 @@ def test_a_program_comes_back(trip, tmp_path):
 
 
 @pytest.mark.parametrize("dialect", ["function", "custom"])
-def test_operators_of_the_dialect_are_read_as_what_they_were(dialect, tmp_path):
-    module, _, _ = gw.models.load("decoder", "tiny")
-    compiled = gw.compile_decoder(module, backend="aten", cache=False)
-    compiled.export_onnx(tmp_path / "m.onnx", functions=["decode"], dialect=dialect)
-    again = gw.from_onnx(tmp_path / "m.decode.onnx")
+def test_operators_of_the_dialect_are_read_as_what_they_were(dialect, exported_decoder, tmp_path):
+    compiled, file = exported_decoder.compiled, exported_decoder.files[1]
+    if dialect == "custom":
+        (file, *_) = compiled.export_onnx(tmp_path / "m.onnx", functions=["decode"], dialect=dialect).files
+    again = gw.from_onnx(file)
     cached = {name for name in operators(again) if name.startswith("gw.")}
     assert cached == {"gw.kv_append.default", "gw.cached_attention.default"}
     scales = {node.kwargs["scale"] for node in again.nodes() if "cached_attention" in str(node.target)}
@@ -97,12 +97,11 @@ def greedy_of_module(module, prompt, count):
     return tokens[len(prompt) :]
 
 
-def test_functions_of_a_decoder_come_back_and_give_the_tokens_of_the_module(tmp_path):
-    module, _, _ = gw.models.load("decoder", "tiny")
-    gw.compile_decoder(module, backend="aten", cache=False).export_onnx(tmp_path / "m.onnx", functions=["prefill", "decode"])
+def test_functions_of_a_decoder_come_back_and_give_the_tokens_of_the_module(exported_decoder):
+    prefill, decode, _ = exported_decoder.files
     prompts = [[3, 141, 59], [26, 5, 35, 8, 97]]
-    tokens = greedy(Step(tmp_path / "m.prefill.onnx"), Step(tmp_path / "m.decode.onnx"), prompts, 8)
-    assert tokens == [greedy_of_module(module, prompt, 8) for prompt in prompts]
+    tokens = greedy(Step(prefill), Step(decode), prompts, 8)
+    assert tokens == [greedy_of_module(exported_decoder.module, prompt, 8) for prompt in prompts]
 
 
 # --- what functions say they are --------------------------------------------------------------------------------------------------------
