@@ -1,6 +1,7 @@
 # make demo    install and show what graphwright does
 # make test    lint, types, tests: what CI runs
 # make fuzz    random programs under random pipelines; FUZZ_FLAGS= for other ones, results in out/fuzz
+# make docs    the pages of docs/ as HTML in out/docs, without a warning
 # make bench   every benchmark; BENCH_FLAGS= for the long ones, JSON in out/bench/
 #
 # Everything lives in .venv; a second run installs nothing. PYTHON=python3.12 picks the interpreter.
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -c constraints.txt
 BENCHES := $(filter-out bench/decoder_peers.py bench/gpu_experts.py bench/gpu_kv_cache.py bench/gpu_low_rank.py bench/gpu_rat.py bench/harness.py bench/low_rank_networks.py bench/picture.py bench/trained_decoder.py,$(wildcard bench/*.py))
 
-.PHONY: demo test lint fuzz bench bench-deps clean
+.PHONY: demo test lint fuzz docs bench bench-deps clean
 
 demo: $(VENV)/installed
 	$(BIN)/graphwright demo
@@ -30,6 +31,10 @@ lint: $(VENV)/installed-test
 
 fuzz: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m graphwright.testing.fuzz $(FUZZ_FLAGS) --out out/fuzz
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs out/docs
+	@echo "out/docs/index.html"
 
 bench: $(VENV)/installed
 	@test -n "$(BENCHES)" || { echo "no benchmark under bench/ yet"; exit 1; }

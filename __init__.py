@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .compiler import compile as compile
     from .compiler import compile_decoder as compile_decoder
     from .compiler import load as load
+    from .explorer import Profile as Profile
     from .ir import Program as Program
     from .ir import parse as parse
     from .ir.capture import capture as capture
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     ".compiler": ("compile", "compile_decoder", "load"),
+    ".explorer": ("Profile",),
     ".ir": ("Program", "capture", "op", "parse"),
     ".ir.diff": ("diff",),
     ".ir.errors": (

@@ -23,16 +23,68 @@ MODEL is one of
   unet.gw               an artifact that graphwright wrote
   unet.onnx             an ONNX model
   unet.pt2              a torch.export file; it can run code when it is read, so it needs --trusted
-  unet.txt              a program as `graphwright dump` prints it (dump, diff and verify only)
+  unet.txt              a program as `graphwright dump` prints it (dump, diff, verify and view only)
   video_unet:tiny       a network of the zoo and its size (small when left out)
   package.module:make   a function of yours, looked for in the current folder too, that returns (module, args) or
                         (module, args, kwargs); it runs
 
 exit codes
   0  done; nothing was found
-  1  diff found a difference, verify could not confirm the program, or cache explain found nothing kept
+  1  diff found a difference, verify could not confirm the program, bisect or reduce found a fault, or cache explain found nothing kept
   2  a mistake in what was asked: one line on stderr says which
 """
+
+EXAMPLES = {
+    "compile": """\
+  graphwright compile video_unet:tiny --passes 'slice-groups{memory_budget=25%}' -o unet.gw
+  graphwright compile decoder:tiny --decoder --passes absorb-outliers --numeric""",
+    "export": """\
+  graphwright export video_unet:tiny --passes slice-groups -o unet.onnx""",
+    "dump": """\
+  graphwright dump vit:tiny | less
+  graphwright dump vit:tiny --passes fold-constants --ops
+  graphwright dump unet.gw --weights --json""",
+    "view": """\
+  graphwright view video_unet:tiny --passes 'slice-groups{memory_budget=25%}' --profile --open
+  graphwright view unet.gw -o unet.html
+  graphwright view program.txt --passes share-subexpressions
+  graphwright view unet.gw --json | jq '.programs[-1].functions[0].memory.peak_bytes'""",
+    "diff": """\
+  graphwright dump vit:tiny > before.txt; graphwright dump vit:tiny --passes fold-constants > after.txt
+  graphwright diff before.txt after.txt""",
+    "verify": """\
+  graphwright verify unet.gw
+  graphwright verify vit:tiny --passes slice-groups --numeric""",
+    "bisect": """\
+  graphwright bisect vit:tiny --passes my_passes:Mine
+  graphwright bisect vit:tiny --passes my_passes:Mine -o case.py; python case.py""",
+    "reduce": """\
+  graphwright reduce vit:tiny --passes my_passes:Mine -o case.py""",
+    "explain": """\
+  graphwright explain slice-groups video_unet:tiny
+  graphwright explain 'absorb-outliers{rank=16}' dit:tiny --json""",
+    "passes": """\
+  graphwright passes
+  graphwright passes slice-groups""",
+    "zoo": """\
+  graphwright zoo""",
+    "cache": """\
+  graphwright cache list
+  graphwright cache explain vit:tiny --passes slice-groups
+  graphwright cache clear probe""",
+    "cache list": "  graphwright cache list --json",
+    "cache explain": "  graphwright cache explain vit:tiny --passes slice-groups",
+    "cache clear": """\
+  graphwright cache clear
+  graphwright cache clear passes""",
+    "completion": """\
+  graphwright completion bash > ~/.local/share/bash-completion/completions/graphwright
+  graphwright completion zsh > ~/.zfunc/_graphwright      # ~/.zfunc being a folder of $fpath
+  graphwright completion fish > ~/.config/fish/completions/graphwright.fish""",
+    "demo": """\
+  graphwright demo --quick
+  graphwright demo --save out""",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,13 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     passes.add_argument("--no-cleanups", action="store_true", help="run the passes of P alone")
 
     parser = _Parser(prog="graphwright", description="Compiles PyTorch models by passes that say what they do to the numbers.")
-    _finish(parser)
+    _finish(parser, "")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
 
     def add(name: str, command: tuple[str, str], about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=list(parents), help=about, description=about[0].upper() + about[1:] + ".")
-        _finish(added)
+        _finish(added, EXAMPLES[name])
         added.set_defaults(command=command)
         return added
 
@@ -164,17 +216,36 @@ def _parser() -> argparse.ArgumentParser:
     dumping = add("dump", ("programs", "dump"), "print a program as text, as captured or after passes", model, passes)
     dumping.add_argument("--ops", action="store_true", help="print how often each operator is called instead")
     dumping.add_argument("--weights", action="store_true", help="print the table of its weights instead")
+    viewing = add("view", ("view", "view"), "write what the compiler did to a model as one page, to open in a browser", model, passes)
+    viewing.add_argument("-o", "--output", metavar="FILE.html", help="the page to write (default: MODEL.report.html in this folder)")
+    viewing.add_argument("--open", action="store_true", help="also open it in the browser")
+    viewing.add_argument("--profile", action="store_true", help="run the model: time of each kernel, error of each layer against float64")
+    viewing.add_argument("--numeric", action="store_true", help="hold each pass to its contract on the example inputs")
+    viewing.add_argument("--backend", default="aten", help="auto, tuned, inductor, triton or aten (default: aten)")
+    _add_decoder(viewing)
     differing = add("diff", ("programs", "diff"), "print what differs between two programs, paired by where operations came from", common)
     differing.add_argument("a", metavar="A")
     differing.add_argument("b", metavar="B")
     differing.add_argument("--trusted", action="store_true", help="read .pt2 files, which can run code")
     verifying = add("verify", ("programs", "verify"), "check a program, and what passes make of it", model, passes)
     verifying.add_argument("--numeric", action="store_true", help="hold each pass to its contract on inputs")
+    bisecting = add("bisect", ("debug", "bisect"), "find the rewrite of a pipeline that breaks its contract", model, passes)
+    reducing = add("reduce", ("debug", "reduce"), "find the smallest program on which a pipeline breaks its contract", model, passes)
+    for each in (bisecting, reducing):
+        each.add_argument("-o", "--output", metavar="FILE.py", help="also write the smallest case as a file that runs alone")
+    explaining = add("explain", ("debug", "explain"), "say what a pass rewrites in a model, what it leaves alone, and why", common)
+    explaining.add_argument("passname", metavar="PASS", help="the pass, with options as in --passes")
+    explaining.add_argument("model", metavar="MODEL", help="what to read; see below")
+    explaining.add_argument("--trusted", action="store_true", help="read .pt2 files, which can run code")
+    explaining.add_argument("--no-cleanups", action="store_true", help="look at the program as captured")
     listing = add("passes", ("lists", "passes"), "list the passes with contracts and options, or say all of one", common)
     listing.add_argument("passname", nargs="?", metavar="PASS", help="the one to describe")
     add("zoo", ("lists", "zoo"), "list the networks of the zoo, which serve as MODEL", common)
     caching = add("cache", ("cache", "list_"), "show, explain or empty what is kept between processes")
     _add_cache_commands(caching, common, model, passes)
+    completing = add("completion", ("completion", "completion"), "print a script that lets a shell complete this command", common)
+    completing.add_argument("shell", metavar="SHELL", choices=["bash", "zsh", "fish"], help="bash, zsh or fish")
+    completing.set_defaults(root=parser)
     demo = add("demo", ("demo", "demo"), "lower the memory of a small video network and measure it", common)
     demo.add_argument("--quick", action="store_true", help="the tiny network: seconds instead of minutes")
     demo.add_argument("--save", metavar="DIR", help="also write the program (demo.txt) and the report (report.txt) there")
@@ -190,7 +261,7 @@ def _add_cache_commands(parser: argparse.ArgumentParser, common: argparse.Argume
 
     def add(name: str, function: str, about: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=list(parents), help=about, description=about[0].upper() + about[1:] + ".")
-        _finish(added)
+        _finish(added, EXAMPLES[f"cache {name}"])
         added.set_defaults(command=("cache", function))
         return added
 
@@ -200,8 +271,8 @@ def _add_cache_commands(parser: argparse.ArgumentParser, common: argparse.Argume
     clearing.add_argument("kind", nargs="?", metavar="KIND", help="passes, code, ..: entries of this kind alone")
 
 
-def _finish(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
+def _finish(parser: argparse.ArgumentParser, examples: str) -> None:
+    parser.epilog = f"examples\n{examples}\n\n{EPILOG}" if examples else EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 

@@ -16,13 +16,14 @@ from .ir.calling import Call, parameters_of
 from .ir.decoder_example import decoder_example
 from .ir.errors import ArtifactError, GraphwrightError, InputError
 from .ir.onnx import from_onnx
-from .passes import CLEANUPS, Contract, KVCache, PassManager, parse_pipeline
+from .passes import CLEANUPS, Contract, ExpertChoice, KVCache, PassManager, parse_pipeline
 from .passes.pipeline import Pipeline
 from .runtime import artifact
 from .runtime.artifact import Saved
 from .runtime.backend import choose_backend
 from .runtime.cache import Cache, default_cache
 from .runtime.compiled import Compilation, CompiledModel
+from .runtime.denoising.ratio import ARGUMENT
 from .runtime.modes import other_mode
 from .runtime.pass_cache import run_or_find
 from .runtime.training import trainable_copy
@@ -89,7 +90,10 @@ def compile(
             raise InputError(f"dynamic_shapes is for capturing a module, not for {type(model).__name__}, whose sizes stand: leave it out")
         return CompiledModel(finish(_saved(model, trusted, kept), _example(example_inputs, example_kwargs)))
 
+    has_schedule = any(isinstance(each, ExpertChoice) and each.schedule is not None for each in pipeline)
+
     def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compilation:
+        kwargs = {name: value for name, value in kwargs.items() if not (has_schedule and name == ARGUMENT)}  # the module takes none
         # torch.export takes two arguments that are one tensor for one argument; each is a tensor of its own here.
         apart_args, apart_kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         program = capture(model, apart_args, apart_kwargs, dynamic_shapes=dynamic_shapes)

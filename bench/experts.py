@@ -1,9 +1,10 @@
 """`regroup-experts` on a CPU against transformers' own implementations: a block of a mixture of experts, router included; cases are named
 dtype, experts, experts a token, tokens.
 
-64 experts [512, 256] with 8 a token (Qwen3-MoE's block) and 8 experts [512, 1024] with 2 a token (Mixtral's), random weights. Ours is
-`gw.compile(block, "regroup-experts")`. Peers are the block with `eager` (a loop over the experts that were hit), `grouped_mm` and
-`batched_mm`, which copies the weights of each token's experts and so is left out where that is more than 1 GiB. Below 1 is better.
+64 experts [512, 256] with 8 a token (Qwen3-MoE's block), 8 experts [512, 1024] with 2 a token and 4 with 2 (Mixtral's), random weights.
+Ours is `gw.compile(block, "regroup-experts")`. Peers are the block with `eager` (a loop over the experts that were hit), `grouped_mm` and
+`batched_mm`, which copies the weights of each token's experts and so is left out where that is more than 1 GiB; and where tokens choose
+half of the experts, `dense`, which runs all on each token. Below 1 is better.
 
 Cases "expert choice" are the block of 64 experts after `expert-choice`, which makes another function of it, beside the block without: as
 many pairs of token and expert, and so as many FLOPs. They have their backend in their name.
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 
 import graphwright as gw
 
-PEERS = ("eager", "grouped_mm", "batched_mm")
+PEERS = ("eager", "grouped_mm", "batched_mm", "dense")
 SAME = "regroup-experts"  # tokens choose
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = (512, 64, 1)
-MANY, FEW = (64, 8, 512, 256), (8, 2, 512, 1024)  # experts, experts a token, width, width of an expert
+MANY, FEW, FEWEST = (64, 8, 512, 256), (8, 2, 512, 1024), (4, 2, 512, 1024)  # experts, experts a token, width, width of an expert
 CHOOSING = (64, 512, 2048)
 COPIES = 2**30  # bytes
 
@@ -32,14 +33,19 @@ COPIES = 2**30  # bytes
 def main() -> None:
     bench = Bench("experts", dict.fromkeys([*PEERS, SAME], "transformers"))
     torch.manual_seed(0)
+    register_dense()
     with torch.no_grad():
         for dtype in DTYPES:
-            for sizes, tokens in [(MANY, 512), (FEW, 1)] if bench.quick else [(sizes, n) for sizes in (MANY, FEW) for n in TOKENS]:
+            for sizes, tokens in _cases(bench.quick):
                 measure(bench, dtype, sizes, tokens)
             for tokens in [512] if bench.quick else CHOOSING:
                 for backend in ("aten", "tuned"):
                     measure_choice(bench, dtype, tokens, backend)
     bench.finish()
+
+
+def _cases(quick: bool) -> list[tuple[tuple[int, int, int, int], int]]:
+    return [(MANY, 512), (FEW, 1), (FEWEST, 16)] if quick else [(sizes, n) for sizes in (MANY, FEW, FEWEST) for n in TOKENS]
 
 
 def measure(bench: Bench, dtype: str, sizes: tuple[int, int, int, int], tokens: int) -> None:
@@ -51,7 +57,8 @@ def measure(bench: Bench, dtype: str, sizes: tuple[int, int, int, int], tokens: 
     (report,) = (each for each in compiled.report().passes if each.spelling == "regroup-experts")
     assert report.data == {"regrouped": 1}, report
     copied = 3 * tokens * k * width * inner * DTYPES[dtype].itemsize
-    peers = {form: call_of(block, config, form, x) for form in PEERS if form != "batched_mm" or copied <= COPIES}
+    unfit = {"batched_mm": copied > COPIES, "dense": experts > 2 * k}
+    peers = {form: call_of(block, config, form, x) for form in PEERS if not unfit.get(form)}
     bench.time(f"{dtype}, {experts}, {k}, {tokens}", lambda: compiled(x), peers)
 
 
@@ -73,7 +80,7 @@ def block_of(experts: int, k: int, width: int, inner: int) -> tuple[nn.Module, A
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-    if experts == FEW[0]:
+    if experts <= FEW[0]:
         config: Any = MixtralConfig(hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=k)
         block: nn.Module = MixtralSparseMoeBlock(config)
     else:
@@ -82,6 +89,20 @@ def block_of(experts: int, k: int, width: int, inner: int) -> tuple[nn.Module, A
     for parameter in block.parameters():
         parameter.normal_(0, parameter.size(-1) ** -0.5)
     return block.eval(), config
+
+
+def dense(layer: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Experts of transformers, each on every token."""
+    gates = torch.zeros(len(x), layer.gate_up_proj.size(0), dtype=weight.dtype).scatter(1, index, weight)
+    gate, up = torch.matmul(x, layer.gate_up_proj.transpose(1, 2)).chunk(2, -1)
+    each = torch.matmul(layer.act_fn(gate) * up, layer.down_proj.transpose(1, 2))
+    return (each * gates.t().unsqueeze(-1)).sum(0).to(x.dtype)
+
+
+def register_dense() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register("dense", dense)
 
 
 def call_of(block: nn.Module, config: Any, form: str, x: Tensor) -> Callable[[], object]:

@@ -47,7 +47,7 @@ class Call:
         self._positional, self._keyword = function.in_tree.children
         arguments = function.signature().inputs
         names = _argument_names(self._positional, [a.name for a in arguments], self.parameters)
-        self._names = names
+        self._names, self._leaf_names = names, [a.name for a in arguments]
         self._leaves = [_LeafCheck.of(argument.value, program.symbols) for argument in arguments]
         self._symbols = {symbol.name: symbol for symbol in program.symbols}
         written = set(function.signature().new_states)
@@ -63,6 +63,22 @@ class Call:
         paths: list[str] = []
         for name, tree, value in self._arranged(args, kwargs):
             _flatten(tree, value, name, leaves, paths)
+        inputs = self._checked(leaves, paths)
+        self._check_written(leaves, paths)
+        return inputs, leaves
+
+    def bind_flat(self, leaves: Sequence[Any]) -> list[Any]:
+        """The flat inputs of a call as the program takes them, from a value for each leaf, constants included.
+
+        Raises:
+            InputError: naming the argument, what was expected and what came.
+        """
+        names = self._leaf_names
+        if len(leaves) != len(names):
+            raise InputError(f"the function takes {len(names)} inputs, one for each of {', '.join(names) or 'none'}, not {len(leaves)}")
+        return self._checked(leaves, names)
+
+    def _checked(self, leaves: Sequence[Any], paths: Sequence[str]) -> list[Any]:
         sizes: dict[str, tuple[int, str]] = {}
         inputs = [check(value, path, sizes, self._symbols) for check, value, path in zip(self._leaves, leaves, paths, strict=True)]
         if len(sizes) < len(self._symbols):
@@ -71,10 +87,9 @@ class Call:
         if self._symbols:
             for check, value, path in zip(self._leaves, leaves, paths, strict=True):
                 check.check_expressions(value, path, sizes)
-        self._check_written(leaves, paths)
-        return inputs, leaves
+        return inputs
 
-    def _check_written(self, leaves: list[Any], paths: list[str]) -> None:
+    def _check_written(self, leaves: Sequence[Any], paths: Sequence[str]) -> None:
         """A write into one input is not seen by what reads another, so the two may not lie in the same memory."""
         for written in self._written:
             for index, other in enumerate(leaves):

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -31,7 +33,7 @@ from .calls import GETITEM, is_assertion, is_mutating, is_pure, name_of, written
 from .dtypes import check_dtypes
 from .dynamic_shapes import misfit
 from .errors import CaptureError, InputError
-from .exportable_experts import exportable_experts
+from .exportable_experts import advice_on_loop, exportable_experts
 from .forks import new_rlock
 from .functionalize import NotFunctional, functional_variant, instance_norm, is_ambiguous, take_apart
 from .infer import InferenceError, fake_like, has_gaps, same_type, storage_key, tensors_of
@@ -333,7 +335,8 @@ class _Importer:
                 value = self._rebuild(node.target, args, kwargs, add)
         except InferenceError as error:
             self.blocked.add(node)
-            return [(where, f"{name_of(node.target)} does not type-check: {error}")]
+            advice = f": {_SIZES_BY_VALUES}" if "data-dependent" in str(error) else ""
+            return [(where, f"{name_of(node.target)} does not type-check: {error}{advice}")]
         except NotFunctional as error:  # no use to look further, torch may have to make it functional
             raise NotFunctional(_list_blockers([(where, str(error))])) from error
         self._stands_for(node, value)
@@ -517,6 +520,13 @@ def _dim_names(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 # --- failures --------------------------------------------------------------------------------------------------------------
 
 
+_SIZES_BY_VALUES = (
+    "a size depends on tensor values in a way that cannot be followed, as numbers of rows that experts have do: compute all rows, and put "
+    "zeros where there are none"
+)
+_BY_VALUES = "control flow depends on tensor values: use torch.where, or make the value an input"
+
+
 def _kind(model: object) -> str:
     return f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
 
@@ -545,9 +555,25 @@ def _explain(error: Exception, model: torch.nn.Module, args: tuple[Any, ...], kw
     if not blockers:
         blockers = [(Where("", 0), _unknown_output(name)) for name in _unknown_outputs(output)]
     if not blockers:
-        file, line = _traceback_frame(error)
-        blockers = [(Where(file, line), f"{type(error).__name__}: {_first_line(error)}")]
+        blockers = [_raised(error)]
     return CaptureError(_list_blockers(blockers))
+
+
+def _raised(error: Exception) -> tuple[Where, str]:
+    """Where torch.export stopped and why, in its words unless that is control flow by tensor values."""
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    if isinstance(error, GuardOnDataDependentSymNode):
+        reason = f"{advice_on_loop(_modules_of(error)) or _BY_VALUES} ({_first_line(error)})"
+    elif "Couldn't swap" in reason:
+        reason = f"a layer is converted to another dtype or device in forward: convert it before, and leave the call out ({reason})"
+    return Where(*_traceback_frame(error)), reason
+
+
+def _modules_of(error: BaseException) -> list[torch.nn.Module]:
+    """The modules whose methods were running, innermost first."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [frame.f_locals.get("self") for frame in reversed(frames)]
+    return [module for module in found if isinstance(module, torch.nn.Module)]
 
 
 def _unknown_outputs(output: Any) -> list[str]:
@@ -564,7 +590,7 @@ def _unknown_output(name: str) -> str:
 def _blockers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> list[tuple[Where, str]]:
     """Everything that torch's draft export had to guess, which is what the strict one refuses."""
     advice = {
-        "DATA_DEPENDENT_ERROR": "control flow depends on tensor values: use torch.where, or make the value an input",
+        "DATA_DEPENDENT_ERROR": _BY_VALUES,
         "GUARD_ADDED": "the code fixes a size that was declared dynamic: give that size, or widen the code",
         "MISSING_FAKE_KERNEL": "a custom operator has no fake kernel: add one with torch.library.register_fake",
         "MISMATCHED_FAKE_KERNEL": "a custom operator's fake kernel disagrees with the real one: mend it",
@@ -596,12 +622,11 @@ def _innermost_user_frame(frames: list[tuple[Any, Any]], names: Mapping[Any, str
 
 
 def _traceback_frame(error: BaseException) -> tuple[str, int]:
-    place, traceback = ("", 0), error.__traceback__
-    while traceback is not None:
-        file = traceback.tb_frame.f_code.co_filename
+    place = ("", 0)
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
         if os.path.exists(file) and not os.path.abspath(file).startswith((TORCH_ROOT, PACKAGE_ROOT + os.sep + "ir")):
-            place = (relative_file(file), traceback.tb_lineno)
-        traceback = traceback.tb_next
+            place = (relative_file(file), line)
     return place
 
 

@@ -5,13 +5,14 @@ expert, "batched_mm" copies the weights of each token's experts. Their results a
 eager.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+_DECORATED = "is_transposed"  # what transformers gives experts that run in the form that their config says
 _NAME = "_experts_implementation"  # private to transformers; a library without it has no such forms
 
 
@@ -29,6 +30,34 @@ def exportable_experts(model: nn.Module) -> Iterator[None]:
     finally:
         for config, form_of_config in before:  # setting one also sets those inside it, which come later
             setattr(config, _NAME, form_of_config)
+
+
+def advice_on_loop(modules: Iterable[nn.Module]) -> str | None:
+    """What to do about control flow that depends on data inside of `modules`, where that is a loop over experts; None where it is not."""
+    held = next((module for module in modules if _holds_experts(module)), None)
+    if held is None:
+        return None
+    if hasattr(held, _DECORATED):
+        return (
+            f"experts of {type(held).__name__} run one by one, as data says, in a form of its own: choose one that is captured, by "
+            "model.set_experts_implementation('grouped_mm') or 'batched_mm'"
+        )
+    return (
+        f"{type(held).__name__} decides by data which of its experts run: run them all, since an expert runs on no rows as well (rows, "
+        "choice = torch.where(index == expert)); or stack its weights into [experts, 2 * inner, width] and [experts, width, inner] and "
+        "multiply those of each token's experts by torch.bmm, which regroup-experts makes fast; Mixtral of transformers 5 does so"
+    )
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module is experts by its name, has layers of one class in a list that is, or two weights of as many matrices."""
+    if "experts" in type(module).__name__.lower():
+        return True
+    lists = [child for name, child in module.named_children() if "expert" in name.lower() and isinstance(child, nn.ModuleList)]
+    if any(len(each) > 1 and len({type(layer) for layer in each}) == 1 for each in lists):
+        return True
+    counts = [parameter.size(0) for _, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
+    return len(counts) > 1 and len(set(counts)) == 1
 
 
 def _configs(model: nn.Module) -> list[Any]:

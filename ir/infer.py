@@ -5,6 +5,7 @@ created and never edited; a stale shape is the commonest defect of compilers tha
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,11 +32,17 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
         _check_numbers((*operands, *keywords.values()))
     if target is GETITEM and not (operands and isinstance(operands[0], tuple)):
         raise InferenceError("it takes a result out of a call that has several")
+    key = _body_key(target, operands, keywords)
+    known = symbols.inferred.get(key) if key is not None else None
+    if known is not None:
+        return known.anew(symbols)
     try:
         with symbols.inference(), torch.amp.autocast("cpu", enabled=False):
             value = target(*operands, **keywords)
     except Exception as error:
         raise InferenceError(first_line(error)) from error
+    if key is not None and (inferred := Inferred.of(value, (operands, keywords))) is not None:
+        symbols.inferred[key] = inferred
     for tensor in tensors_of(value):
         if tensor.layout != torch.strided:
             kind = str(tensor.layout).removeprefix("torch.")
@@ -43,6 +50,76 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     if isinstance(value, int | torch.SymInt) and not -(2**63) <= hint(value) < 2**63:
         raise InferenceError("the size that it gives does not fit in 64 bits")
     return tuple(value) if isinstance(value, list) else value
+
+
+# --- the bodies of dialect operators -------------------------------------------------------------------------------------------
+
+# They are some hundred calls, which the layers of a network would repeat on equal types.
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """The types of a call's results, which share no memory with its operands or with each other."""
+
+    tensors: tuple[tuple[torch.dtype, tuple[Any, ...], tuple[Any, ...], torch.device], ...]
+    is_single: bool
+
+    @classmethod
+    def of(cls, value: Any, operands: Any) -> "Inferred | None":
+        """None where results cannot be made anew from their types."""
+        results = tensors_of(value)
+        read = [each for each in _leaves(operands) if isinstance(each, torch.Tensor)]
+        if not results or (isinstance(value, tuple | list) and len(results) < len(value)):
+            return None
+        if len({storage_key(each) for each in (*results, *read)}) < len(results) + len({storage_key(each) for each in read}):
+            return None
+        plain = all(each.layout == torch.strided and each.storage_offset() == 0 and not each.is_conj() for each in results)
+        if not plain or not _symbols_of(results) <= _symbols_of(_leaves(operands)):
+            return None
+        types = tuple((each.dtype, tuple(each.shape), tuple(each.stride()), each.device) for each in results)
+        return cls(types, isinstance(value, torch.Tensor))
+
+    def anew(self, symbols: SymbolTable) -> Any:
+        results = tuple(fake_like(symbols, dtype, shape, stride, device) for dtype, shape, stride, device in self.tensors)
+        return results[0] if self.is_single else results
+
+
+def _body_key(target: Callable[..., Any], operands: Any, keywords: Any) -> Any:
+    """What the types of a dialect operator's results follow from; None for other targets, and for operands of other kinds than these."""
+    if getattr(target, "namespace", "") != "gw":
+        return None
+    try:
+        return (target, _key(operands), tuple((name, _key(keywords[name])) for name in sorted(keywords)))
+    except TypeError:
+        return None
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        sizes = tuple(_key(each) for each in (*value.shape, *value.stride()))
+        return ("tensor", value.dtype, value.device, value.layout, value.is_conj(), value.is_neg(), sizes)
+    if isinstance(value, torch.SymInt):
+        return ("size", value.node.expr)
+    if isinstance(value, tuple | list):
+        return tuple(_key(each) for each in value)
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return (type(value), repr(value))  # which tells -0.0 from 0.0
+    raise TypeError(f"a {type(value).__name__} is no key")
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for each in value.values() for leaf in _leaves(each)]
+    return [leaf for each in value for leaf in _leaves(each)] if isinstance(value, tuple | list) else [value]
+
+
+def _symbols_of(values: Iterable[Any]) -> set[Any]:
+    found: set[Any] = set()
+    for value in values:
+        for size in (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                found |= size.node.expr.free_symbols
+    return found
 
 
 HOLE: Any = object()  # stands for an operand in a seal

@@ -307,7 +307,8 @@ class _Parser:
         stride = self._sizes() if self.accept("strides") else list(contiguous_stride(shape))
         if len(shape) > MAX_RANK or len(stride) != len(shape):
             self.fail(f"a tensor has {len(shape)} sizes and {len(stride)} strides", token)
-        if _last_address(shape, stride) * DTYPES[token.text].itemsize >= 2**63:
+        too_far = any(isinstance(step, int) and step >= 2**63 for step in stride)  # of a dim of one element, which addresses nothing
+        if too_far or _last_address(shape, stride) * DTYPES[token.text].itemsize >= 2**63:
             self.fail("a tensor of these sizes and strides has more than 2**63 - 1 bytes", token)
         device = torch.device("cpu")
         if self.accept("on"):
@@ -392,7 +393,7 @@ class _Parser:
         dtype, shape, stride, device = self._tensor_type()
         try:
             return fake_like(self.symbols, dtype, shape, stride, device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:  # a size that is computed of symbols may be none
             self.fail(f"no such tensor: {first_line(error)}", token)
 
     def _tree(self) -> Tree:

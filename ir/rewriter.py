@@ -103,8 +103,12 @@ class Rewriter:
         fingerprint = str(self.program) if self.checked else ""
         self._removed, self._added, self._edited = [], [], False
         start = time.perf_counter()
+        place = relative_file(frame.f_code.co_filename), frame.f_lineno
         try:
             yield
+        except Exception as error:
+            error.add_note(f"in rewrite {rule} at {place[0]}:{place[1]}")
+            raise
         finally:
             removed, self._removed = self._removed, None
         microseconds = (time.perf_counter() - start) * 1e6
@@ -114,7 +118,6 @@ class Rewriter:
         if not self._edited:
             self.fuel.spent -= 1
             return
-        place = relative_file(frame.f_code.co_filename), frame.f_lineno
         self.records.append(RewriteRecord(self.pass_name, rule, *place, tuple(removed), after, microseconds))
 
     def _check_step(self, rule: str, fingerprint: str, claimed: bool) -> None:

@@ -1,9 +1,10 @@
 """`CompiledModel`: what `compile` returns, called like the module that it was made from."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,14 +12,21 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from ..codegen.cpu_kernels import KERNELS
 from ..codegen.cpu_packed import Pack
+from ..explorer import LayerError, Profile, Story, layer_errors
 from ..ir import Program
 from ..ir.calling import Call, Parameter
+from ..ir.calls import draws
 from ..ir.derive import specialised
 from ..ir.errors import ArtifactError, InputError, TargetError
+from ..ir.float64 import NoFloat64
 from ..ir.forks import new_lock, new_rlock
 from ..ir.tree import unflatten
 from ..passes import Contract
+from ..passes.experts.capacity import schedule_of
+from ..passes.experts.limit import mixtures
+from ..passes.experts.statistics import RoutingStatistics, count_routing
 from ..passes.manager import PassReport
 from . import artifact
 from .artifact import Saved
@@ -26,7 +34,7 @@ from .cache import Cache
 from .decoding.generate import generate
 from .decoding.generated import Generated, Token
 from .decoding.steps import ProgramDecoder
-from .denoising.ratio import ARGUMENT, RowsByRatio, schedule_of
+from .denoising.ratio import ARGUMENT, RowsByRatio
 from .executor import Executor
 from .memory import Measurement, measure_peak, seconds
 from .modes import NAMES
@@ -77,8 +85,10 @@ class CompiledModel(nn.Module):
         self._lock = new_rlock()
         self._runner = None if compilation is None else _Runner(compilation)
         self._measured: Measurement | None = None
+        self._routing: list[RoutingStatistics] = []
         self._compiled_peak: int | None = None
         self._on_threads: Threads | None = None
+        self._profiled: Profile | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, nested as the original's. One whose experts choose by a schedule takes `mask_ratio=(masked, valid)` as well,
@@ -163,8 +173,23 @@ class CompiledModel(nn.Module):
         memory = predicted(compiled.history[0] if compiled.history else None, compiled.program, compiled.reports)
         memory = replace(memory, compiled=self._compiled_peak, threads=self._on_threads)
         promised = (compiled.program.pipeline, compiled.contract, compiled.backend, compiled.reports)
-        runner = self._present
-        return Report(*promised, memory, self._measured, compiled.training, runner.executor.kernel_calls(), runner.packed())
+        executor, packed = self._present.executor, self._present.packed()
+        shown = (executor.kernel_calls(), packed, self._routing, self._story)
+        return Report(*promised, memory, self._measured, compiled.training, *shown)
+
+    def _story(self) -> Story:
+        compiled, measured = self.compilation, self._measured
+        return Story(
+            history=(*compiled.history[:-1], compiled.program),
+            reports=compiled.reports,
+            contract=compiled.contract,
+            title="" if compiled.module is None else type(compiled.module).__name__,
+            backend=compiled.backend,
+            kernels=() if self._profiled is not None else self._present.executor.kernels_untimed(),
+            profile=self._profiled,
+            peak_bytes=None if measured is None else measured.peak_bytes,
+            seconds=None if measured is None else measured.seconds,
+        )
 
     def kernels(self) -> "tuple[Kernel, ...]":
         """The Triton kernels that run, each once: `name`, `source` (a file that checks itself), `ir` (the lines that it computes),
@@ -216,7 +241,8 @@ class CompiledModel(nn.Module):
         )
 
     def measure(self, *args: Any, **kwargs: Any) -> Measurement:
-        """Runs the model on these arguments (once to warm up, once for memory, once for time) and keeps the figures for the report.
+        """Runs the model on these arguments (once to warm up, once for memory, once for time) and keeps the figures for the report; where
+        there are mixtures of experts, once more to count which tokens each of them has.
 
         States and arguments are as before afterwards.
         """
@@ -232,7 +258,22 @@ class CompiledModel(nn.Module):
             for _ in range(runner.executor.calls_until_recorded):
                 self(*args, **kwargs)
             self._measured = replace(peak, seconds=seconds(lambda: self(*args, **kwargs), device))
+            self._routing = runner.routing(args, kwargs)
         return self._measured
+
+    def profile(self, *args: Any, **kwargs: Any) -> Profile:
+        """Runs the model on these arguments, a few times by the clock and three times to see the error of each layer against float64, and
+        keeps what it saw for the report: the time of each kernel, and how far each layer is from float64 as captured and as compiled.
+
+        States and arguments are as before afterwards. Of a model whose rows run at a share of their own, `main` is profiled.
+        """
+        runner = self._runner or self._compile_for(args, kwargs)
+        args, kwargs = runner.spared(args, kwargs)
+        inputs, _ = runner.call.bind(args, {name: value for name, value in kwargs.items() if name != ARGUMENT})
+        with self._lock, runner.states_kept():
+            kernels = runner.executor.kernel_runs(inputs, runner.states)
+            self._profiled = Profile(kernels, *_layer_errors(runner.compilation, inputs))
+        return self._profiled
 
     @property
     def _present(self) -> "_Runner":
@@ -331,10 +372,7 @@ class _Runner:
         self.buffers = {name: tensor for name, kind, tensor in tensors if kind == "buffer"} | self.states
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        ratio = None
-        if self._by_ratio is not None:
-            ratio, kwargs = kwargs.get(ARGUMENT), {name: value for name, value in kwargs.items() if name != ARGUMENT}
-        inputs, given = self.call.bind(args, kwargs)
+        inputs, given, ratio = self._bound(args, kwargs)
         self.check_weights()
         if self._by_ratio is not None:
             return unflatten(self._out_spec, self._by_ratio(inputs, ratio))
@@ -346,6 +384,24 @@ class _Runner:
             if new_states:
                 leaves = self._write_back(leaves, new_states, given)
         return unflatten(self._out_spec, leaves)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], list[Any], Any]:
+        """The inputs of a call as the program takes them and as they were given, and how much of rows is masked where it asks for that."""
+        ratio = None
+        if self._by_ratio is not None:
+            ratio, kwargs = kwargs.get(ARGUMENT), {name: value for name, value in kwargs.items() if name != ARGUMENT}
+        return *self.call.bind(args, kwargs), ratio
+
+    def routing(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[RoutingStatistics]:
+        """Which tokens the experts of each mixture have in a call. Rows that run with different numbers of experts are added up."""
+        program, (inputs, _, ratio) = self.compilation.program, self._bound(args, kwargs)
+        if not mixtures(program.main):
+            return []
+        whole: list[tuple[str, list[Any], int | None]] = [("main", inputs, None)]
+        parts = whole if self._by_ratio is None else self._by_ratio.parts(inputs, ratio)
+        kernels = {node.target: KERNELS[node.target] for node in mixtures(program.main)}
+        counted = [count_routing(program, own, name, rows=rows, states=self.states, instead=kernels) for name, own, rows in parts]
+        return [reduce(operator.add, counts).statistics() for counts in zip(*counted, strict=True)]
 
     @property
     def mode(self) -> tuple[bool, str | None]:
@@ -429,7 +485,7 @@ class _Runner:
 
     def spared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call, with copies of those that it writes to."""
-        _, given = self.call.bind(args, kwargs)
+        _, given, _ = self._bound(args, kwargs)
         written = {id(given[index]) for index in self._updates.values() if index is not None}
         return pytree.tree_map(lambda leaf: leaf.detach().clone() if id(leaf) in written else leaf, (args, kwargs))
 
@@ -471,6 +527,19 @@ def _folded(compilation: Compilation) -> list[_Folded]:
         return []
     gone = [(name, weight.tensor) for name, weight in before.weights.items() if name not in after]
     return [_Folded.of(name, tensor, compilation.module) for name, tensor in gone if tensor is not None and not tensor.is_inference()]
+
+
+def _layer_errors(compilation: Compilation, inputs: Sequence[Any]) -> tuple[tuple[LayerError, ...], str]:
+    """The errors of the layers, and why there are none."""
+    if not compilation.history:
+        return (), "a loaded model does not know the program that it was captured as"
+    captured = compilation.history[0]
+    if any(node.op == "call_function" and draws(node) for node in captured.nodes()):
+        return (), "the program draws random numbers, which are others in float64"
+    try:
+        return layer_errors(captured, compilation.program, inputs), ""
+    except (NoFloat64, RuntimeError) as error:
+        return (), str(error)
 
 
 def _own_copy(program: Program, name: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ Values that a call made die inside it; inputs stay with the caller. Outputs are 
 """
 
 import functools
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 
 from ..codegen.cpu_packed import Pack, PackedCall
+from ..explorer.story import KernelRun
 from ..ir import Node, Program
 from ..ir.appends import plan_appends
 from ..ir.errors import InputError
@@ -20,6 +22,7 @@ from ..ir.infer import tensors_of
 from .cache import Cache
 from .flat import FlatGraph
 from .graph_replay import Call, CudaGraphs, Replayed
+from .kernel_times import kernel_runs
 from .lowering import Backend, is_on, lower, lowering_for
 from .packing import Packs
 from .prediction import lowered_profile
@@ -28,6 +31,8 @@ from .sliced import SlicedRun
 
 if TYPE_CHECKING:
     from ..codegen.triton import Kernel
+
+_TIMED_CALLS = 5
 
 # A view would keep the tensor that it was made from, and so its storage in use by two.
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -115,17 +120,35 @@ class Executor:
         self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[list[Any], dict[str, torch.Tensor]]:
         check_threads()
+        values = self._values(inputs, states)
+        del inputs, states
+        with torch.no_grad(), torch._C._DisableAutocast(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+            leaves = self._call(values)
+        split = len(leaves) - len(self._new_states)
+        return leaves[:split], dict(zip(self._new_states, leaves[split:], strict=True))
+
+    def _values(self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None) -> list[Any]:
+        """One value for each placeholder."""
         expected = self._sources.count(None)
         if len(inputs) != expected:
             raise InputError(f"function {self._name} takes {expected} inputs, not {len(inputs)}")
         held = {**self._states, **(states or {})}
         following = iter(inputs)
-        values = [next(following) if source is None else held[source] for source in self._sources]
-        del inputs, held, following
+        return [next(following) if source is None else held[source] for source in self._sources]
+
+    def kernel_runs(self, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None) -> tuple[KernelRun, ...]:
+        """What a call runs, each kernel with the median of its times over a few calls."""
+        settle = torch.cuda.synchronize if is_on(self._lowered, "cuda") else lambda: None
         with torch.no_grad(), torch._C._DisableAutocast(), torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
-            leaves = self._call(values)
-        split = len(leaves) - len(self._new_states)
-        return leaves[:split], dict(zip(self._new_states, leaves[split:], strict=True))
+            self._flat(self._values(inputs, states))
+            runs = [self._flat.timed(self._values(inputs, states), settle) for _ in range(_TIMED_CALLS)]
+        medians = [statistics.median(times) for times in zip(*runs, strict=True)]
+        return kernel_runs(self.program, self._name, [each.node for each in self._flat.instructions], medians)
+
+    def kernels_untimed(self) -> tuple[KernelRun, ...]:
+        """The kernels that were emitted for this function, in the order in which a call runs them."""
+        runs = kernel_runs(self.program, self._name, [each.node for each in self._flat.instructions])
+        return tuple(run for run in runs if run.kind in ("triton", "compiled"))
 
 
 def _tensor(program: Program, node: Node) -> torch.Tensor:

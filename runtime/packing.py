@@ -4,6 +4,7 @@ Convolutions of oneDNN's have their channels innermost. Where all between them i
 into the graph, and become part of the loops that come before and after; a copy back and forth is none.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -63,24 +64,27 @@ class Packing:
             return None
         shapes = [hinted(operand.meta["val"]) for operand in node.all_input_nodes]
         dtypes = [operand.meta["val"].dtype for operand in node.all_input_nodes]
-        question = f"{node.target} {call} {call.options} {dtypes} {shapes}"
+        names = ["aten", *call.others(), "onednn"]
+        question = f"{names} {node.target} {call} {call.options} {dtypes} {shapes}"
         verdict = self.probe.known(call.kind, question)
-        if verdict == "aten":
-            return None
+        if verdict in ("aten", "dense"):
+            return call.others().get(verdict)
         keys = [(id(weight), *call.layout()) for weight in weights]
         call.both = tuple(self._packs.get(key) or Pack(weight, call.lay_out) for key, weight in zip(keys, weights, strict=True))
-        if (verdict or self._faster_experts(node, call, weights, question)) != "onednn":
-            return None
-        self._packs.update(zip(keys, call.both, strict=True))
-        return call
+        ways = {**call.others(), "onednn": call}
+        winner = ways.get(verdict or self._faster_experts(node, call, ways, weights, question))
+        if winner is not None and winner.packs:
+            self._packs.update(zip(keys, winner.packs, strict=True))
+        return winner
 
-    def _faster_experts(self, node: Node, call: PackedExperts, weights: list[Any], question: str) -> str:
+    def _faster_experts(self, node: Node, call: PackedExperts, ways: Mapping[str, PackedExperts], weights: list[Any], question: str) -> str:
         x, _, weight = (operand.meta["val"] for operand in node.args[:3])
         values = (random_like(x), call.example_index(x), random_like(weight), *weights)
         plain = binding(node.target)
-        ways = {"aten": lambda: plain(*values, **node.kwargs), "onednn": lambda: call(*values)}
+        calls: dict[str, Callable[[], object]] = {"aten": lambda: plain(*values, **node.kwargs)}
+        calls |= {name: functools.partial(way, *values) for name, way in ways.items()}
         with torch.no_grad(), torch._C._DisableAutocast():
-            return self.probe.fastest(call.kind, question, ways)
+            return self.probe.fastest(call.kind, question, calls)
 
     def _groups(self, graph: fx.Graph, weight_of: WeightOf, channels_last: bool) -> list[Group]:
         if not cpu_packed.is_available():

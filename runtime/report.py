@@ -1,15 +1,22 @@
 """What `compiled.report()` says: the pipeline's promise, what each pass did and left alone, memory and time."""
 
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..ir import Program
 from ..ir.liveness import format_bytes, profile
 from ..ir.workspace import NOMINAL_THREADS
 from ..passes import Contract
+from ..passes.experts.statistics import RoutingStatistics
+from .atomic import atomic_write
 from .memory import Measurement
+
+if TYPE_CHECKING:
+    from ..explorer import Story
 
 _TOLERANCE = 1.05  # of a measured peak over its prediction
 
@@ -50,7 +57,8 @@ def predicted_on(threads: int, program: Program) -> Threads | None:
 @dataclass(frozen=True)
 class Report:
     """`str(report)` is what users read. `passes` are the pass manager's reports, `kernels` the Triton kernel of each call of one, in
-    order, `packs` how many weights are held in a second layout and the bytes of these copies."""
+    order, `packs` how many weights are held in a second layout and the bytes of these copies, `routing` which tokens the experts of each
+    mixture had in the call that was measured. `story` gives what `html` and `json` show."""
 
     pipeline: str
     contract: Contract
@@ -61,13 +69,42 @@ class Report:
     training: bool = False
     kernels: Sequence[Any] = ()
     packs: tuple[int, int] = (0, 0)
+    routing: Sequence[RoutingStatistics] = ()
+    story: "Callable[[], Story] | None" = field(default=None, repr=False, compare=False)
+
+    def data(self) -> dict[str, Any]:
+        """The document of the compile, as `explorer/schema.json` describes it: the program after each pass, what changed, memory, kernels.
+
+        Raises:
+            InputError: the program after some pass is asked for again, and weights were changed since.
+        """
+        from ..explorer import document
+
+        assert self.story is not None, "a compiled model gives its report a story"
+        return document(self.story())
+
+    def json(self) -> str:
+        """`data()` as JSON text."""
+        return json.dumps(self.data())
+
+    def html(self, path: str | Path) -> None:
+        """Writes `data()` as one page that needs no server and no network, whole or not at all. It holds lines of the source of the modules
+        that were captured.
+
+        Raises:
+            OSError: the file cannot be written. InputError: as `data` does.
+        """
+        from ..explorer import page
+
+        with atomic_write(Path(path)) as file:
+            file.write(page(self.data()).encode())
 
     def __str__(self) -> str:
         head = f"pipeline: {self.pipeline or 'no passes'}\ncontract: {self.contract}. {self.contract.promise}\nbackend: {self.backend}"
         if self.training:
             head += "\ncaptured in train mode: dropout draws on each call, and this model keeps running statistics of its own"
         passes = [_pass_text(report) for report in self.passes]
-        return "\n".join([head, *passes, *self._kernel_lines(), *self._memory_lines(), *self._time_lines()]) + "\n"
+        return "\n".join([head, *passes, *self._kernel_lines(), *self._memory_lines(), *self._time_lines(), *self._routing_lines()]) + "\n"
 
     def _kernel_lines(self) -> list[str]:
         """Bytes that the groups move, before and after, and for each kernel how often it runs and its roofline."""
@@ -123,6 +160,13 @@ class Report:
         if self.measured is None or self.measured.seconds is None:
             return ["time: not measured; compiled.measure(*inputs) runs the model once"]
         return [f"time: {self.measured.seconds * 1e3:.2f} ms a call"]
+
+    def _routing_lines(self) -> list[str]:
+        """Of each mixture, in the call that was measured, and what all of them cost."""
+        if not self.routing:
+            return []
+        head = f"experts, in the call that was measured: {sum(each.flops for each in self.routing):.3g} FLOPs"
+        return [head, *(f"  mixture {number}: {each}" for number, each in enumerate(self.routing))]
 
 
 def _pass_text(report: Any) -> str:

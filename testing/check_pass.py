@@ -137,13 +137,13 @@ def _test_of(failure: _Failure) -> str:
         "",
         f"def test_{each.name.replace('-', '_')}_keeps_its_contract() -> None:",
         f"    program = parse(PROGRAM.lstrip(), weights={{{spelled_weights}}})",
-        f"    result = try_passes(program, [{_construction(each)}], [{spelled_inputs}])",
+        f"    result = try_passes(program, [{construction(each)}], [{spelled_inputs}])",
         '    assert result.verdict.kind in ("right", "refused"), result.verdict',
     ]
     return "\n".join(lines)
 
 
-def _construction(each: Pass) -> str:
+def construction(each: Pass) -> str:
     """The pass as code; examples to calibrate on are no code, and are the inputs of the trial."""
     given_options = [f"{name}={getattr(each, name)!r}" for name in each.option_names() if name != "calibration"]
     if "calibration" in each.option_names():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..ir import Program, parse
+from ..ir import Fuel, Program, parse
 from ..ir.errors import GraphwrightError, InputError, VerifyError, first_line
 from ..passes import Contract, Pass, PassManager, PassReport, Reference, Verdict, parse_pipeline
 from ..passes.pipeline import Pipeline
@@ -28,6 +28,7 @@ class TrialResult:
     verdict: Verdict
     blamed: int | None = None
     input_set: int | None = None
+    rewrites: int = 0  # that were made, or begun
     reports: tuple[PassReport, ...] = ()
     after: Program | None = None
 
@@ -36,21 +37,23 @@ class TrialResult:
         return self.verdict.fails
 
 
-def try_passes(program: Program, passes: Pipeline, input_sets: Sequence[Sequence[Any]]) -> TrialResult:
+def try_passes(program: Program, passes: Pipeline, input_sets: Sequence[Sequence[Any]], *, most: int | None = None) -> TrialResult:
     """Runs `passes` over `program`, the verifier behind each of them, and holds what came of it to their contracts on each of `input_sets`
     (flat, a value for each leaf of main's inputs). What came of it must also print as text that parses back to an equal program.
+    With `most` the pipeline ends after so many rewrites.
 
     Raises:
         PassError: the pipeline does not parse, or stands in a wrong order.
     """
-    pipeline = parse_pipeline(passes)
-    manager = PassManager(pipeline, checked=True)
+    pipeline, fuel = parse_pipeline(passes), Fuel(most)
+    manager = PassManager(pipeline, checked=True, fuel=fuel)
     try:
         result = manager.run(program)
     except GraphwrightError as error:
-        return _unfinished(error, pipeline)
+        return replace(_unfinished(error, pipeline), rewrites=fuel.spent)
     history, reports = result.history, result.reports
-    found = TrialResult(Verdict("right"), reports=reports, after=result.program)
+    pipeline = pipeline[: len(reports)]
+    found = TrialResult(Verdict("right"), rewrites=fuel.spent, reports=reports, after=result.program)
     problem = _text_problem(result.program)
     if problem:
         return replace(found, verdict=Verdict("wrong", problem))
@@ -68,7 +71,12 @@ def _unfinished(error: GraphwrightError, pipeline: Sequence[Pass]) -> TrialResul
     cause = error.__cause__
     is_crash = cause is not None and (isinstance(cause, VerifyError) or not isinstance(cause, GraphwrightError))
     blamed = next((n for n, each in enumerate(pipeline) if f"pass {each.name}" in str(error)), None)
-    return TrialResult(Verdict("crashed" if is_crash else "refused", f"{type(error).__name__}: {error}"), blamed)
+    notes = [f" ({note})" for note in (*_notes(cause), *_notes(error)) if note.startswith("in rewrite ")]
+    return TrialResult(Verdict("crashed" if is_crash else "refused", f"{type(error).__name__}: {error}{''.join(notes[:1])}"), blamed)
+
+
+def _notes(error: BaseException | None) -> Sequence[str]:
+    return getattr(error, "__notes__", ())
 
 
 def _text_problem(program: Program) -> str:

@@ -13,7 +13,7 @@ from graphwright.ir.run import run
 from graphwright.passes.experts.capacity import SHAPES, Capacity, CapacitySchedule
 from graphwright.tests import moe_models
 from graphwright.tests.expert_oracles import expert_choice, expert_mlp
-from graphwright.tests.mixtures import ATTENTIONS, CHOSEN, EXPERTS, LENGTH, Network, captured, chosen, tokens
+from graphwright.tests.mixtures import ATTENTIONS, CHOSEN, EXPERTS, KINDS, LENGTH, Deep, Network, captured, chosen, tokens
 
 GW = torch.ops.gw
 
@@ -76,7 +76,15 @@ def test_the_bell_costs_more_than_its_middle_also_where_ratios_are_even():
 
 @pytest.mark.parametrize(
     ("fields", "says"),
-    [((0, 2), "1 <= kmin <= kmax"), ((3, 2), "1 <= kmin <= kmax"), ((1, 2, "wave"), "one of linear"), ((1, 2, "bell", "all"), "row, gen")],
+    [
+        ((0, 2), "1 <= kmin <= kmax"),
+        ((3, 2), "1 <= kmin <= kmax"),
+        ((1, 2, "wave"), "one of linear"),
+        ((1, 2, "bell", "all"), "row, gen"),
+        (("1", 2), "from '1' to 2"),
+        ((1, 2, None), "shape None"),
+        ((1, 2, ["bell"]), r"shape .\[?.bell"),
+    ],
 )
 def test_schedules_that_are_none_are_refused(fields, says):
     with pytest.raises(PassError, match=says):
@@ -85,10 +93,16 @@ def test_schedules_that_are_none_are_refused(fields, says):
         gw.ExpertChoice(schedule=list(fields))
 
 
-@pytest.mark.parametrize("counts", [(3, 2), (-1, 2), (0, 0)])
+@pytest.mark.parametrize("counts", [(3, 2), (-1, 2), (0, 0), (0.5, 2), ("1", 2), (None, 2), (1, True)])
 def test_counts_that_are_none_are_refused(counts):
     with pytest.raises(InputError, match="0 <= masked <= valid"):
         CapacitySchedule(1, 2).k(*counts)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0])
+def test_a_mean_over_no_steps_is_refused(steps):
+    with pytest.raises(InputError, match="steps is an integer from 1 on"):
+        CapacitySchedule(1, 2).mean(steps)
 
 
 # --- what the layer becomes ------------------------------------------------------------------------------------------------
@@ -106,7 +120,16 @@ def test_each_expert_takes_its_best_tokens_of_each_row(rule, key, k, seed):
     torch.testing.assert_close(call(program, ids).double(), expected, rtol=1e-5, atol=1e-4)  # float32 of values up to some hundreds
 
 
-@pytest.mark.parametrize(("router", "rule"), [("probabilities", "orig"), ("renormalized", "post"), ("softmax of chosen", "post")])
+@pytest.mark.parametrize(
+    ("router", "rule"),
+    [
+        ("probabilities", "orig"),
+        ("renormalized", "post"),
+        ("renormalized, kept from 0", "post"),
+        ("softmax of chosen", "post"),
+        ("of the type of tokens", "post"),
+    ],
+)
 def test_the_rule_follows_from_the_weights_of_the_model_and_the_report_says_so(router, rule):
     result = chosen(captured(router=router), verify="numeric")
     assert calls(result.program, GW.expert_choice)[0].kwargs["rule"] == rule
@@ -222,8 +245,10 @@ def test_a_row_does_not_know_how_far_it_is_padded(length, rule, seed):
 def test_padding_is_read_off_the_input_that_is_named():
     program = captured(padded=True)
     assert "padding is read off the input attention_mask" in chosen(program).reports[-1].lines
+    with_tokens = chosen(captured(), valid="tokens").reports[-1].lines
+    assert "1 attention let all positions meet; no probe was run" in with_tokens, "there is no other input to change"
     assert "all positions are tokens" in chosen(program, valid=None).reports[-1].lines
-    with pytest.raises(PassError, match=r"valid=pad is no input \[batch, length\] of the graph: tokens, attention_mask"):
+    with pytest.raises(PassError, match=r"valid='pad' is no input \[batch, length\] of the graph: tokens, attention_mask"):
         chosen(program, valid="pad")
 
 
@@ -258,6 +283,53 @@ def test_tokens_that_choose_have_k_experts_each():
     (counted,) = gw.routing_statistics(captured(), [tokens()])
     assert counted.experts_per_token == (0, 0, 2 * LENGTH, 0, 0) and sum(counted.load) == 2 * LENGTH * CHOSEN
     assert counted.untouched == 0.0 and counted.untouched_masked is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"program": gw.CapacitySchedule(1, 2)}, "counts in a program, as compiled.program is one, not in a CapacitySchedule"),
+        ({"function": "decode"}, "no function decode: it has main"),
+        ({"inputs": tokens()}, "inputs are a list with a value for each leaf, not a Tensor"),
+        ({"inputs": []}, "takes 1 inputs, one for each of tokens, not 0"),
+        ({"inputs": [tokens(2, 4)]}, "tokens"),
+        ({"inputs": [tokens().float()]}, "tokens"),
+        ({"masked": torch.ones(2, LENGTH)}, "masked is a tensor bool"),
+        ({"masked": [True]}, "masked is a tensor bool"),
+    ],
+)
+def test_statistics_of_what_does_not_fit_are_refused(changed, says):
+    with pytest.raises(InputError, match=says):
+        gw.routing_statistics(**({"program": captured(), "inputs": [tokens()]} | changed))
+
+
+def test_of_no_rows_there_are_statistics_of_nothing():
+    program = chosen(captured(dynamic=(0, torch.export.Dim("batch", min=0, max=64)))).program
+    (counted,) = gw.routing_statistics(program, [tokens(0)], masked=tokens(0) > 1)
+    assert (counted.load, counted.untouched, counted.untouched_masked, counted.flops) == ((0,) * EXPERTS, 0.0, 0.0, 0)
+
+
+def test_the_report_counts_what_was_measured():
+    compiled = gw.compile(captured(), ["regroup-experts", gw.ExpertChoice(k=1)], backend="aten", cache=False)
+    assert "experts, in the call" not in str(compiled.report())
+    compiled.measure(tokens(seed=3))
+    (counted,) = compiled.report().routing
+    assert (counted,) == tuple(gw.routing_statistics(compiled.program, [tokens(seed=3)]))
+    (figures,) = compiled.report().passes[-1].data["expert_choice"]
+    assert counted.flops == 2 * figures["flops"]  # those of two rows
+    text = str(compiled.report())
+    assert f"experts, in the call that was measured: {counted.flops:.3g} FLOPs\n  mixture 0: tokens an expert: 4 to 4" in text
+    assert f"no expert: {counted.untouched:.1%} of tokens" in text
+
+
+def test_the_report_adds_up_rows_of_different_numbers_of_experts():
+    compiled = gw.compile(captured(rows=3), ["regroup-experts", gw.ExpertChoice(schedule=[1, 3, "linear"])], backend="aten", cache=False)
+    ids = tokens(3)
+    compiled.measure(ids, mask_ratio=([0, LENGTH, 0], LENGTH))
+    (counted,) = compiled.report().routing
+    parts = [gw.routing_statistics(compiled.program, [ids], function=name)[0] for name in ("experts_1", "main")]
+    assert counted.load == (2 * 2 + 7,) * EXPERTS and sum(counted.experts_per_token) == 3 * LENGTH
+    assert counted.flops == (2 * parts[0].flops + parts[1].flops) / 3
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------------
@@ -336,6 +408,59 @@ def test_a_schedule_needs_a_row_of_outputs_for_each_row_of_inputs():
         chosen(gw.capture(Pooled().eval(), (tokens(),)), schedule=[1, 2])
 
 
+# --- more than one run -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_for_different_mixtures_are_one_run_for_all_where_options_agree_and_numbers_stay():
+    program = gw.capture(Deep("both ways", "both ways"), (tokens(),))
+    passes = [gw.passes.RegroupExperts(), gw.ExpertChoice(layers=[1], k=1), gw.ExpertChoice(layers=[0], k=1)]
+    result = gw.PassManager(passes, verify="numeric").run(program)
+    assert len(calls(result.program, GW.expert_choice)) == 2
+    assert torch.equal(call(result.program, tokens()), call(chosen(program, k=1).program, tokens()))
+    assert left(chosen(result.program, layers=[0])) == ["its experts choose already"]
+
+
+def test_a_leak_that_one_run_was_told_to_make_is_kept_by_the_next():
+    program = captured().copy()
+    program.schedules["expert-choice"] = {"leaks_future": True}
+    assert chosen(program).program.schedules["expert-choice"] == {"leaks_future": True}
+    assert chosen(program, schedule=[1, 2]).program.schedules["expert-choice"]["leaks_future"]
+
+
+def test_a_program_with_a_schedule_is_not_rewritten_again():
+    program = gw.capture(Deep("both ways", "both ways"), (tokens(),))
+    once = chosen(program, layers=[0], schedule=[1, 2]).program
+    for options in ({"layers": [1]}, {"schedule": [1, 3]}):
+        with pytest.raises(PassError, match="has functions for a schedule of expert-choice already.*in the one pass that has the schedule"):
+            chosen(once, **options)
+    assert not chosen(once, layers=[0]).reports[-1].records, "there is nothing to do"
+
+
+def test_a_schedule_for_some_mixtures_keeps_what_others_have():
+    program = gw.capture(Deep("both ways", "both ways"), (tokens(),))
+    passes = [gw.passes.RegroupExperts(), gw.ExpertChoice(layers=[0], k=3), gw.ExpertChoice(layers=[1], schedule=[1, 2])]
+    made = gw.PassManager(passes).run(program).program
+    capacities = {name: [n.kwargs["capacity"] for n in calls(made, GW.expert_choice, name)] for name in ("main", "experts_1")}
+    assert capacities == {"main": [7, 5], "experts_1": [7, 2]}
+
+
+def test_capacities_of_rows_that_differ_have_names_of_their_own():
+    class Padded(Deep):
+        def forward(self, tokens, attention_mask):
+            return (sum(layer(tokens, attention_mask)[0] for layer in self.layers),)
+
+    mask = torch.ones(2, LENGTH, dtype=torch.int64)
+    program = gw.capture(Padded("both ways", "both ways"), (tokens(), mask))
+    passes = [gw.passes.RegroupExperts(), gw.ExpertChoice(layers=[0]), gw.ExpertChoice(layers=[1], capacity_multiple=4)]
+    made = gw.PassManager(passes, verify="numeric").run(program).program
+    tables = {name: weight.tensor.tolist() for name, weight in made.weights.items() if name.startswith("expert_choice")}
+    assert tables == {
+        "expert_choice.capacity_4_2": [Capacity(EXPERTS).of(n, 2) for n in range(LENGTH + 1)],
+        "expert_choice.capacity_4_2_1": [Capacity(EXPERTS, multiple=4).of(n, 2) for n in range(LENGTH + 1)],
+    }
+    assert gw.parse(str(made)) == made
+
+
 # --- routers that are left alone -------------------------------------------------------------------------------------------
 
 
@@ -344,6 +469,9 @@ def test_a_schedule_needs_a_row_of_outputs_for_each_row_of_inputs():
     [
         ("sigmoid", "chosen by sigmoids, from which no rule of gates follows"),
         ("extra factor", "an extra factor or step, aten.mul.Tensor"),
+        ("divided by more", "are divided by more than their sum"),
+        ("corrected by a bias", "read off scores at what was chosen by others, which a bias or groups changed"),
+        ("by max", "the weights of its experts are not the values of one topk"),
         ("biased", "go through aten.add.Tensor: a bias, groups or a limit"),
         ("grouped", "go through aten.masked_fill"),
         ("noisy", "noise is added to its scores"),
@@ -375,10 +503,26 @@ def test_tokens_whose_sequences_are_not_seen_are_left_with_a_reason():
 # --- causality -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["both ways", "eager both ways"])
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if "both ways" in name and "convolved" not in name])
 def test_graphs_that_look_both_ways_are_taken(attention):
     (evidence,) = [line for line in chosen(captured(attention)).reports[-1].lines if "another last token" in line]
-    assert evidence.startswith("1 attention let all positions meet")
+    is_known = not attention.endswith((" mean", " transform"))
+    assert evidence.startswith("1 attention let all positions meet" if is_known else "there is no attention whose masks are known")
+    assert evidence.endswith("and each of 8 tokens changes all others' outputs")
+
+
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name.startswith(tuple(KINDS)) and (" by " in name or " in " in name)])
+def test_masks_of_any_form_are_seen(attention):
+    says = "the graph is causal" if attention.startswith("causal") else "not all positions meet"
+    with pytest.raises(PassError, match=f"expert-choice: {says}: .*another last token changes earlier outputs by"):
+        chosen(captured(attention))
+
+
+def test_what_masks_and_probe_cannot_say_is_refused():
+    """Without values of weights there is no probe."""
+    program = gw.parse(str(captured("both ways by a mean")))
+    with pytest.raises(PassError, match="what it sees is unknown: there is no attention whose masks are known; no probe was run"):
+        chosen(program)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +545,27 @@ def test_graphs_that_do_not_look_both_ways_are_refused_unless_told(attention, sa
     with pytest.raises(PassError, match=says):
         chosen(captured(attention))
     assert chosen(captured(attention), allow_noncausal=True).program.schedules["expert-choice"] == {"leaks_future": True}
+
+
+def test_each_shape_of_sequences_is_looked_at():
+    program = gw.capture(Deep("both ways", "causal flag", lengths=[LENGTH, 7]), (tokens(),))
+    with pytest.raises(PassError, match="the graph is causal"):
+        chosen(program)
+    assert len(calls(chosen(program, layers=[0]).program, GW.expert_choice)) == 1
+
+
+@pytest.mark.parametrize(
+    ("leak", "says"),
+    [
+        (None, "whether positions know of later ones was not measured"),
+        (0.0, "the last token changes earlier outputs by 0 of the largest, where it was 0 before, on the inputs that were tried"),
+        (0.5, "the last token changes earlier outputs by 0.5 of the largest, where it was 0 before: each position knows of later ones"),
+    ],
+)
+def test_of_the_leak_is_said_what_was_measured(monkeypatch, leak, says):
+    monkeypatch.setattr("graphwright.passes.experts.expert_choice.change_of_earlier_outputs", lambda *args: leak)
+    report = chosen(captured("causal flag"), allow_noncausal=True).reports[-1]
+    assert report.data["leak"] == leak and any(line.startswith(says) for line in report.lines)
 
 
 class Segmented(Network):

@@ -317,8 +317,8 @@ def test_a_token_of_one_expert_gives_its_router_no_gradient_but_by_the_original_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "softmax", "capacity": 2}, "rule softmax of expert choice is unknown: it is one of orig, post, sigmoid"),
-        ({"rule": "post", "key": "score", "capacity": 2}, "key score of expert choice is unknown: it is one of prob, logit"),
+        ({"rule": "softmax", "capacity": 2}, "rule 'softmax' of expert choice is unknown: it is one of orig, post, sigmoid"),
+        ({"rule": "post", "key": "score", "capacity": 2}, "key 'score' of expert choice is unknown: it is one of prob, logit"),
         ({"rule": "post", "capacity": 8}, "an expert takes from 0 to 7 positions of a sequence, not 8"),
         ({"rule": "post", "capacity": -1}, "an expert takes from 0 to 7 positions of a sequence, not -1"),
     ],
@@ -331,7 +331,7 @@ def test_routing_that_there_is_none_of_is_refused(options: dict[str, Any], messa
 def test_an_unknown_activation_is_refused() -> None:
     layer = Layer(batch=1)
     index, gate = op.expert_choice(layer.logits, None, None, capacity=2, rule="post")
-    with pytest.raises(ValueError, match="activation mish of an expert is unknown: it is one of silu, gelu, gelu_tanh, relu"):
+    with pytest.raises(ValueError, match="activation 'mish' of an expert is unknown: it is one of silu, gelu, gelu_tanh, relu"):
         op.expert_mlp(layer.x, index, gate, *layer.weights, activation="mish")
 
 

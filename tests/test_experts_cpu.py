@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import graphwright as gw
 from graphwright.codegen import cpu_packed
 from graphwright.codegen.cpu_kernels import KERNELS
-from graphwright.codegen.experts.packed import PackedExperts, PackedTokenChoice, packed_experts
+from graphwright.codegen.experts.packed import EveryExpert, PackedEveryExpert, PackedExperts, PackedTokenChoice, packed_experts
 from graphwright.ir.ops.experts import ACTIVATIONS
 from graphwright.runtime.probe import Probe
 from graphwright.tests import expert_oracles
@@ -64,6 +64,13 @@ def test_an_expert_that_is_not_there_is_an_error(wrong, tokens):
         KERNELS[moe](
             x, index, torch.ones(tokens, 2), torch.randn(4, 12, 8), torch.randn(4, 8, 6), activation="silu", combine_dtype=torch.float32
         )
+
+
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_the_body_has_no_expert_that_is_not_there(wrong):
+    x, index = torch.randn(3, 8), torch.tensor([[0, 1], [2, 3], [0, wrong]])
+    with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 4"):
+        moe(x, index, torch.ones(3, 2), torch.randn(4, 12, 8), torch.randn(4, 8, 6), activation="silu", combine_dtype=torch.float32)
 
 
 def test_no_tokens_give_no_rows():
@@ -145,6 +152,55 @@ def test_a_regrouped_model_runs_on_every_backend_as_it_did(backend):
     for tokens in (tokens_of(), tokens_of(1, 1)):
         compiled = gw.compile(model, "regroup-experts", example_inputs=(tokens,), backend=backend, cache=False)
         torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+
+
+@needs_onednn
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]), activation=st.sampled_from(list(ACTIVATIONS)))
+@settings(max_examples=25)
+def test_each_expert_on_every_token_is_the_body_in_float64(data, dtype, activation):
+    x, index, weight, gate_up, down = data.draw(calls(dtype))
+    call = PackedTokenChoice(index, down, activation=activation, combine_dtype=torch.float32)
+    call.both = tuple(cpu_packed.Pack(each, call.lay_out) for each in (gate_up, down))
+    wide = [each.double() if each.is_floating_point() else each for each in (x, index, weight, gate_up, down)]
+    body = moe(*wide, activation=activation, combine_dtype=torch.float64)
+    for form in (EveryExpert, PackedEveryExpert):
+        torch.testing.assert_close(form.like(call)(x, index, weight, gate_up, down).double(), body, **CLOSE[dtype])
+
+
+@needs_onednn
+@pytest.mark.parametrize(("experts", "k", "names"), [(4, 2, ["dense", "onednn dense"]), (4, 4, ["dense", "onednn dense"]), (5, 2, [])])
+def test_every_expert_on_every_token_is_tried_where_tokens_choose_half_of_them(experts, k, names):
+    index, down = torch.zeros(3, k, dtype=torch.int64), torch.randn(experts, 8, 6)
+    call = PackedTokenChoice(index, down, activation="silu", combine_dtype=torch.float32)
+    assert list(call.others()) == names and all(other.others() == {} for other in call.others().values())
+
+
+@needs_onednn
+@pytest.mark.parametrize(("way", "packs"), [("dense", 0), ("onednn dense", 2)])
+def test_a_tuned_model_runs_every_expert_where_that_wins(monkeypatch, way, packs):
+    def fastest(self, kind, question, ways):
+        for call in ways.values():
+            call()
+        return way if way in ways else next(iter(ways))
+
+    monkeypatch.setattr(Probe, "fastest", fastest)
+    monkeypatch.setattr(Probe, "known", lambda self, kind, question: None)
+    model, tokens = WRITTEN["matmul"](), tokens_of()
+    compiled = gw.compile(model, "regroup-experts", example_inputs=(tokens,), backend="tuned", cache=False)
+    torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-5, rtol=1e-5)  # float32 sums in another order, through two layers
+    forms = [node.target for node in compiled._present.executor._lowered.nodes if isinstance(node.target, PackedExperts)]
+    assert [str(each) for each in forms] == [str(EveryExpert.like(each) if packs == 0 else PackedEveryExpert.like(each)) for each in forms]
+    assert [len(each.packs) for each in forms] == [packs] * 2
+
+
+@needs_onednn
+def test_what_an_expert_makes_of_a_token_that_did_not_choose_it_is_left_out():
+    x, index, weight = torch.tensor([[1.0, 2.0], [float("inf"), 1.0]]), torch.tensor([[0], [1]]), torch.ones(2, 1)
+    gate_up, down = torch.ones(2, 4, 2), torch.ones(2, 2, 2)
+    call = EveryExpert.like(PackedTokenChoice(index, down, activation="relu", combine_dtype=torch.float32))
+    assert call(x, index, weight, gate_up, down)[0].isfinite().all()
+    with pytest.raises(IndexError, match="a token chose expert -1 of 2"):
+        call(x, index - 1, weight, gate_up, down)
 
 
 @needs_onednn

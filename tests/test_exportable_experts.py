@@ -68,3 +68,128 @@ def test_a_model_without_experts_is_left_alone():
     model = torch.nn.Linear(3, 3)
     with exportable_experts(model):
         assert not hasattr(model, "config")
+
+
+# --- loops that no export takes --------------------------------------------------------------------------------------------
+
+
+class Loop(torch.nn.Module):
+    """Experts one by one, on the tokens that chose them; `asks` says whether there are any of one, in the way of its name."""
+
+    def __init__(self, asks, attribute="experts"):
+        super().__init__()
+        self.asks, self.attribute = asks, attribute
+        self.router = torch.nn.Linear(8, 4)
+        setattr(self, attribute, torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4)))
+
+    def forward(self, x):
+        weight, index = self.router(x).softmax(-1).topk(2)
+        experts, y = getattr(self, self.attribute), torch.zeros_like(x)
+        for expert in self.hit(index):
+            rows, choice = torch.where(index == expert)
+            if self.asks == "rows" and len(rows) == 0:
+                continue
+            y = y.index_add(0, rows, experts[expert](x[rows]) * weight[rows, choice, None])
+        return y
+
+    def hit(self, index):
+        if self.asks == "list":
+            return index.unique().tolist()
+        return [expert for expert in range(4) if self.asks != "any" or bool((index == expert).any())]
+
+
+class Stacked(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.randn(4, 8, 8)) for _ in range(2))
+
+    def forward(self, x):
+        index = x.argmax(-1) % 4
+        for expert in index.unique().tolist():
+            x = x + (index == expert).unsqueeze(-1) * (x @ self.first[expert] @ self.second[expert])
+        return x
+
+
+class NamedExperts(torch.nn.ModuleDict):
+    """As SwitchTransformers has them."""
+
+    def __init__(self):
+        super().__init__({f"expert_{number}": torch.nn.Linear(8, 8) for number in range(4)})
+
+    def forward(self, x):
+        index = x.argmax(-1) % 4
+        for expert in index.unique().tolist():
+            x = x + (index == expert).unsqueeze(-1) * self[f"expert_{expert}"](x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Loop("rows"), Loop("any"), Loop("list"), Stacked(), NamedExperts()],
+    ids=["rows", "any", "list", "stacked", "named"],
+)
+def test_loops_over_experts_that_data_decides_are_told_what_to_do(model):
+    with pytest.raises(gw.CaptureError) as raised:
+        gw.capture(model, (torch.randn(6, 8),))
+    text = str(raised.value)
+    assert "test_exportable_experts.py:" in text
+    assert f"{type(model).__name__} decides by data which of its experts run: run them all" in text and "torch.bmm" in text
+
+
+def test_what_they_are_told_to_do_is_captured():
+    model, x = Loop("nothing").eval(), torch.randn(6, 8)
+    torch.testing.assert_close(run(gw.capture(model, (x,)), [x])[0][0], model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_router_that_is_converted_in_forward_is_named():
+    class Converted(torch.nn.Module):
+        """As SwitchTransformers and NllbMoe have it."""
+
+        def __init__(self):
+            super().__init__()
+            self.router = torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            self.router = self.router.to(torch.float64)
+            return self.router(x.double())
+
+    with pytest.raises(gw.CaptureError, match="a layer is converted to another dtype or device in forward: convert it before"):
+        gw.capture(Converted(), (torch.randn(6, 8),))
+
+
+def test_loops_over_other_layers_are_told_what_all_control_flow_is_told():
+    with pytest.raises(gw.CaptureError, match="control flow depends on tensor values: use torch.where, or make the value an input"):
+        gw.capture(Loop("rows", attribute="layers"), (torch.randn(6, 8),))
+
+
+def test_experts_of_transformers_in_a_form_of_the_users_own_are_told_of_the_others():
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    def one_by_one(self, hidden, index, weight):
+        y = torch.zeros_like(hidden)
+        for expert in index.unique().tolist():
+            y = y + hidden * self.down_proj[expert].sum()
+        return y
+
+    ALL_EXPERTS_FUNCTIONS.register("one_by_one", one_by_one)
+    model = moe_models.TRANSFORMERS["mixtral"](torch.float32, "one_by_one")
+    with pytest.raises(gw.CaptureError, match=r"in a form of its own: choose one .* model.set_experts_implementation\('grouped_mm'\)"):
+        gw.capture(model, (TOKENS,), OPTIONS)
+
+
+def test_rows_of_as_many_experts_as_data_says_are_named():
+    import transformers
+
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+        "kv_channels": 8,
+        "intermediate_size": 24,
+        "vocab_size": 64,
+    }
+    config = transformers.JetMoeConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(
+        gw.CaptureError, match="a size depends on tensor values in a way that cannot be followed, as numbers of rows that exp"
+    ):
+        gw.capture(transformers.JetMoeForCausalLM(config).eval(), (TOKENS,), OPTIONS)

@@ -561,8 +561,10 @@ def test_regions_do_not_nest() -> None:
         HEAD + "symbol s in [0, 4] hint 0\nfunction main {\n  takes ((*), {})\n  gives (*)\n  input %x : f32[4 // s]\n  return %x\n}",
         HEAD + "symbol s in [0, 4] hint 0\nfunction main {\n  takes ((*), {})\n  gives (*)\n  input %x : f32[4 % s]\n  return %x\n}",
         HEAD + "symbol s in [0, 4] hint 0\nfunction main {\n  takes ((*), {})\n  gives (*)\n  input %x : f32[s - 1]\n  return %x\n}",
+        HEAD
+        + "symbol s in [0, 4] hint 1\nfunction main {\n  takes ((*), {})\n  gives (*)\n  input %x : f32[s, 9223372036854775807, 3]\n  return %x\n}",
     ],
-    ids=range(27),
+    ids=range(28),
 )
 def test_odd_text_is_a_program_or_a_parse_error_and_nothing_else(text: str) -> None:
     try:

@@ -76,6 +76,17 @@ def test_a_batch_of_any_size_runs_in_groups():
         torch.testing.assert_close(got[row : row + 1], model(x[row : row + 1], mask_ratio=(count, LENGTH)), rtol=1e-5, atol=1e-5)
 
 
+def test_a_batch_of_no_rows_gives_no_rows_whoever_says_how_much_they_mask():
+    shapes = {"input_ids": {0: torch.export.Dim("batch", min=0, max=64)}}
+    model = compiled(gw.ExpertChoice(schedule=[1, 4, "linear"]), dynamic_shapes=shapes)
+    for ratio in ((0, LENGTH), ([], []), (torch.zeros(0, dtype=torch.int64), LENGTH)):
+        assert model(ids(0), mask_ratio=ratio).shape == (0, LENGTH, VOCABULARY)
+    with pytest.raises(InputError, match="is a pair"):
+        model(ids(0), mask_ratio=3)
+    static = compiled(gw.ExpertChoice(), dynamic_shapes=shapes)
+    assert static(ids(0)).shape == (0, LENGTH, VOCABULARY)
+
+
 def test_functions_share_their_weights_and_an_artifact_keeps_the_schedule(scheduled, tmp_path):
     scheduled.save(tmp_path / "model.gw")
     loaded = gw.load(tmp_path / "model.gw", backend="aten")
@@ -104,6 +115,13 @@ def test_a_trainable_one_has_the_gradients_of_each_row_at_its_own_number_of_expe
         (([1, 2], 12), "for 3 rows: give an integer for all"),
         ((0.5, 12), "give an integer for all"),
         ((13, 12), "0 <= masked <= valid"),
+        ((-1, 12), "0 <= masked <= valid"),
+        ((0, 0), "at least one valid"),
+        ((0, 13), "13 positions are valid, and a row has 12"),
+        (([0, 0, True], 12), "give an integer for all"),
+        ((torch.zeros(3), 12), "give an integer for all"),
+        ((torch.zeros(3, 1, dtype=torch.int64), 12), "give an integer for all"),
+        ("12", "is a pair"),
     ],
 )
 def test_a_call_says_how_much_is_masked(scheduled, ratio, says):
@@ -174,6 +192,14 @@ def test_what_is_drawn_depends_on_the_seed_alone():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_a_model_that_is_captured_by_its_first_call_is_told_how_much_is_masked():
+    lazy = gw.compile(network(), ["regroup-experts", gw.ExpertChoice(schedule=CapacitySchedule(1, 4))], backend="aten", cache=False)
+    with pytest.raises(InputError, match="captured on its first call: call it once, or compile it with example_inputs"):
+        gw.masked_diffusion_generate(lazy, ids(3, 4), 8, steps=4, block=8, **LOOP)
+    assert lazy(ids(3), mask_ratio=(2, LENGTH)).shape == (3, LENGTH, VOCABULARY)
+    assert gw.masked_diffusion_generate(lazy, ids(3, 4), 8, steps=4, block=8, **LOOP).experts
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_constant_schedule_is_the_loop_of_the_static_program_bit_for_bit(of_k, temperature):
     settings = {"steps": 4, "block": 4, "temperature": temperature, **LOOP}
@@ -205,6 +231,21 @@ def test_each_step_runs_the_number_of_experts_of_its_true_counts(ratio):
         ({"steps": 16}, "a step fills one place at least"),
         ({"steps": 0}, "steps is an integer from 1 on"),
         ({"temperature": -1.0}, "temperature is a number from 0"),
+        ({"temperature": float("nan")}, "temperature is a number from 0"),
+        ({"temperature": float("inf")}, "temperature is a number from 0"),
+        ({"temperature": "hot"}, "temperature is a number from 0"),
+        ({"temperature": None}, "temperature is a number from 0"),
+        ({"seed": 0.5}, "seed is an integer"),
+        ({"seed": -1}, "seed is an integer"),
+        ({"length": 8.0}, "length is an integer from 1 on, not 8.0"),
+        ({"block": True}, "block is an integer from 1 on, not True"),
+        ({"mask_id": -1}, "mask_id is the id of the mask, an integer from 0 on, not -1"),
+        ({"mask_id": 3.0}, "mask_id is the id of the mask"),
+        ({"mask_id": VOCABULARY, "network": lambda x: torch.zeros(*x.shape, VOCABULARY)}, "mask_id=17 is no id of the network"),
+        ({"network": None}, "network is what gives logits for ids, a module or a function, not NoneType"),
+        ({"prompt": [[1, 2]]}, "prompt is a tensor of ids"),
+        ({"network": lambda x: None}, "gives NoneType, not logits"),
+        ({"network": lambda x: torch.zeros(1, 3, VOCABULARY)}, "not logits"),
         ({"prompt": torch.full((1, 2), MASK)}, "the prompt holds the mask"),
         ({"prompt": torch.zeros(2)}, "prompt is a tensor of ids"),
         ({"network": lambda x: x}, "not logits"),

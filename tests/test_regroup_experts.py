@@ -164,6 +164,64 @@ def test_one_expert_a_token() -> None:
     assert [call.args[1].meta["val"].shape for call in calls] == [(18, 1)] * LAYERS
 
 
+class OfOne(nn.Module):
+    """One expert a token, in the forms of `FORMS`, chosen as `CHOSEN_AS` says; rows are summed over one expert or not at all."""
+
+    def __init__(self, form: str, chosen_as: str, *, is_summed: bool):
+        super().__init__()
+        self.form, self.choose, self.is_summed = form, CHOSEN_AS[chosen_as], is_summed
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.held = nn.ParameterList(weights_of())
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        scores = self.router(tokens)
+        weight, index = self.choose(scores)
+        gate_up, down = self.held
+        if self.form == "dense":
+            gates = torch.zeros_like(scores).scatter(1, index.reshape(-1, 1), weight.reshape(-1, 1))
+            return dense_of_any(tokens, index, weight, gate_up, down, lambda *_: gates).reshape(x.shape)
+        y = (_batched_of_one if self.form == "batched" else _grouped_of_one)(tokens, index.reshape(-1), weight.reshape(-1), gate_up, down)
+        return (y.view(-1, 1, WIDTH).sum(1) if self.is_summed else y).reshape(x.shape)
+
+
+def _batched_of_one(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = torch.bmm(gate_up[chosen], x.unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+    return torch.bmm(down[chosen], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1) * weight.unsqueeze(-1)
+
+
+def _grouped_of_one(x: Tensor, chosen: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    experts, order = chosen.sort()
+    ends = torch.histc(experts.float(), EXPERTS, 0, EXPERTS - 1).cumsum(0, dtype=torch.int32)
+    gate, up = torch.ops.gw.grouped_mm(x[order], gate_up.transpose(1, 2), ends).chunk(2, -1)
+    y = torch.ops.gw.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), ends) * weight[order].unsqueeze(-1)
+    return y[torch.empty_like(order).index_put((order,), torch.arange(len(order)))]
+
+
+CHOSEN_AS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "topk": lambda scores: tuple(scores.softmax(-1).topk(1, -1)),
+    "topk, squeezed": lambda scores: tuple(each.squeeze(-1) for each in scores.softmax(-1).topk(1, -1)),
+    "max": lambda scores: tuple(scores.softmax(-1).max(-1)),
+    "argmax": lambda scores: (scores.softmax(-1).gather(1, scores.argmax(-1, keepdim=True)).squeeze(1), scores.argmax(-1)),
+    "sigmoid of topk": lambda scores: (lambda chosen: (chosen[0].sigmoid(), chosen[1]))(scores.topk(1, -1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "chosen_as", "is_summed"),
+    [(form, "topk", False) for form in ("batched", "grouped")]
+    + [("dense", name, True) for name in CHOSEN_AS if name != "topk"]
+    + [("batched", name, False) for name in CHOSEN_AS if name != "topk"]
+    + [("grouped", "max", True), ("grouped", "argmax", False), ("grouped", "topk, squeezed", False)],
+)
+def test_one_expert_a_token_in_every_form(form: str, chosen_as: str, is_summed: bool) -> None:
+    program = gw.capture(OfOne(form, chosen_as, is_summed=is_summed), (torch.randn(2, 9, WIDTH),))
+    result = regrouped(program, [torch.randn(2, 9, WIDTH)])
+    (call,) = calls_of(result.program)
+    assert [operand.meta["val"].shape for operand in call.args[:3]] == [(18, WIDTH), (18, 1), (18, 1)]
+    assert result.reports[-1].left == () and result.reports[-1].verdict.kind == "right"
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +266,115 @@ def dense_of_any(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down
     return (each * choose(index, weight).t().unsqueeze(-1)).sum(0)
 
 
+def with_bias_between(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
+    chosen = index.reshape(-1)
+    both = torch.bmm(gate_up[chosen], x.repeat_interleave(CHOSEN, 0).unsqueeze(-1)).squeeze(-1) + bias[chosen]
+    gate, up = both.chunk(2, -1)
+    each = torch.bmm(down[chosen], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+    return (each * weight.reshape(-1, 1)).view(-1, CHOSEN, WIDTH).sum(1)
+
+
+def of_three_products(x: Tensor, index: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    first, second = (torch.matmul(x.unsqueeze(0), each.transpose(1, 2)) for each in (gate, up))
+    each = torch.matmul(F.silu(first) * second, down.transpose(1, 2))
+    gates = torch.zeros(len(x), EXPERTS).scatter(1, index, weight)
+    return (each * gates.t().unsqueeze(-1)).sum(0)
+
+
+def results(x: Tensor, index: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Of each pair of token and expert, [T k, D]."""
+    chosen = index.reshape(-1)
+    gate, up = torch.bmm(gate_up[chosen], x.repeat_interleave(CHOSEN, 0).unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+    return torch.bmm(down[chosen], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+
+
+def returned_before(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return results(x, index, gate_up, down)
+
+
+def added_before(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return (results(x, index, gate_up, down) * weight.reshape(-1, 1)).cumsum(0)
+
+
+def summed_alone(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return results(x, index, gate_up, down).view(-1, CHOSEN, WIDTH).sum(1)
+
+
+def weighted_as_one(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return (results(x, index, gate_up, down).view(-1, CHOSEN, WIDTH) * weight.mean().reshape(1, 1, 1)).sum(1)
+
+
+def of_no_rows(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    chosen = index.reshape(-1)
+    columns = torch.stack([x.repeat_interleave(CHOSEN, 0)] * 2, -1)
+    gate, up = torch.bmm(gate_up[chosen], columns).sum(-1).chunk(2, -1)
+    return (F.silu(gate) * up).view(-1, CHOSEN, INNER).sum(1)
+
+
+def of_computed_weights(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return batched(x, index, weight, gate_up * x.mean(), down)
+
+
+def dispatched(
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, room: int = 10, kept: int = 10, shift: int = 0
+) -> Tensor:
+    """Tokens sent to `room` slots of their experts, of which the first `kept` are taken, as GShard writes it."""
+    hits = F.one_hot(index, EXPERTS)  # [T, k, E]
+    place = (hits.reshape(-1, EXPERTS).cumsum(0) - 1).reshape(-1, CHOSEN, EXPERTS)
+    hits = hits * (place < min(room, kept))
+    slots = F.one_hot(place.clamp(0, room - 1) + shift * (place == room - 1), room)
+    dispatch = (slots * hits.unsqueeze(-1)).sum(1).to(x.dtype)  # [T, E, C]
+    combine = dispatch * torch.zeros(len(x), EXPERTS).scatter(1, index, weight).unsqueeze(-1)
+    gate, up = torch.einsum("ecd,ehd->ech", torch.einsum("tec,td->ecd", dispatch, x), gate_up).chunk(2, -1)
+    return torch.einsum("tec,ecd->td", combine, torch.einsum("ech,edh->ecd", F.silu(gate) * up, down))
+
+
+def spread(index: Tensor, weight: Tensor) -> Tensor:
+    """Weights of all experts, [T, E]."""
+    return (F.one_hot(index, EXPERTS).to(weight.dtype) * weight.unsqueeze(-1)).sum(1)
+
+
+def einsum_over_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = torch.einsum("td,ehd->eth", x, gate_up).chunk(2, -1)
+    return torch.einsum("etd,te->td", torch.einsum("eth,edh->etd", F.silu(gate) * up, down), spread(index, weight))
+
+
+def einsum_over_tokens(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = torch.einsum("ehd,td->teh", gate_up, x).chunk(2, -1)
+    each = torch.einsum("teh,edh->ted", F.silu(gate) * up, down)
+    return (each * spread(index, weight / weight.sum(-1, keepdim=True)).unsqueeze(-1)).sum(1)
+
+
+def einsum_of_masked(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    rows = torch.einsum("te,td->etd", F.one_hot(index, EXPERTS).sum(1).to(x.dtype), x)
+    gate, up = torch.einsum("etd,ehd->eth", rows, gate_up).chunk(2, -1)
+    return torch.einsum("te,etd->td", spread(index, weight), torch.einsum("eth,edh->etd", F.silu(gate) * up, down))
+
+
+def einsum_of_copies(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = torch.einsum("td,tkhd->tkh", x, gate_up[index]).chunk(2, -1)
+    return torch.einsum("tkd,tk->td", torch.einsum("tkh,tkdh->tkd", F.silu(gate) * up, down[index]), weight)
+
+
+def dense_of_spread(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return dense_of_any(x, index, weight, gate_up, down, choose=spread)
+
+
+@pytest.mark.parametrize(
+    "block", [einsum_over_experts, einsum_over_tokens, einsum_of_masked, einsum_of_copies, dense_of_spread, dispatched]
+)
+def test_blocks_of_one_hot_weights_and_einsum(block: Any) -> None:
+    result = regrouped(capture_block(block, *weights_of()), [torch.randn(10, WIDTH)])
+    (call,) = calls_of(result.program)
+    assert result.reports[-1].left == () and result.reports[-1].verdict.kind == "right"
+    assert call.args[1].meta["val"].shape == (10, CHOSEN)
+    assert "einsum" not in str(result.program) and "one_hot" not in str(result.program)
+
+
+def twice(index: Tensor, weight: Tensor) -> Tensor:
+    return torch.ones(len(weight), EXPERTS).cumsum(1) * F.one_hot(index, EXPERTS).sum(1)
+
+
 def all_experts(index: Tensor, weight: Tensor) -> Tensor:
     return F.pad(weight, (0, EXPERTS - CHOSEN))
 
@@ -227,12 +394,24 @@ def of_other_tokens(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, d
 
 REFUSALS: dict[str, tuple[Any, tuple[Tensor, ...], str]] = {
     "bias": (with_bias, (*weights_of(), torch.randn(EXPERTS, WIDTH)), "its experts have a bias"),
-    "no gate": (without_gate, weights_of(INNER), "its experts are not gated"),
+    "no gate": (without_gate, weights_of(INNER), "between the products of its experts stand aten.relu.default, and not an activation of one half of the first times"),
     "gate in the second half": (functools.partial(batched, gate=second_half_gates), weights_of(), "the gate of its experts stands in the second half"),
     "activation": (functools.partial(batched, gate=lambda g, u: F.tanh(g) * u), weights_of(), "the activation of its experts, aten.tanh.default, is unknown"),
+    "bias of the first product": (with_bias_between, (*weights_of(), torch.randn(EXPERTS, 2 * INNER)), "stand aten.add.Tensor, aten.split.Tensor, aten.silu.default, aten.mul.Tensor, a bias among them"),
+    "limited gate": (functools.partial(batched, gate=lambda g, u: F.silu(g.clamp(max=7.0)) * u), weights_of(), "stand aten.split.Tensor, aten.clamp.default, aten.silu.default, aten.mul.Tensor, and not an activation"),
+    "two first products": (of_three_products, (torch.randn(EXPERTS, INNER, WIDTH), torch.randn(EXPERTS, INNER, WIDTH), torch.randn(EXPERTS, WIDTH, INNER)), "gate and value of its experts are products of their own, with a weight each: stack both"),
+    "returned": (returned_before, weights_of(), "the results of its experts are returned before they are weighted and summed"),
+    "added to others": (added_before, weights_of(), "go through aten.cumsum.default after they are weighted and before they are summed"),
+    "no weights": (summed_alone, weights_of(), "the results of its experts are summed without weights"),
+    "one weight for all": (weighted_as_one, weights_of(), "there is not one weight for each expert of each token"),
+    "rows of their own": (of_no_rows, weights_of(), "is not rows [tokens * k, width] that got a dim of 1"),
+    "probabilities times a mask": (functools.partial(dense_of_any, choose=twice), weights_of(), "not scattered, nor spread by one_hot, from those"),
+    "capacity": (functools.partial(dispatched, room=5), weights_of(), "each of its experts has room for 5 of 10 tokens, and drops what is more"),
+    "capacity that is no size": (functools.partial(dispatched, kept=8), weights_of(), "it is no mixture of chosen experts after all: its results differ by"),
+    "slots that are not there": (functools.partial(dispatched, room=10, shift=1), weights_of(), "it fails on a choice that a router may make"),
     "norm of each expert": (with_norms, weights_of(), "the results of its experts go through aten.layer_norm.default before they are weighted"),
     "read elsewhere": (read_elsewhere, weights_of(), "a value inside of it is read elsewhere"),
-    "all experts": (functools.partial(dense_of_any, choose=all_experts), weights_of(), "not scattered from those that a token chose"),
+    "all experts": (functools.partial(dense_of_any, choose=all_experts), weights_of(), "not scattered, nor spread by one_hot, from those that a token chose"),
     "repeated experts": (functools.partial(dense_of_any, choose=chosen_by_arithmetic), weights_of(), "not chosen by topk"),
     "weights that do not fit": (batched, (torch.randn(EXPERTS, 2 * INNER, WIDTH), torch.randn(EXPERTS + 1, WIDTH, INNER)), "do not fit one another"),
     "rows of other tokens": (of_other_tokens, weights_of(), "it is no mixture of chosen experts after all: its results differ by"),
@@ -247,6 +426,16 @@ def test_what_is_refused_is_named_and_stays_as_it_was(name: str) -> None:
     (left,) = result.reports[-1].left
     assert reason in left.reason, left
     assert "test_regroup_experts.py" in left.where
+
+
+def test_weights_that_are_computed_are_none_of_experts() -> None:
+    result = regrouped(capture_block(of_computed_weights, *weights_of()))
+    reasons = [each.reason for each in result.reports[-1].left]
+    assert calls_of(result.program) == []
+    assert reasons == [
+        "the matrices that it copies are no weight [experts, .., ..]",
+        "what it reads is no result of a product with weights [experts, .., ..]",
+    ]
 
 
 def test_sentinels_of_experts_on_other_machines_are_part_of_the_choice_which_is_the_routers() -> None:

@@ -15,7 +15,7 @@ from ...ir.workspace.experts import experts_at_once
 from .. import cpu_packed
 from ..cpu_packed import PackedCall, hinted_bytes
 from .expert_choice import BatchedProduct, in_turns
-from .token_choice import Product, Runs, by_expert, check_range
+from .token_choice import Product, Runs, by_expert, by_matrices, check_range, every_expert
 
 
 class PackedExperts(PackedCall):
@@ -44,6 +44,10 @@ class PackedExperts(PackedCall):
         """A choice at random, for an operand like x."""
         raise NotImplementedError
 
+    def others(self) -> "dict[str, PackedExperts]":
+        """Other ways to the same on copies of the weights, or on none, by name; they share `both`."""
+        return {}
+
     def __str__(self) -> str:
         return "oneDNN's linear for each expert"
 
@@ -62,10 +66,60 @@ class PackedTokenChoice(PackedExperts):
     def example_index(self, x: Tensor) -> Tensor:
         return _drawn((hint(x.size(0)), self.experts), self.last)
 
+    def others(self) -> "dict[str, PackedExperts]":
+        """Each expert on every token, where tokens choose half of them or more: sorting costs what fewer products save."""
+        if self.experts > 2 * self.last or type(self) is not PackedTokenChoice:
+            return {}
+        ways: dict[str, PackedExperts] = {"dense": EveryExpert.like(self), "onednn dense": PackedEveryExpert.like(self)}
+        return ways
+
     def scratch(self, x: Tensor, result: Tensor) -> int:
         """Rows sorted by expert, and at the first product its parts and all of them, or at the second what both made."""
         rows = hint(x.size(0)) * self.last
         return max(_row_bytes(self, rows, x) + 8 * rows - hinted_bytes(result), 0)
+
+
+class PackedEveryExpert(PackedTokenChoice):
+    """`gw.token_choice_moe` by each expert on every token."""
+
+    @classmethod
+    def like(cls, call: PackedTokenChoice) -> "PackedEveryExpert":
+        made = cls.__new__(cls)
+        made.__dict__.update(call.__dict__)
+        return made
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+        if index.numel() == 0:
+            return torch.empty_like(x)  # of no tokens
+        check_range(index, gate_up.size(0))
+        up, back = self._products(gate_up, down)
+        return every_expert(x, index, weight, self.experts, up, back, self.options["activation"], self.options["combine_dtype"])
+
+    def _products(self, gate_up: Tensor, down: Tensor) -> tuple[Product, Product]:
+        up_pack, down_pack = self.both
+        return _product(up_pack(gate_up)), _product(down_pack(down))
+
+    def scratch(self, x: Tensor, result: Tensor) -> int:
+        """That of one expert's rows, and the sums and weights of all."""
+        rows = hint(x.size(0))
+        return _row_bytes(self, rows, x) + rows * (4 * self.width + 5 * self.experts)
+
+    def __str__(self) -> str:
+        return "oneDNN's linear for each expert, on every token"
+
+
+class EveryExpert(PackedEveryExpert):
+    """The same by the weights as they are."""
+
+    @property
+    def packs(self) -> tuple[cpu_packed.Pack, ...]:
+        return ()
+
+    def _products(self, gate_up: Tensor, down: Tensor) -> tuple[Product, Product]:
+        return by_matrices(gate_up), by_matrices(down)
+
+    def __str__(self) -> str:
+        return "each expert on every token"
 
 
 class PackedExpertChoice(PackedExperts):

@@ -30,11 +30,7 @@ def token_choice_moe(
     if x.device.type != "cpu" or activation not in ACTIVATIONS or index.numel() == 0:
         return _body(x, index, weight, gate_up, down, activation=activation, combine_dtype=combine_dtype)
     check_range(index, gate_up.size(0))
-
-    def product(matrices: Tensor) -> Product:
-        return lambda rows, runs: _products(rows, matrices, runs)
-
-    return by_expert(x, index, weight, product(gate_up), product(down), activation, combine_dtype)
+    return by_expert(x, index, weight, by_matrices(gate_up), by_matrices(down), activation, combine_dtype)
 
 
 def by_expert(x: Tensor, index: Tensor, weight: Tensor, up: Product, down: Product, activation: str, combine_dtype: torch.dtype) -> Tensor:
@@ -50,6 +46,26 @@ def by_expert(x: Tensor, index: Tensor, weight: Tensor, up: Product, down: Produ
     places = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k)).view(tokens, k)
     # Gathers, weights and sums in one call. Its sums are float32 whatever the dtype.
     return F.embedding_bag(places, results.to(combine_dtype), per_sample_weights=weight.to(combine_dtype), mode="sum").to(x.dtype)
+
+
+def every_expert(
+    x: Tensor, index: Tensor, weight: Tensor, experts: int, up: Product, down: Product, activation: str, combine_dtype: torch.dtype
+) -> Tensor:
+    """As `by_expert`, with each expert run on all tokens, one after another: nothing is sorted, gathered or put back, which can win where
+    tokens choose about all of them. What an expert makes of a token that did not choose it is left out, not multiplied by 0."""
+    wide = torch.promote_types(combine_dtype, torch.float32)
+    gates = torch.zeros(x.size(0), experts, dtype=wide).scatter_add_(1, index, weight.to(combine_dtype).to(wide))
+    absent = torch.ones(x.size(0), experts, dtype=torch.bool).scatter_(1, index, False)
+    out = torch.zeros(x.size(0), x.size(1), dtype=wide)
+    for expert in range(experts):
+        results = _ffn(x, [(expert, x.size(0))], up, down, activation).to(combine_dtype).to(wide)
+        out.addcmul_(results.masked_fill_(absent[:, expert : expert + 1], 0.0), gates[:, expert : expert + 1])
+    return out.to(x.dtype)
+
+
+def by_matrices(matrices: Tensor) -> Product:
+    """Products with plain matrices [E, M, K]."""
+    return lambda rows, runs: _products(rows, matrices, runs)
 
 
 def check_range(index: Tensor, experts: int) -> None:

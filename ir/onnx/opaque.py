@@ -158,7 +158,7 @@ def _output_types(model: Any, outputs: list[str], declared: Mapping[str, Any]) -
         reason = f"its types cannot be inferred: {str(error).splitlines()[0]}"
     (node,) = model.graph.node
     known = {name: _type_of(declared[name]) for name in outputs if name in declared and _is_tensor(declared[name])}
-    for more in (lambda: _of_loop(model, node), lambda: known, lambda: _asked_of_onnxruntime(model)):
+    for more in (lambda: _of_loop(model, node), lambda: known, lambda: _asked_of_onnxruntime(model, node)):
         if any(name not in found for name in outputs):
             found = more() | found
     for name in outputs:
@@ -190,11 +190,14 @@ def _type_of(kind: Any) -> Type:
 _ORT_TENSOR = re.compile(r"tensor\((\w+)\)")
 
 
-def _asked_of_onnxruntime(model: Any) -> dict[str, Type]:
-    """What onnxruntime says of the outputs, which knows operators of its own; nothing where it is missing or refuses the model. It has
-    the sizes of a scalar for those of a tensor whose rank it does not know, so that neither is taken from it."""
+def _asked_of_onnxruntime(model: Any, node: Any) -> dict[str, Type]:
+    """What onnxruntime says of the outputs of operators of its own; nothing where it is missing or refuses the model. It has the sizes
+    of a scalar for those of a tensor whose rank it does not know, so that neither is taken from it. Of the standard's operators the onnx
+    package knows as much, and does not end the process where one claims 2^62 elements."""
     import onnx
 
+    if node.domain in ("", "ai.onnx"):
+        return {}
     try:
         infos = session(_content(model)).get_outputs()
     except TargetError:

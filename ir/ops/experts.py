@@ -40,8 +40,9 @@ def token_choice_moe(
         ValueError: the activation is unknown.
         IndexError: an index lies outside of the experts.
     """
-    tokens = torch.arange(x.size(0), device=x.device).unsqueeze(1)
-    y = _experts(x.unsqueeze(0).expand(gate_up.size(0), -1, -1), gate_up, down, activation)[index, tokens]  # [T, k, D]
+    tokens, experts = torch.arange(x.size(0), device=x.device).unsqueeze(1), gate_up.size(0)
+    chosen = index.masked_fill(index < 0, experts)  # which is refused: a negative index would count from the end
+    y = _experts(x.unsqueeze(0).expand(experts, -1, -1), gate_up, down, activation)[chosen, tokens]  # [T, k, D]
     return (y.to(combine_dtype) * weight.to(combine_dtype).unsqueeze(-1)).sum(1).to(x.dtype)
 
 
@@ -126,7 +127,7 @@ def expert_mlp(x: Tensor, index: Tensor, gate: Tensor, gate_up: Tensor, down: Te
 def _experts(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
     """FFN_e(x[e]) for each expert: [E, N, D] -> [E, N, D]."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation {activation} of an expert is unknown: it is one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation {activation!r} of an expert is unknown: it is one of {', '.join(ACTIVATIONS)}")
     gates, up = torch.bmm(x, gate_up.transpose(1, 2)).chunk(2, -1)
     return torch.bmm(ACTIVATIONS[activation](gates) * up, down.transpose(1, 2))
 
@@ -149,8 +150,8 @@ def _gates(scores: Tensor, taken: Tensor, rule: str) -> Tensor:
 
 def _check_routing(rule: str, key: str | None, capacity: int, logits: Tensor) -> None:
     if rule not in RULES:
-        raise ValueError(f"rule {rule} of expert choice is unknown: it is one of {', '.join(RULES)}")
+        raise ValueError(f"rule {rule!r} of expert choice is unknown: it is one of {', '.join(RULES)}")
     if key not in (None, *RULES.values()):
-        raise ValueError(f"key {key} of expert choice is unknown: it is one of prob, logit")
+        raise ValueError(f"key {key!r} of expert choice is unknown: it is one of prob, logit")
     if not 0 <= capacity <= logits.size(1):
         raise ValueError(f"an expert takes from 0 to {logits.size(1)} positions of a sequence, not {capacity}")

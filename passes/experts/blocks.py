@@ -6,7 +6,7 @@ A block is matched from its second product, backwards to the tokens and the chos
 will do. How rows are sorted, repeated and put back is not matched: the self-check of `regroup-experts` runs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +16,22 @@ from ...ir import Function, Node
 from ...ir.calls import GETITEM, name_of
 from ...ir.infer import same_size
 from ...ir.pattern import NoMatch, named_arguments
+from .choices import CHOICES, chosen_behind, dispatched_tokens, dropped
 from .gates import Gated, gated_of, is_gated
 from .products import ExpertProduct, only_user, operation, product_of
 from .region import Region, region_of
 
 aten = torch.ops.aten
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim)
 _ON_THE_WAY = (*_VIEWS, aten.index.Tensor, aten.mul.Tensor, aten.clone.default)  # from a product to the sum
 _SWAPPED = (aten.transpose.int, aten.t.default, aten.permute.default)
-_CHOICES = (aten.topk.default, aten.sort.default, aten.sort.stable)
 
 
 @dataclass(frozen=True)
 class MoEBlock:
-    """`result` [T, D] is gw.token_choice_moe of x [T, D], index [T, k] and weight [T, k], summed in `combine_dtype`."""
+    """`result` [T, D] is gw.token_choice_moe of x [T, D], index [T, k] and weight [T, k], summed in `combine_dtype`. Where tokens have one
+    expert, index and weight may be [T] as well."""
 
     result: Node
     x: Node
@@ -40,6 +41,10 @@ class MoEBlock:
     down: ExpertProduct
     combine_dtype: torch.dtype
     region: Region
+
+    @property
+    def k(self) -> int:
+        return _experts_of_a_token(self.index)
 
     @property
     def form(self) -> str:
@@ -93,21 +98,24 @@ def _block(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> MoEBl
     gated = gated_of(down, products)
     if isinstance(gated, NoMatch):
         return gated
-    total = _sum_behind(down)
+    x = _tokens(gated.product)
+    if x is None:
+        return NoMatch("what its experts read is not seen to be tokens [tokens, width] that were sent to them", gated.product.x)
+    total = _sum_behind(down, x)
     if isinstance(total, NoMatch):
         return total
-    x = _tokens(gated.product)
-    chosen = _choice(down, total)
-    if isinstance(chosen, NoMatch):
-        return chosen
-    index, weight = chosen
     result = _in_dtype_of(x, total.node)
     if isinstance(result, NoMatch):
         return result
+    given = (x, gated.product.weight, down.weight)
+    chosen = _choice(down, total, result, given, gated.product.result)
+    if isinstance(chosen, NoMatch):
+        return chosen
+    index, weight = chosen
     problem = _misfit(x, index, weight, result, gated, down)
     if problem is not None:
         return problem
-    region = region_of(result, (x, index, weight, gated.product.weight, down.weight), inside=gated.product.result)
+    region = region_of(result, (index, weight, *given), inside=gated.product.result)
     if isinstance(region, NoMatch):
         return region
     return MoEBlock(result, x, index, weight, gated, down, total.dtype, region)
@@ -115,39 +123,60 @@ def _block(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> MoEBl
 
 @dataclass(frozen=True)
 class _Sum:
-    """The sum of weighted results; `factor` is what they were multiplied with, `dtype` that of the product."""
+    """The sum of weighted results; `factor` is what they were multiplied with, `dtype` that of the product. Where tokens have one expert,
+    there need be no sum, and it is the last of the weighted results."""
 
     node: Node
     factor: Node
     dtype: torch.dtype
 
 
-def _sum_behind(down: ExpertProduct) -> _Sum | NoMatch:
-    node, factor, dtype = down.result, None, down.result.meta["val"].dtype
+def _sum_behind(down: ExpertProduct, x: Node) -> _Sum | NoMatch:
+    node, factor, dtype, row = down.result, None, down.result.meta["val"].dtype, None
     while True:
         user = only_user(node)
-        if user is None:
-            return NoMatch(f"the results of its experts are read {len(node.users)} times, not weighted and summed alone", node)
-        if user.target is aten.sum.dim_IntList:
+        if user is not None and user.target is aten.sum.dim_IntList:
             break
-        if user.target in (aten.add.Tensor, aten.add_.Tensor):
-            return NoMatch("its experts have a bias", user)
-        if user.target not in _ON_THE_WAY or (user.target is aten.mul.Tensor and factor is not None):
-            return NoMatch(f"the results of its experts go through {_shown(user)} before they are weighted and summed", user)
-        if user.target is aten.mul.Tensor:
+        if user is not None and user.target is aten.einsum.default and down.form == "einsum" and factor is None:
+            return _Sum(user, next(operand for operand in user.args[1] if operand is not node), user.meta["val"].dtype)  # type: ignore
+        is_weight = user is not None and user.target is aten.mul.Tensor and factor is None
+        if user is None or not (is_weight or user.target in _ON_THE_WAY) or (user.target is aten.mul.Tensor and not is_weight):
+            is_row = isinstance(factor, Node) and row is not None and down.form in ("batched", "grouped") and _same_shape(row, x)
+            return _Sum(row, factor, dtype) if is_row else _stray(node, user, factor)  # type: ignore[arg-type]
+        if is_weight:
             factor, dtype = next(operand for operand in user.args if operand is not node), user.meta["val"].dtype
         node = user
-    named, dim = named_arguments(user), 0 if down.form == "dense" else 1
-    if named["dim"] is None or [each % 3 for each in named["dim"]] != [dim] or named["keepdim"] or node.meta["val"].dim() != 3:
+        row = node if factor is not None and node.meta["val"].dim() == 2 else row
+    named, dims = named_arguments(user), {"dense": (0,), "einsum": (0, 1)}.get(down.form, (1,))
+    if (
+        named["dim"] is None
+        or [each % 3 for each in named["dim"]] not in [[dim] for dim in dims]
+        or named["keepdim"]
+        or node.meta["val"].dim() != 3
+    ):
         return NoMatch("its results are not summed over the experts of a token", user)
     if not isinstance(factor, Node):
         return NoMatch("the results of its experts are summed without weights", user)
     return _Sum(user, factor, dtype)
 
 
-def _tokens(up: ExpertProduct) -> Node:
-    """What a product's rows are copies of, in whatever order."""
+def _stray(node: Node, user: Node | None, factor: Any) -> NoMatch:
+    """Why results of experts that `node` holds and `user` reads are not on the way to a weighted sum."""
+    weighted = "before they are weighted and summed" if factor is None else "after they are weighted and before they are summed"
+    if user is None:
+        return NoMatch(f"the results of its experts are read {len(node.users)} times {weighted}", node)
+    if user.op == "output":
+        return NoMatch(f"the results of its experts are returned {weighted}", node)
+    if user.target in (aten.add.Tensor, aten.add_.Tensor) and factor is None:
+        return NoMatch("its experts have a bias", user)
+    return NoMatch(f"the results of its experts go through {_shown(user)} {weighted}", user)
+
+
+def _tokens(up: ExpertProduct) -> Node | None:
+    """What a product's rows are copies of, in whatever order; None where that is not seen."""
     node = up.x
+    if up.form == "einsum":
+        return dispatched_tokens(node)
     if up.form == "dense":
         node = _first(node) if operation(node) is aten.expand.default else node
         return _first(node) if operation(node) is aten.unsqueeze.default and node.args[1] in (0, -3) else node
@@ -156,37 +185,76 @@ def _tokens(up: ExpertProduct) -> Node:
 
 def _takes_tokens(product: ExpertProduct) -> bool:
     """Whether a product's rows are tokens that were sorted, repeated or given to all."""
-    return _tokens(product) is not product.x or (product.form == "dense" and product.x.meta["val"].dim() == 2)
+    tokens = _tokens(product)
+    is_given_to_all = product.form in ("dense", "einsum") and product.x.meta["val"].dim() == 2
+    return tokens is not None and (tokens is not product.x or is_given_to_all)
 
 
-def _choice(down: ExpertProduct, total: _Sum) -> tuple[Node, Node] | NoMatch:
+def _choice(down: ExpertProduct, total: _Sum, result: Node, given: Sequence[Node], inside: Node) -> tuple[Node, Node] | NoMatch:
     """The experts of each token, [T, k], and the weights that it gives them."""
     if down.form == "dense":
-        return _scattered(total)
+        scatter = _gates(total)
+        if operation(scatter) is aten.scatter.src:
+            return _scattered(scatter)
+        spread = chosen_behind(total.factor, result, given, inside, None)
+        reason = NoMatch("the weights of its experts are not scattered, nor spread by one_hot, from those that a token chose", scatter)
+        return reason if isinstance(spread, NoMatch) else spread
+    if down.form == "einsum":
+        few = dropped(down, given[0].meta["val"].size(0))
+        return chosen_behind(total.factor, result, given, inside, down.experts) if few is None else few
     index: Any = down.experts
-    while isinstance(index, Node) and not (index.meta["val"].dim() == 2 and index.meta["val"].dtype == torch.int64):
+    while isinstance(index, Node) and not _is_choice(index):
         index = _source(index)
     if index is None:
         return NoMatch("which expert a row has is not read off an index [tokens, k]", down.experts)
     weight: Any = total.factor
+    if _experts_of_a_token(index) == 1:
+        return index, _weight_of_one(weight, index.meta["val"].size(0))
     while operation(weight) in (*_VIEWS, aten.index.Tensor) and not _same_shape(weight, index):
         weight = _first(weight)
     return index, weight
 
 
-def _scattered(total: _Sum) -> tuple[Node, Node] | NoMatch:
-    """(index, weight) of weights [T, E] into which those of chosen experts were scattered."""
+def _is_choice(node: Node) -> bool:
+    """Whether `node` is integers [T, k], or [T] that were made of scores."""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
+        return False
+    source = _source(node)
+    return value.dim() == 2 or (value.dim() == 1 and source is not None and source.meta["val"].dtype.is_floating_point)
+
+
+def _experts_of_a_token(index: Node) -> int:
+    return int(index.meta["val"].size(1)) if index.meta["val"].dim() == 2 else 1
+
+
+def _weight_of_one(factor: Node, tokens: Any) -> Node:
+    """The weight of the one expert of each token, before rows are put into another order and given other dims."""
+    node = weight = factor
+    while operation(node) in _VIEWS or (operation(node) is aten.index.Tensor and len(node.args[1]) == 1):  # type: ignore[arg-type]
+        node = _first(node)
+        weight = node if _is_of_each(node, tokens, 1) else weight
+    return weight
+
+
+def _gates(total: _Sum) -> Node:
+    """The weights [T, E] of all experts, before they are turned and converted."""
     weight: Any = total.factor
     while operation(weight) in (*_VIEWS, *_SWAPPED) or (
         operation(weight) is aten._to_copy.default and weight.meta["val"].dtype == total.dtype
     ):
         weight = _first(weight)
-    if operation(weight) is not aten.scatter.src or weight.args[1] not in (1, -1):
-        return NoMatch("the weights of its experts are not scattered from those that a token chose", weight)
-    index, source = weight.args[2:4]
-    if operation(index) is not GETITEM or operation(index.args[0]) not in _CHOICES:
-        return NoMatch("the experts of a token are not chosen by topk, so one may be there twice, and would count once", index)
-    return index, source
+    return weight
+
+
+def _scattered(scatter: Node) -> tuple[Node, Node] | NoMatch:
+    """(index, weight) of weights [T, E] into which those of chosen experts were scattered."""
+    dim, index, source = scatter.args[1:4]
+    if dim not in (1, -1):
+        return NoMatch("the weights of its experts are scattered over tokens, not over experts", scatter)
+    if _experts_of_a_token(index) > 1 and (operation(index) is not GETITEM or operation(index.args[0]) not in CHOICES):  # type: ignore
+        return NoMatch("the experts of a token are not chosen by topk, so one may be there twice, and would count once", index)  # type: ignore
+    return index, source  # type: ignore[return-value]
 
 
 def _source(node: Node) -> Node | None:
@@ -219,9 +287,17 @@ def _misfit(x: Node, index: Node, weight: Node, result: Node, gated: Gated, down
         return NoMatch("tokens and weights of its experts have different dtypes", down.result)
     if not _same_shape(x, result) or result.meta["val"].dim() != 2:
         return NoMatch("its result is not a row for each token", result)
-    if not _same_shape(index, weight) or not same_size(index.meta["val"].size(0), x.meta["val"].size(0)):
+    tokens, k = x.meta["val"].size(0), _experts_of_a_token(index)
+    if not all(_is_of_each(node, tokens, k) for node in (index, weight)):
         return NoMatch("there is not one weight for each expert of each token", weight)
     return None
+
+
+def _is_of_each(node: Node, tokens: Any, k: int) -> bool:
+    """Whether a value is [tokens, k], or [tokens] where k is 1."""
+    shape = node.meta["val"].shape
+    fits = len(shape) == 2 and same_size(shape[1], k) or (len(shape) == 1 and k == 1)
+    return fits and same_size(shape[0], tokens)
 
 
 def _oriented(shape: torch.Size, transposed: bool) -> tuple[int, int, int]:

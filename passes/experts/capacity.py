@@ -9,7 +9,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...ir import Program
 from ...ir.errors import InputError, PassError
+
+SCHEDULE = "expert-choice"  # the name under which a program keeps what a call has to know
 
 ROUNDINGS: dict[str, Callable[[int, int], int]] = {
     "floor": lambda a, b: a // b,
@@ -65,26 +68,44 @@ class CapacitySchedule:
 
     def __post_init__(self) -> None:
         if not all(type(k) is int for k in (self.kmin, self.kmax)) or not 1 <= self.kmin <= self.kmax:
-            raise PassError(f"a schedule of capacities goes from kmin to kmax, 1 <= kmin <= kmax, not from {self.kmin} to {self.kmax}")
-        if self.shape not in SHAPES:
-            raise PassError(f"shape {self.shape} of a schedule of capacities is unknown: it is one of {', '.join(SHAPES)}")
-        if self.ratio not in RATIOS:
-            raise PassError(f"ratio {self.ratio} of a schedule of capacities is unknown: it is one of {', '.join(RATIOS)}")
+            raise PassError(f"a schedule of capacities goes from kmin to kmax, 1 <= kmin <= kmax, not from {self.kmin!r} to {self.kmax!r}")
+        for name, value, known in (("shape", self.shape, tuple(SHAPES)), ("ratio", self.ratio, RATIOS)):
+            if value not in known:
+                raise PassError(f"{name} {value!r} of a schedule of capacities is unknown: it is one of {', '.join(known)}")
 
     def k(self, masked: int, valid: int) -> int:
         """Experts a token where `masked` of `valid` positions are masked; half is rounded to even.
 
         Raises:
-            InputError: not 0 <= masked <= valid, or no position is valid.
+            InputError: not 0 <= masked <= valid, in integers, or no position is valid.
         """
-        if not 0 <= masked <= valid or valid == 0:
-            raise InputError(f"a row has {masked} masked of {valid} valid positions: give 0 <= masked <= valid, and at least one valid")
+        if not (type(masked) is type(valid) is int and 0 <= masked <= valid > 0):
+            raise InputError(
+                f"a row has {masked!r} masked of {valid!r} valid positions: give integers, 0 <= masked <= valid, and at least one valid"
+            )
         wanted = self.kmin + (self.kmax - self.kmin) * SHAPES[self.shape](masked / valid)
         return min(max(round(wanted), self.kmin), self.kmax)
 
     def mean(self, steps: int = 1000) -> float:
-        """E[k] where the share of masked positions is spread evenly over 0 .. 1."""
+        """E[k] where the share of masked positions is spread evenly over 0 .. 1, at so many of them.
+
+        Raises:
+            InputError: steps is no number from 1 on.
+        """
+        if type(steps) is not int or steps < 1:
+            raise InputError(f"steps is an integer from 1 on, not {steps!r}")
         return sum(self.k(2 * i + 1, 2 * steps) for i in range(steps)) / steps
+
+
+def schedule_of(program: Program) -> CapacitySchedule | None:
+    """The schedule of capacities that `expert-choice` left with the program."""
+    data = program.schedules.get(SCHEDULE, {})
+    return CapacitySchedule(data["kmin"], data["kmax"], data["shape"], data["ratio"]) if "kmin" in data else None
+
+
+def leaks_future(program: Program) -> bool:
+    """Whether experts of a program choose among positions some of which do not see one another."""
+    return bool(program.schedules.get(SCHEDULE, {}).get("leaks_future"))
 
 
 def _half_to_even(a: int, b: int) -> int:

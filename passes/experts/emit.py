@@ -1,5 +1,6 @@
 """What stands for a mixture whose experts choose: scores, `gw.expert_choice`, `gw.expert_mlp`."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +46,21 @@ def emit_choice(rewriter: Rewriter, site: Routed, choice: Choice, valid: Node | 
     if valid is not None:
         mask = valid if valid.meta["val"].dtype == torch.bool else insert(aten.ne.Scalar, valid, 0)
         table = torch.tensor([choice.capacity(n) for n in range(length + 1)])
-        name = f"expert_choice.capacity_{choice.sizes.experts}_{choice.k}"
-        rows = insert(aten.index.Tensor, rewriter.weight(Weight.of(name, table)), [insert(aten.sum.dim_IntList, mask, [1])])
+        kept = _kept(rewriter, f"expert_choice.capacity_{choice.sizes.experts}_{choice.k}", table)
+        rows = insert(aten.index.Tensor, kept, [insert(aten.sum.dim_IntList, mask, [1])])
     attributes = {"capacity": choice.capacity(length), "rule": choice.rule, "key": choice.key}
     chosen = insert(gw.expert_choice.default, scores, mask, rows, origin=site.choice, **attributes)
     index, gate = (insert(GETITEM, chosen, n, origin=site.choice) for n in (0, 1))
     x = insert(aten.view.default, a["x"], [-1, length, a["x"].meta["val"].size(-1)])
     y = insert(gw.expert_mlp.default, x, index, gate, a["gate_up"], a["down"], activation=a["activation"])
     rewriter.replace(moe, insert(aten.view.default, y, [-1, y.meta["val"].size(-1)]))
+
+
+def _kept(rewriter: Rewriter, name: str, table: torch.Tensor) -> Node:
+    """A use of a weight with this value: of that name, or with the first number behind it that no other value has."""
+    for number in itertools.count():
+        weight = Weight.of(f"{name}_{number}" if number else name, table)
+        known = rewriter.program.weights.get(weight.name)
+        if known is None or known.digest == weight.digest:
+            return rewriter.weight(weight)
+    raise AssertionError("numbers do not end")

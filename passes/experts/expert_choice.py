@@ -8,7 +8,7 @@ Enables Adaptive Computation in Diffusion Language Models" (2604.01622); specs/e
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
@@ -25,8 +25,8 @@ from ..check import Reference
 from ..contract import Contract
 from ..options import at_least, one_of, option
 from ..verdict import Verdict
-from .capacity import ROUNDINGS, Capacity, CapacitySchedule
-from .causality import Sight, change_of_earlier_outputs, look
+from .capacity import ROUNDINGS, SCHEDULE, Capacity, CapacitySchedule, leaks_future
+from .causality import STAYS, Sight, change_of_earlier_outputs, look
 from .emit import Choice, emit_choice
 from .limit import judge_limit, mixtures
 from .report import described, described_schedule, figures
@@ -34,7 +34,6 @@ from .router import Routed, routed
 
 gw = torch.ops.gw
 
-SCHEDULE = "expert-choice"
 _KEYS = (None, "prob", "logit")
 
 
@@ -49,13 +48,13 @@ class ExpertChoice(Pass):
     capacity_rounding, min_capacity, capacity_multiple: of S k / E, tokens an expert.
     valid: an input [B, S] that is 0 where a row is padded; "auto": one that is named attention_mask; None: all positions are tokens.
     router_dtype: in which scores are computed, "float32" or "keep".
-    layers: numbers of the mixtures to rewrite, "all" of them by default.
+    layers: numbers of the mixtures to rewrite, "all" of them by default; those whose experts choose already are counted, too.
     allow_noncausal: rewrite a graph that does not look both ways as well. Each position then knows of later ones, the program says so
         (`leaks_future`), and loops that generate token by token refuse it.
 
     Raises:
         PassError: an option is out of range or does not fit the graph; positions of the graph do not all see one another; sequences have no
-            fixed length, or one of 1.
+            fixed length, or one of 1; the program has functions for a schedule already.
     """
 
     name = "expert-choice"
@@ -98,13 +97,15 @@ class ExpertChoice(Pass):
         sites, left = self._sites(program)
         if not sites:
             return Outcome(left)
+        if "kmin" in program.schedules.get(SCHEDULE, {}):
+            raise PassError(
+                "expert-choice: the program has functions for a schedule of expert-choice already, in which this run would change nothing: "
+                "name all mixtures in the one pass that has the schedule"
+            )
         first = next(iter(sites.values()))
         padding = _padding_input(rewriter.function, first, self.valid)
         self._check_sizes(program, sites, schedule)
-        known = {padding, _padding_input(rewriter.function, first, "auto")} - {None}
-        sight = look(program, first.batch, int(first.length), [node for node in known if node is not None])
-        if sight.problem and not (self.allow_noncausal and sight.may_be_overridden):
-            raise PassError(f"expert-choice: {sight.problem}: an expert that chooses among all positions would tell each of the later ones")
+        sights = [(site, self._sight(rewriter, site, padding)) for site in _of_distinct_sequences(sites.values())]
         choices = {number: self._choice(site, schedule.kmax if schedule else self.k or site.k) for number, site in sites.items()}
         made = {number: figures(number, site, choices[number]) for number, site in sites.items()}
         texts = Counter(described(made[number], self.rule == "auto", site.renormalized) for number, site in sites.items())
@@ -112,10 +113,12 @@ class ExpertChoice(Pass):
         self._rewrite(rewriter, choices)
         lines = [f"{count} mixture{'s' if count > 1 else ''}: {text}" for text, count in texts.items()]
         lines += [described_schedule(schedule)] if schedule else []
-        lines += [sight.evidence, "all positions are tokens" if padding is None else f"padding is read off the input {padding.target}"]
-        leak = self._mark(rewriter, schedule, functions, first, sight)
-        if leak is not None:
-            lines.append(f"the last token changes earlier outputs by {leak:.2g} of the largest: each position knows of later ones")
+        lines += [sight.evidence for _, sight in sights]
+        lines.append("all positions are tokens" if padding is None else f"padding is read off the input {padding.target}")
+        leak = None
+        if self._mark(rewriter, schedule, functions, sights):
+            leak, line = _leak(program, *next((site, sight) for site, sight in sights if sight.problem))
+            lines.append(line)
         lines.append("this changes the model: expect worse outputs until its routers are trained for it")
         return Outcome(left, tuple(lines), {"expert_choice": [each.data() for each in made.values()], "leak": leak})
 
@@ -127,12 +130,25 @@ class ExpertChoice(Pass):
         sites, _ = self._sites(reference.program)
         return judge_limit(reference.program, reference.inputs, {number: self._rule(site) for number, site in sites.items()})
 
+    def _sight(self, rewriter: Rewriter, site: Routed, padding: Node | None) -> Sight:
+        """Raises PassError where experts may not choose among the positions of a site's sequences."""
+        known = {padding, _padding_input(rewriter.function, site, "auto")} - {None}
+        sight = look(rewriter.program, site.batch, int(site.length), [node for node in known if node is not None])
+        if sight.problem and not sight.may_be_overridden:
+            raise PassError(f"expert-choice: {sight.problem}: experts choose among the positions of whole sequences, so capture those")
+        if sight.problem and not self.allow_noncausal:
+            raise PassError(
+                f"expert-choice: {sight.problem}: an expert that chooses among all positions would tell each of the later ones; "
+                "allow_noncausal=true rewrites it all the same"
+            )
+        return sight
+
     # --- the mixtures ---
 
     def _sites(self, program: Program) -> tuple[dict[int, Routed], tuple[LeftAlone, ...]]:
         """The mixtures that experts can choose in, by number, and why not in others."""
-        found = mixtures(program)
-        numbers = range(len(found)) if self.layers == "all" else self.layers
+        found = mixtures(program.main)
+        numbers = [n for n, node in enumerate(found) if node.target is not gw.expert_mlp.default] if self.layers == "all" else self.layers
         unknown = [number for number in numbers if number >= len(found)]
         if unknown:
             raise PassError(f"expert-choice: layers names mixture {unknown[0]}, and there are {len(found)}; regroup-experts finds them")
@@ -179,7 +195,7 @@ class ExpertChoice(Pass):
 
     def _rewrite(self, rewriter: Rewriter, choices: Mapping[int, Choice]) -> None:
         """Of the function that `rewriter` edits; numbers are those of its mixtures."""
-        found = [node for node in rewriter.nodes() if node.target is gw.token_choice_moe.default]
+        found = mixtures(rewriter.function)
         for number, choice in choices.items():
             site = routed(found[number])
             assert isinstance(site, Routed), "it was one in main, of which this function is a copy"
@@ -200,18 +216,41 @@ class ExpertChoice(Pass):
         return functions | {schedule.kmax: main.name}
 
     def _mark(
-        self, rewriter: Rewriter, schedule: CapacitySchedule | None, functions: Mapping[int, str], site: Routed, sight: Sight
-    ) -> float | None:
-        """Keeps with the program what a call has to know. By how much the last token changes earlier outputs, where it should not."""
-        leaks = bool(sight.problem)
-        if schedule is None and not leaks:
-            return None
-        data: dict[str, Any] = {"leaks_future": leaks}
+        self,
+        rewriter: Rewriter,
+        schedule: CapacitySchedule | None,
+        functions: Mapping[int, str],
+        sights: Sequence[tuple[Routed, Sight]],
+    ) -> bool:
+        """Keeps with the program what a call has to know. Whether positions were told of others that they did not see."""
+        leaks = any(sight.problem for _, sight in sights)
+        data: dict[str, Any] = {"leaks_future": leaks or leaks_future(rewriter.program)}
         if schedule is not None:
-            data |= asdict(schedule) | {"k": list(functions), "functions": list(functions.values()), "length": int(site.length)}
-        with rewriter.step("keep-schedule"):
-            rewriter.schedule(SCHEDULE, data)
-        return change_of_earlier_outputs(rewriter.program, site.batch, int(site.length), sight.padding) if leaks else None
+            data |= asdict(schedule) | {"k": list(functions), "functions": list(functions.values()), "length": int(sights[0][0].length)}
+        if schedule is not None or leaks:
+            with rewriter.step("keep-schedule"):
+                rewriter.schedule(SCHEDULE, data)
+        return leaks
+
+
+def _of_distinct_sequences(sites: Iterable[Routed]) -> list[Routed]:
+    """One site for each shape [B, S] of sequences."""
+    found: list[Routed] = []
+    for site in sites:
+        if not any(same_size(site.batch, each.batch) and site.length == each.length for each in found):
+            found.append(site)
+    return found
+
+
+def _leak(program: Program, site: Routed, sight: Sight) -> tuple[float | None, str]:
+    """By how much the last token changes earlier outputs of a rewritten graph that hides it from them, and what to say of that."""
+    leak = change_of_earlier_outputs(program, site.batch, int(site.length), sight.padding)
+    if leak is None:
+        return None, "whether positions know of later ones was not measured, since no probe was run: take it that they do"
+    measured = f"the last token changes earlier outputs by {leak:.2g} of the largest, where it was {sight.change or 0.0:.2g} before"
+    if leak > max(STAYS[False], sight.change or 0.0):
+        return leak, f"{measured}: each position knows of later ones"
+    return leak, f"{measured}, on the inputs that were tried: take it that positions know of later ones, since experts compare them all"
 
 
 def _padding_input(function: Function, site: Routed, wanted: str | None) -> Node | None:
@@ -230,7 +269,7 @@ def _padding_input(function: Function, site: Routed, wanted: str | None) -> Node
                 return node
     if wanted == "auto":
         return None
-    raise PassError(f"expert-choice: valid={wanted} is no input [batch, length] of the graph: {', '.join(_names(function))}")
+    raise PassError(f"expert-choice: valid={wanted!r} is no input [batch, length] of the graph: {', '.join(_names(function))}")
 
 
 def _names(function: Function) -> list[str]:

@@ -35,12 +35,14 @@ def gated_of(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> Gat
     """What the second product of an expert reads."""
     product: Any = down.x
     if operation(product) is not aten.mul.Tensor:
-        return NoMatch("its experts are not gated: what their second product reads is no product of two halves", down.result)
+        return _between(down, products)
     for activated, value in (product.args, product.args[::-1]):
         gate, other = _half(_first(activated)), _half(value)
         if gate is None or other is None or gate[0] is not other[0]:
             continue
-        if gate[0] not in products or products[gate[0]].form != down.form or products[gate[0]].experts is not down.experts:
+        if gate[0] not in products:
+            break
+        if products[gate[0]].form != down.form or products[gate[0]].experts is not down.experts:
             return NoMatch("the two products of its experts are not of the same rows", product)
         activation = _activation(activated)
         if activation is None:
@@ -48,9 +50,43 @@ def gated_of(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> Gat
         if (gate[1], other[1]) != (0, 1):
             return NoMatch("the gate of its experts stands in the second half of their weights", activated)
         return Gated(products[gate[0]], activation)
-    return NoMatch(
-        "its experts are not gated: what their second product reads is no activation of one half of the first times the other", product
-    )
+    return _between(down, products)
+
+
+def _between(down: ExpertProduct, products: Mapping[Node, ExpertProduct]) -> NoMatch:
+    """What stands between the two products of an expert, in the place of a gate."""
+    first = [each for each in products.values() if each.weight is not down.weight and _is_read_by(each.result, down.x)]
+    if len(first) > 1:
+        advice = "stack both into one weight [experts, 2 * inner, width], gate rows first"
+        return NoMatch(f"gate and value of its experts are products of their own, with a weight each: {advice}", down.result)
+    before = _before(down.x, products)
+    last = max((product for product in products if not before.isdisjoint(product.users)), default=None)
+    if last is None:
+        return NoMatch("what it reads is no result of a product with weights [experts, .., ..]", down.result)
+    between = {last}
+    for node in sorted(before):
+        if not between.isdisjoint(node.all_input_nodes):
+            between.add(node)
+    names = list(dict.fromkeys(name_of(node.target) for node in sorted(between - {last}) if node.target is not GETITEM))  # type: ignore
+    bias = ", a bias among them" if {"aten.add.Tensor", "aten.addmm.default"} & set(names) else ""
+    what = f"between the products of its experts stand {', '.join(names)}{bias}"
+    return NoMatch(f"{what}, and not an activation of one half of the first times the other half", down.result)
+
+
+def _before(node: Node, products: Mapping[Node, ExpertProduct]) -> set[Node]:
+    """The calls that `node` is computed by, itself among them, back to products."""
+    found, pending = set[Node](), [node]
+    while pending:
+        each = pending.pop()
+        if each not in found and each not in products and each.op == "call_function":
+            found.add(each)
+            pending += each.all_input_nodes
+    return found
+
+
+def _is_read_by(value: Node, reader: Node) -> bool:
+    """Whether `reader` is a product of `value`, or of an activation of it, with another."""
+    return operation(reader) is aten.mul.Tensor and any(each is value or _first(each) is value for each in reader.args)
 
 
 def _activation(node: Node) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...ir import Node, Program, Rewriter
+from ...ir import Function, Node, Program, Rewriter
 from ...ir.derive import Derivation, specialised
 from ...ir.pattern import named_arguments
 from ..check import Reference
@@ -23,7 +23,7 @@ def judge_limit(before: Program, inputs: list[Any], rules: dict[int, str]) -> Ve
     """By the exact contract, on the inputs of `before`; `rules` has the rule of each mixture by its number, those that stay left out."""
     chosen = before.copy()
     rewriter = Rewriter(chosen)
-    for number, moe in enumerate(mixtures(chosen)):
+    for number, moe in enumerate(mixtures(chosen.main)):
         if number in rules:
             site = routed(moe)
             assert isinstance(site, Routed), "it was one when the pass ran"
@@ -34,15 +34,15 @@ def judge_limit(before: Program, inputs: list[Any], rules: dict[int, str]) -> Ve
     return Reference(_all_chosen(before, rules), tensors).judge_exact(flat)
 
 
-def mixtures(program: Program) -> list[Node]:
-    """The calls of gw.token_choice_moe in `main`, in order: their numbers are those of the option `layers`."""
-    return [node for node in program.main.calls if node.target is gw.token_choice_moe.default]
+def mixtures(function: Function) -> list[Node]:
+    """The mixtures of a function, in order, whoever chooses in them: their numbers are those of the option `layers`."""
+    return [node for node in function.calls if node.target in (gw.token_choice_moe.default, gw.expert_mlp.default)]
 
 
 def _all_chosen(program: Program, rules: dict[int, str]) -> Program:
     """`program` whose tokens choose all experts, by the probabilities of the rules."""
     sites: list[tuple[Routed, str]] = []
-    for number, moe in enumerate(mixtures(program)):
+    for number, moe in enumerate(mixtures(program.main)):
         site = routed(moe)
         if number in rules and isinstance(site, Routed):
             sites.append((site, rules[number]))

@@ -1,8 +1,10 @@
-"""Products of rows with the matrices of their experts, in the three forms in which they are captured.
+"""Products of rows with the matrices of their experts, in the forms in which they are captured.
 
     grouped   grouped_mm(x[N, K], transpose(W), ends)                          rows sorted by expert
     batched   squeeze(bmm(index(W, [experts]), unsqueeze(x[N, K], -1)))        a copy of the weights for each row
     dense     matmul | bmm(x[E or 1, T, K], transpose(W))                      every expert on every row
+    einsum    einsum(x[T, K] | x[E, C, K], W) -> [E, C, M] | [T, E, M]         every expert on every row, or on those dispatched to it
+              einsum(x[T, K] | x[T, k, K], index(W, [experts[T, k]])) -> [T, k, M]
 
 W is a weight [E, M, K], or [E, K, M] where it is not transposed.
 """
@@ -17,13 +19,14 @@ from ...ir.pattern import NoMatch, named_arguments
 
 aten, gw = torch.ops.aten, torch.ops.gw
 
+_UNSQUEEZED = (aten.unsqueeze.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _GROUPED = {aten._grouped_mm.default: ("self", "mat2"), gw.grouped_mm.default: ("x", "weight")}
 
 
 @dataclass(frozen=True)
 class ExpertProduct:
-    """`result` = x @ W[expert of the row].T: [N, M], for dense [E, T, M]. The weight is [E, K, M] where `transposed`. `experts` says which
-    expert a row has: the ends of groups, or an index a row; None for all."""
+    """`result` = x @ W[expert of the row].T: [N, M], for dense [E, T, M], for einsum any of those above. The weight is [E, K, M] where
+    `transposed`. `experts` says which expert a row has: the ends of groups, or an index a row; None for all."""
 
     form: str
     result: Node
@@ -41,6 +44,8 @@ def product_of(node: Node) -> ExpertProduct | NoMatch | None:
         return _batched(node)
     if node.target in (aten.bmm.default, aten.matmul.default):
         return _dense(node)
+    if node.target is aten.einsum.default:
+        return _einsum(node)
     return None
 
 
@@ -60,11 +65,11 @@ def _batched(node: Node) -> ExpertProduct | NoMatch:
     gathered: Any
     turned = _is_gathered(second)  # row times matrix [K, M], or matrix [M, K] times column
     gathered, rows = (second, first) if turned else (first, second)
-    if operation(rows) is not aten.unsqueeze.default or rows.args[1] % 3 != (1 if turned else 2):
-        return NoMatch("its rows are not multiplied with a matrix each", node)
+    if operation(rows) not in _UNSQUEEZED or rows.args[0].meta["val"].dim() != 2 or rows.meta["val"].size(1 if turned else 2) != 1:
+        return NoMatch("what it multiplies with a matrix each is not rows [tokens * k, width] that got a dim of 1", node)
     result = only_user(node)
     if result is None or result.meta["val"].dim() != 2:
-        return NoMatch("its result is not one row for each row", node)
+        return NoMatch("what it multiplies is not squeezed to one row for each row, and read as such alone", node)
     weight, (index,) = gathered.args
     if not _is_weight(weight):
         return NoMatch("the matrices that it copies are no weight [experts, .., ..]", gathered)
@@ -77,6 +82,29 @@ def _dense(node: Node) -> ExpertProduct | None:
     if found is None or node.meta["val"].dim() != 3:
         return None  # any other product
     return ExpertProduct("dense", node, x, *found, None)
+
+
+def _einsum(node: Node) -> ExpertProduct | None:
+    """A product in which the first dim of the weight is in the result, the contracted one is of the rows, and the last of the result is the
+    weight's own; None for any other."""
+    equation, operands = node.args[0], node.args[1]
+    inputs, _, out = equation.replace(" ", "").partition("->")  # type: ignore[union-attr]
+    labels = inputs.split(",")
+    if len(labels) != 2 or not out or "." in equation:  # type: ignore[operator]
+        return None
+    for own, other, matrices, x in ((labels[0], labels[1], *operands), (labels[1], labels[0], *operands[::-1])):  # type: ignore[misc,index]
+        index = None
+        if _is_gathered(matrices) and len(own) == 4:
+            (index,), matrices, own = matrices.args[1], matrices.args[0], own[1:]  # [T, k] rows of matrices: k stands for the expert
+        if not _is_weight(matrices) or len(own) != 3 or own[0] not in out or (index is not None and index.meta["val"].dim() != 2):
+            continue
+        contracted, kept = (
+            [each for each in own[1:] if (each in other) is is_in and (each in out) is not is_in] for is_in in (True, False)
+        )
+        rows = [each for each in out if each in other and each != own[0]]
+        if len(contracted) == len(kept) == len(rows) == 1 and out[-1] == kept[0] and len(out) == 3 and other[-1] == contracted[0]:
+            return ExpertProduct("einsum", node, x, matrices, own[1] == contracted[0], index)
+    return None
 
 
 def _weight_of(matrices: Any) -> tuple[Node, bool] | None:

@@ -62,9 +62,13 @@ def _emit(rewriter: Rewriter, block: MoEBlock) -> None:
         if product.transposed:
             weight = rewriter.insert(aten.transpose.int, (weight, 1, 2), before=block.result, origin=product.result)
         matrices.append(weight)
+    chosen = [
+        node if node.meta["val"].dim() == 2 else rewriter.insert(aten.unsqueeze.default, (node, 1), before=block.result, origin=node)
+        for node in (block.index, block.weight)
+    ]
     moe = rewriter.insert(
         gw.token_choice_moe.default,
-        (block.x, block.index, block.weight, *matrices),
+        (block.x, *chosen, *matrices),
         {"activation": block.gated.activation, "combine_dtype": block.combine_dtype},
         before=block.result,
         origin=inside,
@@ -74,7 +78,7 @@ def _emit(rewriter: Rewriter, block: MoEBlock) -> None:
 
 def _described(block: MoEBlock) -> str:
     experts, depth, inner = _sizes(block.down)
-    k = block.index.meta["val"].size(1)
+    k = block.k
     return f"{experts} experts [{depth}, {inner}], {k} a token, {6 * depth * inner * k} FLOPs a token; was {block.form}"
 
 

@@ -18,8 +18,9 @@ from ...ir.pattern import NoMatch, named_arguments
 aten, gw = torch.ops.aten, torch.ops.gw
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_CASTS = (aten._to_copy.default, aten.alias.default, aten.clone.default)
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_CASTS = (aten._to_copy.default, aten.alias.default, aten.clone.default, aten.type_as.default)
+_SMALL = 1e-12  # what is added to a sum, or the least that it may be, so that none divides by 0
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class _Weights:
 
 def routed(moe: Node) -> Routed | NoMatch:
     """The router of `moe`, or why experts cannot choose by it."""
+    if moe.target is gw.expert_mlp.default:
+        return NoMatch("its experts choose already", moe)
     a = named_arguments(moe)
     weights = _weights(a["weight"])
     if isinstance(weights, NoMatch):
@@ -93,14 +96,13 @@ def _weights(weight: Node) -> _Weights | NoMatch:
         private.append(node)
         if node.target in (*_CASTS, *_VIEWS) and len(node.meta["val"].shape) == 2:
             node = node.args[0]  # type: ignore[assignment]
-        elif node.target is aten.div.Tensor and _is_sum_of(node.args[1], node.args[0]) and not (renormalized or softmax_after):
-            private.append(node.args[1])
+        elif node.target is aten.div.Tensor and not (renormalized or softmax_after) and (total := _total(node)):
+            private += total
             node, renormalized = node.args[0], True  # type: ignore[assignment]
         elif node.target in _SOFTMAX and not (renormalized or softmax_after):
             node, softmax_after = named_arguments(node)["self"], node
         else:
-            what = name_of(node.target) if node.op == "call_function" else node.target  # type: ignore[arg-type]
-            return NoMatch(f"the weights of its experts have an extra factor or step, {what}, which experts that choose would lose", node)
+            return NoMatch(_extra_step(node), node)
     choice: Any = node.args[0]
     if choice.target is not aten.topk.default or node.args[1] != 0:
         return NoMatch("the weights of its experts are not the values of one topk", node)
@@ -108,12 +110,28 @@ def _weights(weight: Node) -> _Weights | NoMatch:
     return _Weights(choice, renormalized, softmax_after, (choice, *private, *results))
 
 
-def _is_sum_of(total: Any, values: Any) -> bool:
-    """Whether `total` is sum(values, [-1], keepdim=True)."""
+def _extra_step(node: Node) -> str:
+    """What a step between the topk and the weights of experts is, which experts that choose would not know of."""
+    if node.target in (aten.gather.default, aten.index.Tensor):
+        return "the weights of its experts are read off scores at what was chosen by others, which a bias or groups changed"
+    what = name_of(node.target) if node.op == "call_function" else node.target  # type: ignore[arg-type]
+    if node.target is aten.div.Tensor:
+        return "the weights of its experts are divided by more than their sum, which experts that choose would lose"
+    return f"the weights of its experts have an extra factor or step, {what}, which experts that choose would lose"
+
+
+def _total(division: Node) -> list[Node]:
+    """The calls that make sum(values, [-1], keepdim=True) of what `division` divides by it, kept from 0 or not; none of another divisor."""
+    values, total = division.args
+    private = [total]
+    is_kept = isinstance(total, Node) and total.target in (aten.add.Tensor, aten.clamp.default, aten.clamp_min.default)
+    if is_kept and isinstance(total.args[1], int | float) and 0 <= total.args[1] <= _SMALL and len(total.args) == 2:  # type: ignore[union-attr]
+        private.append(total := total.args[0])  # type: ignore[union-attr]
     if not isinstance(total, Node) or total.target is not aten.sum.dim_IntList:
-        return False
+        return []
     named = named_arguments(total)
-    return named["self"] is values and [dim % 2 for dim in named["dim"]] == [1] and named["keepdim"]
+    is_sum = named["self"] is values and [dim % 2 for dim in named["dim"]] == [1] and named["keepdim"]
+    return private if is_sum else []  # type: ignore[return-value]
 
 
 def _scores(choice: Node, probability: Node | None) -> tuple[Node, Node, list[Node]] | NoMatch:

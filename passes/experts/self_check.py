@@ -1,5 +1,6 @@
 """Whether a block is the operation that it was taken for: both run once on random tokens, choices and weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,9 +21,19 @@ _LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch
 def disagreement(program: Program, block: MoEBlock) -> str | None:
     """By how much the two differ, in words; None where they agree."""
     draw = torch.Generator().manual_seed(0)
-    operands = _operands(block, draw)
-    expected = block.region.run(program, operands, {aten._grouped_mm.default: _grouped, gw.grouped_mm.default: _grouped})
-    x, index, weight = (operands[node][:_ROWS] for node in (block.x, block.index, block.weight))
+    # Where tokens are sent to slots of experts, all to the same ones shows whether there is room.
+    crowds = (False, True) if block.form == "einsum" else (False,)
+    found = [_differs(program, block, _operands(block, draw, is_crowd)) for is_crowd in crowds]
+    return next((each for each in found if each is not None), None)
+
+
+def _differs(program: Program, block: MoEBlock, operands: Mapping[Node, Tensor]) -> str | None:
+    try:
+        expected = block.region.run(program, operands, {aten._grouped_mm.default: _grouped, gw.grouped_mm.default: _grouped})
+    except (RuntimeError, IndexError) as error:
+        return f"it fails on a choice that a router may make ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    x = operands[block.x][:_ROWS]
+    index, weight = (operands[node].reshape(-1, block.k)[:_ROWS] for node in (block.index, block.weight))
     matrices = [
         operands[product.weight].transpose(1, 2) if product.transposed else operands[product.weight]
         for product in (block.gated.product, block.down)
@@ -35,9 +46,11 @@ def disagreement(program: Program, block: MoEBlock) -> str | None:
     return None if difference <= limit else f"its results differ by {difference:.2g} of the largest, where {limit:g} is rounding"
 
 
-def _operands(block: MoEBlock, draw: torch.Generator) -> dict[Node, Tensor]:
-    tokens, k = (hint(n) for n in block.index.meta["val"].shape)
-    chosen = torch.rand(tokens, block.experts, generator=draw).argsort(1)[:, :k]
+def _operands(block: MoEBlock, draw: torch.Generator, is_crowd: bool) -> dict[Node, Tensor]:
+    """Random tokens, weights and choices; the same choice of all tokens where it `is_crowd`."""
+    shape = [hint(n) for n in block.index.meta["val"].shape]
+    scores = torch.rand(1 if is_crowd else shape[0], block.experts, generator=draw).expand(shape[0], -1)
+    chosen = scores.argsort(1)[:, : block.k].reshape(shape)
     values: dict[Node, Tensor] = {block.index: chosen.contiguous().to(block.index.meta["val"].device)}
     for node, product in ((block.gated.product.weight, block.gated.product), (block.down.weight, block.down)):
         depth = node.meta["val"].size(1 if product.transposed else 2)

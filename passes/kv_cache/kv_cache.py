@@ -21,6 +21,7 @@ from ...ir.pattern import NoMatch
 from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
+from ..experts.capacity import leaks_future
 from ..verdict import Verdict
 from . import steps
 from .agreement import check_agreement, judge_steps
@@ -56,7 +57,7 @@ class KVCache(Pass):
         program = rewriter.program
         if "decode" in program.functions:
             return Outcome((LeftAlone("main", "its functions of one step are there already"),))
-        if program.schedules.get("expert-choice", {}).get("leaks_future"):
+        if leaks_future(program):
             raise PassError("kv-cache: experts of this model choose among all positions, so what a token gets depends on later ones")
         decoder = find_decoder(program, rewriter.function)
         if isinstance(decoder, NoMatch):

@@ -19,6 +19,7 @@ from ...ir.errors import InputError
 from ...ir.forks import new_lock
 from ...ir.lookups import lookup_limit
 from ...ir.symbols import UNBOUNDED
+from ...passes.experts.capacity import leaks_future
 from ..executor import Executor
 from .gain import Gains
 
@@ -71,7 +72,7 @@ class ProgramDecoder:
     """
 
     def __init__(self, program: Program, executor_of: ExecutorOf, *, fixed: bool):
-        if program.schedules.get("expert-choice", {}).get("leaks_future"):
+        if leaks_future(program):
             raise InputError(
                 "experts of this model choose among all positions, so what a token gets depends on later ones, which are not there when "
                 "tokens come one by one: compile it without expert-choice"

@@ -4,6 +4,7 @@ Source: Nie et al. 2025, "Large Language Diffusion Models" (LLaDA), low-confiden
 expert_choice.md, section 3.6.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import InputError
-from ...passes.experts.capacity import CapacitySchedule
+from ...passes.experts.capacity import CapacitySchedule, schedule_of
 from ..compiled import CompiledModel
-from .ratio import ARGUMENT, schedule_of
+from .ratio import ARGUMENT
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,15 @@ def masked_diffusion_generate(
     Args:
         network: [B, P + length] ids, int64 -> logits [B, P + length, vocabulary], alone or as `.logits`.
         prompt: [B, P], without masks; P may be 0.
-        mask_id: the id that stands for a mask.
+        mask_id: the id that stands for a mask, one of the vocabulary.
         temperature: 0 draws nothing. Noise is float64, as Zheng et al. 2024 (arXiv 2409.02908) found float32 to cut it off.
 
     Raises:
-        InputError: length, steps and block do not divide, the prompt holds a mask, or the network gives no logits for each place.
+        InputError: an argument is of a wrong type or out of range; length, steps and block do not divide, the prompt holds a mask, or the
+            network gives no logits for each place.
     """
-    _check(prompt, length, steps, block, mask_id, temperature)
+    _check(network, prompt, mask_id, temperature, seed)
+    _check_plan(length, steps, block)
     schedule = schedule_of(network.program) if isinstance(network, CompiledModel) else None
     batch, before = prompt.shape
     x = torch.cat([prompt, prompt.new_full((batch, length), mask_id)], 1)
@@ -67,7 +70,7 @@ def masked_diffusion_generate(
     for start, quota in _plan(before, length, steps, block):
         told = {} if schedule is None else {ARGUMENT: _counts(schedule, masks, before, length)}
         experts += [schedule.k(*told[ARGUMENT])] if schedule is not None else []
-        logits = _logits(network(x, **told), x)[:, start : start + block].clone()
+        logits = _logits(network(x, **told), x, mask_id)[:, start : start + block].clone()
         logits[..., mask_id] = -torch.inf
         _fill(x[:, start : start + block], logits, quota, mask_id, temperature, draw)
         masks -= quota
@@ -100,17 +103,34 @@ def _fill(x: Tensor, logits: Tensor, quota: int, mask_id: int, temperature: floa
     x.scatter_(1, places, found.gather(1, places))
 
 
-def _logits(output: Any, x: Tensor) -> Tensor:
+def _logits(output: Any, x: Tensor, mask_id: int) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.shape[:2] != x.shape or logits.dim() != 3:
         given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"the network gives {given}, not logits [{x.shape[0]}, {x.shape[1]}, vocabulary]")
+    if mask_id >= logits.size(2):
+        raise InputError(
+            f"mask_id={mask_id} is no id of the network, which gives logits of {logits.size(2)}: from 0 to {logits.size(2) - 1}"
+        )
     return logits
 
 
-def _check(prompt: Any, length: Any, steps: Any, block: Any, mask_id: int, temperature: float) -> None:
+def _check(network: Any, prompt: Any, mask_id: Any, temperature: Any, seed: Any) -> None:
+    if not callable(network):
+        raise InputError(f"network is what gives logits for ids, a module or a function, not {type(network).__name__}")
     if not isinstance(prompt, Tensor) or prompt.dim() != 2 or prompt.dtype != torch.int64:
         raise InputError("prompt is a tensor of ids i64[B, P]; for none give torch.empty(B, 0, dtype=torch.int64)")
+    if type(mask_id) is not int or mask_id < 0:
+        raise InputError(f"mask_id is the id of the mask, an integer from 0 on, not {mask_id!r}")
+    if bool((prompt == mask_id).any()):
+        raise InputError(f"the prompt holds the mask, {mask_id}: only what follows it is filled")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise InputError(f"temperature is a number from 0 (the likeliest) on, not {temperature!r}")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise InputError(f"seed is an integer from 0 to 2**63 - 1, not {seed!r}")
+
+
+def _check_plan(length: Any, steps: Any, block: Any) -> None:
     for name, value in (("length", length), ("steps", steps), ("block", block)):
         if type(value) is not int or value < 1:
             raise InputError(f"{name} is an integer from 1 on, not {value!r}")
@@ -118,7 +138,3 @@ def _check(prompt: Any, length: Any, steps: Any, block: Any, mask_id: int, tempe
         raise InputError(f"blocks of {block} do not fill length={length}, or steps={steps} do not divide among them: choose multiples")
     if steps > length:
         raise InputError(f"steps={steps} for length={length} tokens: a step fills one place at least")
-    if bool((prompt == mask_id).any()):
-        raise InputError(f"the prompt holds the mask, {mask_id}: only what follows it is filled")
-    if not temperature >= 0:
-        raise InputError(f"temperature is a number from 0 (the likeliest) on, not {temperature!r}")

@@ -3,23 +3,16 @@
 Rows that share it run together. That is exact, since an expert chooses among the tokens of one row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...ir import Program
 from ...ir.errors import InputError
-from ...passes.experts.capacity import CapacitySchedule
+from ...passes.experts.capacity import SCHEDULE, CapacitySchedule
 
-SCHEDULE = "expert-choice"
 ARGUMENT = "mask_ratio"
-
-
-def schedule_of(program: Program) -> CapacitySchedule | None:
-    """The schedule of capacities that `expert-choice` left with the program."""
-    data = program.schedules.get(SCHEDULE, {})
-    return CapacitySchedule(data["kmin"], data["kmax"], data["shape"], data["ratio"]) if "kmin" in data else None
 
 
 class RowsByRatio:
@@ -29,6 +22,7 @@ class RowsByRatio:
         self.schedule = schedule
         data = program.schedules[SCHEDULE]
         self._names = dict(zip(data["k"], data["functions"], strict=True))
+        self._length = data["length"]
         self._run = run
         sizes = [argument.value.shape[0] for argument in program.main.signature().inputs if isinstance(argument.value, torch.Tensor)]
         self._fixed = sizes[0] if isinstance(sizes[0], int) else 0  # rows that a function takes, no more and no fewer; 0: any number
@@ -37,27 +31,39 @@ class RowsByRatio:
         """The outputs of all rows, each at its own k."""
         batch = next(len(value) for value in inputs if isinstance(value, torch.Tensor))
         groups = self.groups(ratio, batch)
+        if not groups:
+            return self._run(self._names[self.schedule.kmax], inputs)  # no rows: outputs are as empty by any
         if len(groups) == 1:
             return self._run(self._names[next(iter(groups))], inputs)
         results: list[Any] = []
         for k, rows in groups.items():
-            index = torch.tensor([*rows, *[rows[0]] * (self._fixed - len(rows))])
-            part = self._run(
-                self._names[k], [value[index.to(value.device)] if isinstance(value, torch.Tensor) else value for value in inputs]
-            )
+            part = self._run(self._names[k], self._rows_of(inputs, rows))
             results = results or [leaf.new_empty(batch, *leaf.shape[1:]) if isinstance(leaf, torch.Tensor) else leaf for leaf in part]
             for whole, leaf in zip(results, part, strict=True):
                 if isinstance(leaf, torch.Tensor):
                     whole[rows] = leaf[: len(rows)]
         return results
 
+    def _rows_of(self, inputs: Sequence[Any], rows: Sequence[int]) -> list[Any]:
+        """These rows of inputs, and as many copies of the first as a function of a fixed number of rows takes."""
+        index = torch.tensor([*rows, *[rows[0]] * (self._fixed - len(rows))])
+        return [value[index.to(value.device)] if isinstance(value, torch.Tensor) else value for value in inputs]
+
+    def parts(self, inputs: Sequence[Any], ratio: Any) -> Iterator[tuple[str, list[Any], int]]:
+        """The functions that a call runs, by name, each on its inputs, of which the first so many rows are the call's."""
+        batch = next(len(value) for value in inputs if isinstance(value, torch.Tensor))
+        for k, rows in self.groups(ratio, batch).items():
+            yield self._names[k], self._rows_of(inputs, rows), len(rows)
+
     def groups(self, ratio: Any, batch: int) -> Mapping[int, list[int]]:
         """k -> the rows that run with it.
 
         Raises:
-            InputError: `ratio` is no pair of counts of masked and valid positions, for all rows or for each.
+            InputError: `ratio` is no pair of counts of masked and valid positions, for all rows or for each, within a row.
         """
         masked, valid = (_counts(each, batch) for each in _pair(ratio))
+        if max(valid, default=0) > self._length:
+            raise InputError(f"{ARGUMENT} says that {max(valid)} positions are valid, and a row has {self._length}")
         groups: dict[int, list[int]] = {}
         for row, counts in enumerate(zip(masked, valid, strict=True)):
             groups.setdefault(self.schedule.k(*counts), []).append(row)

@@ -49,5 +49,6 @@ def translated(inputs: Sequence[Any], sizes: Sequence[Any], number: int, dtypes:
         type_constraints=[(f"T{place}", kinds, "") for place in range(count)],
         attributes=[onnx.defs.OpSchema.Attribute("number", onnx.defs.OpSchema.AttrType.INT)],
     )
-    made = evaluator.default().eval(schema, list(inputs), {"number": number})
+    tracing: Any = evaluator.default()
+    made = tracing.eval(schema, list(inputs), {"number": number})
     return made if len(ranks) > 1 else [made]

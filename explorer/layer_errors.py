@@ -1,0 +1,115 @@
+"""How far each layer is from float64: of the program as captured, and of what the passes made of it.
+
+    error = RMS(v - r) / RMS(r)
+
+r is what the layer gives in the float64 program of the captured one, v the same in the working dtype. A layer is a module of the user's;
+its result is the last call of it. The errors of one layer include those of all before it: the runs are whole runs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ir import Node, Program
+from ..ir.diff import compare
+from ..ir.float64 import WIDENING, to_float64, widened
+from ..ir.run import run
+from ..ir.strides import laid_out
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One layer: its module path, its result in the captured program and in the final one (None where no call there is the same), and the
+    errors of both; `before` is what the working dtype costs, `after` that and what the passes do."""
+
+    module: str
+    source: Node
+    result: Node | None
+    before: float
+    after: float | None
+
+
+def layer_errors(captured: Program, final: Program, inputs: Sequence[Any]) -> tuple[LayerError, ...]:
+    """The errors of main's layers on flat `inputs`, in the order in which the captured program runs. The float64 results of all layers are
+    held at once.
+
+    Raises:
+        NoFloat64: the captured program has no float64 form.
+        InputError: a program has no weights, or the inputs do not fit.
+    """
+    layers = _layers(captured)
+    partners = _partners(captured, final, list(layers.values()))
+    wide_program = to_float64(captured)
+    wide_nodes = _same_places(captured, wide_program)
+    wide = _observed(wide_program, [_wide(value) for value in inputs], {wide_nodes[node]: node for node in layers.values()})
+    own = _observed(captured, inputs, {node: node for node in layers.values()}, lambda node, value: _error(value, wide[node]))
+    wanted = {partner: node for node, partner in partners.items()}
+    made = _observed(final, inputs, wanted, lambda node, value: _error(value, wide[node]))
+    return tuple(LayerError(module, node, partners.get(node), own[node], made.get(node)) for module, node in layers.items())
+
+
+def _layers(program: Program) -> dict[str, Node]:
+    """Module path -> its last call that gives floats."""
+    found: dict[str, Node] = {}
+    for node in program.main.calls:
+        where, value = node.meta.get("where"), node.meta["val"]
+        if where is not None and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            found.pop(where.module, None)
+            found[where.module] = node
+    return found
+
+
+def _partners(captured: Program, final: Program, nodes: Sequence[Node]) -> dict[Node, Node]:
+    """Call of the captured program -> the value of the final one's main, outside of regions, that is the same."""
+    pairing = compare(captured, final).pairing
+    before, after = pairing.before, pairing.after
+    found = {before.lines[i].node: after.lines[j].node for j, i in pairing.partner.items()}
+    by_origin = {node.meta.get("origin"): node for node in final.main.calls if isinstance(node.meta["val"], torch.Tensor)}
+    partners = {}
+    for node in nodes:
+        partner = found.get(node)
+        if partner is None or partner.graph is not final.main.graph:
+            partner = by_origin.get(node.meta.get("origin"))
+        if partner is not None and _alike(partner.meta["val"], node.meta["val"]):
+            partners[node] = partner
+    return partners
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return isinstance(a, torch.Tensor) and a.dtype.is_floating_point and list(map(str, a.shape)) == list(map(str, b.shape))
+
+
+def _same_places(program: Program, wide: Program) -> dict[Node, Node]:
+    """Call -> that of the float64 program, which has the same in the same order and casts beside them."""
+    others = [node for node in wide.main.calls if not node.meta.get(WIDENING)]
+    return dict(zip(program.main.calls, others, strict=True))
+
+
+def _observed(
+    program: Program, inputs: Sequence[Any], wanted: Mapping[Node, Node], told: Callable[[Node, Any], Any] = lambda node, value: value
+) -> dict[Node, Any]:
+    """What a run of main has at the keys of `wanted`, by their values."""
+    seen: dict[Node, Any] = {}
+
+    def observe(node: Node, value: Any) -> Any:
+        if node in wanted:
+            seen[wanted[node]] = told(wanted[node], value)
+        return value
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        run(program, inputs, observe=observe)
+    return seen
+
+
+def _wide(value: Any) -> Any:
+    return laid_out(value.to(widened(value.dtype)), value.stride()) if isinstance(value, torch.Tensor) else value
+
+
+def _error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """RMS of the difference over RMS of the exact value; 0 / 0 is 0."""
+    scale = exact.square().mean().sqrt()
+    error = (value.to(exact.dtype) - exact).square().mean().sqrt()
+    return 0.0 if not error else float(error / scale)
