@@ -1,7 +1,7 @@
 """Round trips: a network of the zoo through passes, out to ONNX, in again, and the same numbers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,17 @@ SIZES = {"video_unet": {"frames": 2, "height": 8, "width": 8}, "video_unet_svd":
 
 @dataclass(frozen=True)
 class Trip:
-    """A network, passes by text, and options of `export_onnx`. A decoder is compiled with its functions (`compile_decoder`)."""
+    """A network, passes by text, and options of `export_onnx`. A decoder is compiled with its functions (`compile_decoder`).
+
+    A part of a trip, which is named as the whole, is of the network's first `depth` layers, and of some `functions`.
+    """
 
     network: str
     passes: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     is_decoder: bool = False
+    depth: int | None = None
+    functions: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         said = [self.network, "decoder" if self.is_decoder else "", self.passes, *self.options.values()]
@@ -33,6 +38,8 @@ class Trip:
     def compiled(self) -> gw.CompiledModel:
         torch.manual_seed(0)
         module, args, kwargs = gw.models.load(self.network, "tiny", **SIZES.get(self.network, {}))
+        if self.depth is not None:
+            module.layers = module.layers[: self.depth]
         if self.is_decoder:
             return gw.compile_decoder(module, self.passes, backend="aten", cache=False)
         passes = _with_data(self.passes, module, (args, kwargs))
@@ -57,12 +64,12 @@ def _with_data(text: str, module: torch.nn.Module, batch: tuple) -> object:
     return passes
 
 
-def verdicts(compiled: gw.CompiledModel, folder: Path, **options: str) -> dict[str, Verdict]:
-    """Of each function what came back, on random inputs, against the function itself."""
+def verdicts(compiled: gw.CompiledModel, folder: Path, functions: Sequence[str] | None = None, **options: str) -> dict[str, Verdict]:
+    """Of each function, or of `functions`, what came back, on random inputs, against the function itself."""
     program = compiled.program
-    files = compiled.export_onnx(folder / "m.onnx", **options).files
+    files = compiled.export_onnx(folder / "m.onnx", functions=functions, **options).files
     found = {}
-    for name, file in zip(program.functions, files, strict=False):  # behind the models: weights beside them
+    for name, file in zip(functions or program.functions, files, strict=False):  # behind the models: weights beside them
         again = gw.from_onnx(file)
         verify(again)
         trial = next(trials(program, name))

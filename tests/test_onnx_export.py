@@ -13,8 +13,10 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.ir.onnx.export import opaque, to_onnx
+from graphwright.ir.region import sliced as sliced_op
 from graphwright.passes.verdict import Verdict
 from graphwright.runtime import onnx_check, onnx_file
+from graphwright.tests.dynamic_sizes import BUDGETS, CASES, rows
 from graphwright.tests.onnx_models import Function, compiled_of, model_of, onnxruntime_results
 
 
@@ -139,6 +141,30 @@ def test_regions_are_loops_or_written_out(sliced, dialect, regions, tmp_path):
     model = onnx.load(tmp_path / "m.onnx")
     assert ("Loop" in {node.op_type for node in model.graph.node}) == (regions == "loop")
     assert all(function.domain == "graphwright" for function in model.functions)
+
+
+@pytest.mark.parametrize("name", ["attention, causal", "a view that needs a coarser axis", "a size as a value", "padding", "an upsampling"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_region_over_a_size_that_is_known_at_the_call_is_a_loop_for_every_size(name, budget, tmp_path):
+    """A share of memory keeps the number of slices, bytes their length."""
+    case = CASES[name]
+    compiled = compiled_of(
+        case.network().eval(), rows(*case.shape(case.hint)), passes=[gw.SliceGroups(budget)], dynamic_shapes=case.dynamic
+    )
+    assert any(node.target is sliced_op for node in compiled.program.main.calls)
+    assert compiled.export_onnx(tmp_path / "m.onnx").verdict.kind == "right"
+    session = session_of(tmp_path / "m.onnx")
+    for size in (1, 2, 7, 24, 33):
+        x = rows(*case.shape(size))
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), compiled(x), rtol=1e-4, atol=1e-5)  # float32, sums in another order
+
+
+def test_a_region_of_no_known_number_of_slices_is_not_written_out(tmp_path):
+    case = CASES["batch"]
+    compiled = compiled_of(case.network(), rows(*case.shape(4)), passes=[gw.SliceGroups("25%")], dynamic_shapes=case.dynamic)
+    with pytest.raises(gw.CaptureError, match="a region whose number of slices is known at the call only cannot be written out"):
+        compiled.export_onnx(tmp_path / "m.onnx", regions="unroll")
 
 
 class Causal(nn.Module):

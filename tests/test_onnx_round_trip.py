@@ -16,12 +16,12 @@ SAMPLE = [
     Trip("vit", SLICED),
     Trip("vit", "smooth"),
     Trip("dit", SLICED, {"regions": "unroll"}),
-    Trip("decoder", "absorb-outliers{weight=nvfp4,rank=4,min_numel=0,budget=1.0}"),
+    Trip("decoder", "absorb-outliers{weight=nvfp4,rank=4,min_numel=0,budget=1.0}", depth=1),
     Trip("vit", "quantize{weight=int8-channel,min_numel=0,budget=1.0},append-lora"),
     Trip("moe_dlm", "regroup-experts"),
     Trip("moe_dlm", "regroup-experts,expert-choice{schedule=[1, 4, linear_reverse, row]}"),
-    Trip("decoder", "layer-skip{n_max=2,n_min=1,horizon=8}", is_decoder=True),
-    Trip("rat", is_decoder=True),  # its caches are rings
+    Trip("decoder", "layer-skip{n_max=2,n_min=1,horizon=8}", is_decoder=True, functions=("decode_1",)),
+    Trip("rat", is_decoder=True, depth=1, functions=("prefill", "decode")),  # its caches are rings
 ]
 
 
@@ -38,8 +38,8 @@ def test_the_sample_is_of_the_table():
 @pytest.mark.parametrize("trip", SAMPLE, ids=str)
 def test_a_program_comes_back(trip, tmp_path):
     compiled = trip.compiled()
-    found = verdicts(compiled, tmp_path, **trip.options)
-    assert {name: verdict.kind for name, verdict in found.items()} == dict.fromkeys(compiled.program.functions, "right"), found
+    found = verdicts(compiled, tmp_path, trip.functions, **trip.options)
+    assert {name: each.kind for name, each in found.items()} == dict.fromkeys(trip.functions or compiled.program.functions, "right"), found
 
 
 @pytest.mark.parametrize("dialect", ["function", "custom"])

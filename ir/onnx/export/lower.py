@@ -161,7 +161,7 @@ class Lowering:
     def _unrolled(self, piece: Piece, node: Node, args: Any, kwargs: Any) -> list[Node]:
         """The body once for each slice, and its results side by side."""
         call = RegionCall.of(node)
-        units, count = region_size(call)
+        units, count = _region_size(call)
         parts = []
         for begin, end in slice_bounds(units, min(count, units)):
             operands = [
@@ -202,17 +202,27 @@ def _known_size(piece: Piece, site: Site, inputs: Sequence[Node], size: Any) -> 
     return -1
 
 
-def region_size(call: RegionCall) -> tuple[int, int]:
+def value_of(size: Any) -> Any:
+    """A number, or the size that a node is."""
+    return size.meta["val"] if isinstance(size, fx.Node) else size
+
+
+def units_of(call: RegionCall) -> Any:
+    """Units of a region: as declared, or the size of the dims that are sliced."""
+    if call.units is not None:
+        return value_of(call.units)
+    return next(operand.meta["val"].size(dim) for operand, dim in zip(call.operands, call.in_dims, strict=True) if dim >= 0)
+
+
+def _region_size(call: RegionCall) -> tuple[int, int]:
     """Units and slices of a region.
 
     Raises:
         CaptureError: they are known at the call only.
     """
-    units = call.units
-    if units is None:
-        units = next(operand.meta["val"].size(dim) for operand, dim in zip(call.operands, call.in_dims, strict=True) if dim >= 0)
+    units = units_of(call)
     if not isinstance(units, int) or not isinstance(call.count, int):
-        raise CaptureError("a region whose number of slices is known at the call only has no ONNX form: compile it at fixed sizes")
+        raise CaptureError("a region whose number of slices is known at the call only cannot be written out: export it as a loop")
     return units, call.count
 
 

@@ -12,8 +12,8 @@ from ...symbols import UNBOUNDED, Symbol, SymbolTable
 _OF_DATA = Symbol("data", 0, UNBOUNDED, 2)  # what stands for a size that only the data tell
 
 
-def of_own_sizes(symbols: SymbolTable, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Contiguous tensors of the same types, each symbol in their sizes replaced by a new one of its range."""
+def of_own_sizes(symbols: SymbolTable, values: Sequence[Any]) -> list[Any]:
+    """Contiguous tensors of the same types, and sizes, each symbol in them replaced by a new one of its range."""
     known: dict[sympy.Basic, sympy.Basic] = {}
 
     def own(size: Any) -> Any:
@@ -25,8 +25,11 @@ def of_own_sizes(symbols: SymbolTable, values: Sequence[torch.Tensor]) -> list[t
                 known[symbol] = new_symbol(symbols, symbols.symbol(name) if name in symbols else _OF_DATA).node.expr
         return symbols.env.create_symintnode(size.node.expr.xreplace(known), hint=None)
 
-    made = []
+    made: list[Any] = []
     for value in values:
+        if not isinstance(value, torch.Tensor):
+            made.append(own(value))
+            continue
         shape = [own(size) for size in value.shape]
         made.append(fake_like(symbols, value.dtype, shape, contiguous_stride(shape), value.device))
     return made

@@ -1,7 +1,8 @@
 """ONNX forms of operators of ATen that torch's exporter has none for: the least and greatest of all elements, a stable order, what a
-division by a size leaves, and what takes float32 numbers apart into exponent and mantissa, and puts them together. Scales that are powers
-of two are made by the latter, so each is exact, with powers of two from a table: Pow may be off."""
+division by a size leaves, sums of sizes, and what takes float32 numbers apart into exponent and mantissa, and puts them together. Scales
+that are powers of two are made by the latter, so each is exact, with powers of two from a table: Pow may be off."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,15 @@ _FRACTION, _LOWEST, _HIGHEST = 23, -149, 128  # bits of a float32's fraction; ex
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """By overload, as `torch.onnx.export(custom_translation_table=...)` takes them."""
-    extremes = {aten.amin.default: amin, aten.amax.default: amax}
-    return {**extremes, aten.sort.stable: sort, aten.remainder.Scalar: remainder, aten.frexp.Tensor: frexp, aten.view.dtype: number_of_bits}
+    return {
+        aten.amin.default: amin,
+        aten.amax.default: amax,
+        torch.sym_sum: sym_sum,
+        aten.sort.stable: sort,
+        aten.remainder.Scalar: remainder,
+        aten.frexp.Tensor: frexp,
+        aten.view.dtype: number_of_bits,
+    }
 
 
 def amin(self: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
@@ -33,6 +41,13 @@ def _axes(dim: Sequence[int]) -> Any:
     import onnx
 
     return _operators().Constant(value=onnx.numpy_helper.from_array(np.array(dim, np.int64))) if len(dim) else None
+
+
+def sym_sum(*sizes: Any) -> Any:
+    """The sum of sizes, which come one after another or as a list."""
+    flat = [size for each in sizes for size in (each if isinstance(each, list | tuple) else [each])]
+    op = _operators()
+    return functools.reduce(op.Add, [_integer(size) if isinstance(size, int) else size for size in flat])
 
 
 def sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
