@@ -30,7 +30,8 @@ MODEL is one of
 
 exit codes
   0  done; nothing was found
-  1  diff found a difference, verify could not confirm the program, bisect or reduce found a fault, or cache explain found nothing kept
+  1  diff found a difference, verify could not confirm the program or saw an exact pipeline diverge, bisect or reduce found a
+     fault, or cache explain found nothing kept
   2  a mistake in what was asked: one line on stderr says which
 """
 
@@ -54,7 +55,8 @@ EXAMPLES = {
   graphwright diff before.txt after.txt""",
     "verify": """\
   graphwright verify unet.gw
-  graphwright verify vit:tiny --passes slice-groups --numeric""",
+  graphwright verify vit:tiny --passes slice-groups --numeric
+  graphwright verify dit:tiny --passes 'quantize{weight=int8-channel}' --per-layer --plot errors.svg""",
     "bisect": """\
   graphwright bisect vit:tiny --passes my_passes:Mine
   graphwright bisect vit:tiny --passes my_passes:Mine -o case.py; python case.py""",
@@ -229,6 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     differing.add_argument("--trusted", action="store_true", help="read .pt2 files, which can run code")
     verifying = add("verify", ("programs", "verify"), "check a program, and what passes make of it", model, passes)
     verifying.add_argument("--numeric", action="store_true", help="hold each pass to its contract on inputs")
+    verifying.add_argument("--per-layer", action="store_true", help="also print the error of each call against float64")
+    verifying.add_argument("--plot", metavar="FILE.svg", help="draw these errors too")
     bisecting = add("bisect", ("debug", "bisect"), "find the rewrite of a pipeline that breaks its contract", model, passes)
     reducing = add("reduce", ("debug", "reduce"), "find the smallest program on which a pipeline breaks its contract", model, passes)
     for each in (bisecting, reducing):

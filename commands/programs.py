@@ -17,11 +17,12 @@ from ..ir.calling import Call, parameters_of
 from ..ir.calls import name_of
 from ..ir.diff import compare
 from ..ir.errors import ContractError, GraphwrightError, VerifyError
-from ..passes import CLEANUPS, Pass, PassManager, PassReport, parse_pipeline
+from ..passes import CLEANUPS, Contract, Pass, PassManager, PassReport, parse_pipeline
 from ..passes.manager import UNCHANGED
 from ..runtime.atomic import check_writable
 from ..runtime.backend import choose_backend
 from ..runtime.compiled import CompiledModel
+from .per_layer import per_layer, plot_target
 from .result import FOUND, OK, Mistake, Result, progress, table
 from .sources import load, program_of, users_code
 
@@ -136,7 +137,8 @@ def diff(options: argparse.Namespace) -> Result:
 
 
 def verify(options: argparse.Namespace) -> Result:
-    pipeline = pipeline_of(options) if options.passes is not None or options.numeric else ()
+    plot = plot_target(options.plot)
+    pipeline = pipeline_of(options) if options.passes is not None or options.numeric or options.per_layer or plot else ()
     PassManager(pipeline)  # a wrong order is said before the work
     model = load(options.model, options.trusted)
     program = program_of(model, options.trusted)
@@ -166,7 +168,12 @@ def verify(options: argparse.Namespace) -> Result:
         "numeric": judged,
         "passes": [_report_data(each) for each in result.reports],
     }
-    return Result("\n".join(lines), data, FOUND if unjudged else OK)
+    code = FOUND if unjudged else OK
+    if options.per_layer or plot is not None:
+        said, data["layers"], diverged = per_layer(options.model, program, result.program, inputs, plot)
+        lines += ["", said]
+        code = FOUND if diverged and result.contract in (Contract.EXACT, Contract.POLICY) else code
+    return Result("\n".join(lines), data, code)
 
 
 def _verdict_line(report: PassReport) -> str:

@@ -6,7 +6,9 @@ r is what the layer gives in the float64 program of the captured one, v the same
 its result is the last call of it. The errors of one layer include those of all before it: the runs are whole runs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,9 @@ from ..ir.diff import compare
 from ..ir.float64 import WIDENING, to_float64, widened
 from ..ir.run import run
 from ..ir.strides import laid_out
+from ..ir.symbols import hint
+
+_MOST_HELD = 2**30
 
 
 @dataclass(frozen=True)
@@ -39,26 +44,63 @@ def layer_errors(captured: Program, final: Program, inputs: Sequence[Any]) -> tu
         NoFloat64: the captured program has no float64 form.
         InputError: a program has no weights, or the inputs do not fit.
     """
-    layers = _layers(captured)
-    partners = _partners(captured, final, list(layers.values()))
+    return _errors(captured, final, inputs, list(_layers(captured).values()), all_at_once=True)
+
+
+def call_errors(captured: Program, final: Program, inputs: Sequence[Any]) -> tuple[LayerError, ...]:
+    """The same for each call of main that gives floats, those of which the final program has none the same included. The programs run as
+    often as it takes to hold at most 1 GiB of float64 results at once.
+
+    Raises:
+        NoFloat64: the captured program has no float64 form.
+        InputError: a program has no weights, or the inputs do not fit.
+    """
+    return _errors(captured, final, inputs, [node for node in captured.main.calls if _gives_floats(node)], all_at_once=False)
+
+
+def _errors(
+    captured: Program, final: Program, inputs: Sequence[Any], nodes: Sequence[Node], *, all_at_once: bool
+) -> tuple[LayerError, ...]:
+    partners = _partners(captured, final, nodes)
     wide_program = to_float64(captured)
-    wide_nodes = _same_places(captured, wide_program)
-    wide = _observed(wide_program, [_wide(value) for value in inputs], {wide_nodes[node]: node for node in layers.values()})
-    own = _observed(captured, inputs, {node: node for node in layers.values()}, lambda node, value: _error(value, wide[node]))
-    wanted = {partner: node for node, partner in partners.items()}
-    made = _observed(final, inputs, wanted, lambda node, value: _error(value, wide[node]))
-    return tuple(LayerError(module, node, partners.get(node), own[node], made.get(node)) for module, node in layers.items())
+    wide_nodes, wide_inputs = _same_places(captured, wide_program), [_wide(value) for value in inputs]
+    own, made = dict[Node, float](), dict[Node, float]()
+    for some in [nodes] if all_at_once else _batches(nodes):
+        wide = _observed(wide_program, wide_inputs, {wide_nodes[node]: node for node in some})
+        error = functools.partial(_error_of, wide)
+        own |= _observed(captured, inputs, {node: node for node in some}, error)
+        made |= _observed(final, inputs, {partners[node]: node for node in some if node in partners}, error)
+    return tuple(LayerError(node.meta["where"].module, node, partners.get(node), own[node], made.get(node)) for node in nodes)
+
+
+def _batches(nodes: Sequence[Node]) -> Iterator[list[Node]]:
+    """The nodes in order, in runs of which the float64 values fit."""
+    some, held = list[Node](), 0
+    for node in nodes:
+        nbytes = 8 * math.prod(map(hint, node.meta["val"].shape))
+        if some and held + nbytes > _MOST_HELD:
+            yield some
+            some, held = [], 0
+        some.append(node)
+        held += nbytes
+    if some:
+        yield some
 
 
 def _layers(program: Program) -> dict[str, Node]:
     """Module path -> its last call that gives floats."""
     found: dict[str, Node] = {}
     for node in program.main.calls:
-        where, value = node.meta.get("where"), node.meta["val"]
-        if where is not None and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-            found.pop(where.module, None)
-            found[where.module] = node
+        if _gives_floats(node):
+            module = node.meta["where"].module
+            found.pop(module, None)
+            found[module] = node
     return found
+
+
+def _gives_floats(node: Node) -> bool:
+    value = node.meta["val"]
+    return node.meta.get("where") is not None and isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def _partners(captured: Program, final: Program, nodes: Sequence[Node]) -> dict[Node, Node]:
@@ -108,8 +150,17 @@ def _wide(value: Any) -> Any:
     return laid_out(value.to(widened(value.dtype)), value.stride()) if isinstance(value, torch.Tensor) else value
 
 
-def _error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """RMS of the difference over RMS of the exact value; 0 / 0 is 0."""
+def _error_of(wide: Mapping[Node, torch.Tensor], node: Node, value: torch.Tensor) -> float:
+    """RMS of the difference over RMS of the exact value; 0 / 0 is 0. Infinities and NaN that both have do not count."""
+    exact = wide[node]
+    if value.shape != exact.shape:
+        return math.inf
+    same = (value.isnan() & exact.isnan()) | (value.isinf() & exact.isinf() & (value.sign() == exact.sign()))
+    value, exact = value.to(exact.dtype).masked_fill(same, 0), exact.masked_fill(same, 0)
+    if not torch.isfinite(value).all():
+        return math.inf
+    if value.numel() == 0:
+        return 0.0
     scale = exact.square().mean().sqrt()
-    error = (value.to(exact.dtype) - exact).square().mean().sqrt()
+    error = (value - exact).square().mean().sqrt()
     return 0.0 if not error else float(error / scale)
