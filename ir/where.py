@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import traceback
 
 import torch
 
@@ -46,3 +47,12 @@ def relative_file(file: str) -> str:
     while os.path.exists(os.path.join(root, "__init__.py")):
         root = os.path.dirname(root)
     return os.path.relpath(path, root).replace(os.sep, "/")
+
+
+def raised_at(error: BaseException) -> str:
+    """file:line of the innermost frame that `error` came through and that is not torch's; "" where there is none."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = frame.f_code.co_filename
+        if not file.startswith("<") and not os.path.abspath(file).startswith(TORCH_ROOT):
+            return f"{relative_file(file)}:{line}"
+    return ""

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..ir import Fuel, OutOfFuel, Program, Rewriter, RewriteRecord, Stage, verify
 from ..ir.errors import ContractError, GraphwrightError, InputError, PassError, VerifyError
+from ..ir.where import raised_at
 from .base import LeftAlone, Outcome, Pass
 from .check import Reference
 from .contract import Contract
@@ -190,7 +191,7 @@ class PassManager:
             error.add_note(f"while running {story}")
             raise
         except Exception as error:
-            raise PassError(f"{story} failed: {type(error).__name__}: {error}") from error
+            raise PassError(f"{story} failed: {type(error).__name__}: {error} (raised at {raised_at(error)})") from error
 
     # --- the numeric check ---
 

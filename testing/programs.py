@@ -31,9 +31,10 @@ _TRIES = 4  # draws for each call that a program is to have; some do not fit
 def programs(draw: Any, ops: Collection[str] | None = None, max_nodes: int = 12) -> Program:
     """Programs of one function with up to about `max_nodes` calls (a motif that was begun is finished).
 
-    `ops` are families: attention, convolutions, creation, dialect, elementwise, indexing, motifs, norms, products, random, reductions,
-    shapes, sizes (of programs with dynamic dims) and state; or single operations by name, such as `aten.relu.default`. None is all
-    families. Weights have values. Inputs are made with `inputs_for`.
+    `ops` are families: attention, convolutions, creation, dialect, elementwise, indexing, motifs, norms, outputs (copies and views that are
+    returned), products, random, reductions, shapes, sizes (of programs with dynamic dims), state and wide (what slicing is for); one maker
+    of a family, such as `motifs.attention_block`; or single operations by name, such as `aten.relu.default`. None is all families. Weights
+    have values. Inputs are made with `inputs_for`.
 
     Raises:
         InputError: there is no such family or operation.
@@ -96,7 +97,7 @@ def _finish(builder: Builder) -> Program:
 def _drawn_outputs(builder: Builder) -> list[Value]:
     choices, values = builder.choices, builder.values
     made = [value for value in values if value.node.op == "call_function"] or values
-    outputs = [made[-1]]
+    outputs = [made[-1], *builder.returned]
     while len(outputs) < 4 and choices.chance(35):
         outputs.append(choices.pick(values if choices.chance(20) else made))
     return outputs

@@ -15,6 +15,7 @@ from ..ir import Fuel, Program, parse
 from ..ir.errors import GraphwrightError, InputError, VerifyError, first_line
 from ..passes import Contract, Pass, PassManager, PassReport, Reference, Verdict, parse_pipeline
 from ..passes.pipeline import Pipeline
+from .same import difference
 
 GRAVITY = ("crashed", "wrong", "unstable", "refused", "inconclusive", "unmeasured", "right")
 """The kinds of verdicts, the gravest first. Only `right` and `refused` pass; an `inconclusive` trial says nothing."""
@@ -85,7 +86,10 @@ def _text_problem(program: Program) -> str:
         again = parse(text, weights=program.weights)
     except GraphwrightError as error:
         return f"its text does not parse back: {error}"
-    return "" if str(again) == text else "its text parses back to another program"
+    if str(again) != text:
+        return "its text parses back to a program of another text"
+    other = difference(program, again)
+    return f"its text parses back to another program: {other}" if other else ""
 
 
 def _judge(pipeline: Sequence[Pass], history: Sequence[Program], reports: Sequence[PassReport], inputs: Sequence[Any]) -> TrialResult:

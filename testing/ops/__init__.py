@@ -1,11 +1,29 @@
 """What random programs call: a room for each family of ATen operations, the dialect's, and motifs of networks that rules look for."""
 
-from . import attention, convolutions, creation, dialect, elementwise, indexing, motifs, norms, products, reductions, shapes, sizes, state
+from . import (
+    attention,
+    before_layers,
+    convolutions,
+    creation,
+    dialect,
+    elementwise,
+    indexing,
+    motifs,
+    norms,
+    outputs,
+    products,
+    reductions,
+    shapes,
+    sizes,
+    state,
+    wide,
+)
 from .registry import MAKERS, makers_of
 
 __all__ = [
     "MAKERS",
     "attention",
+    "before_layers",
     "convolutions",
     "creation",
     "dialect",
@@ -14,9 +32,11 @@ __all__ = [
     "makers_of",
     "motifs",
     "norms",
+    "outputs",
     "products",
     "reductions",
     "shapes",
     "sizes",
     "state",
+    "wide",
 ]

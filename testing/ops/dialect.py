@@ -93,7 +93,8 @@ def grouped_product(b: Builder) -> Value:
     x = tokens(b, 2)
     rows, depth = x.shape
     first = b.choices.integer(0, b.static(rows))
-    ends = b.constant(torch.tensor([first, rows], dtype=torch.int32), 0.0, float(rows))
+    last = rows if b.choices.chance(70) else b.choices.integer(first, b.static(rows))  # rows behind it belong to no matrix
+    ends = b.constant(torch.tensor([first, last], dtype=torch.int32), 0.0, float(rows))
     return b.call(gw.grouped_mm.default, fitting(b, x, b.static(depth)), b.weight((2, depth, 4), x.dtype), ends)
 
 

@@ -23,14 +23,21 @@ def maker(family: str, *, weight: int = 1) -> Callable[[Maker], Maker]:
 
 
 def makers_of(ops: Collection[str] | None) -> dict[str, list[Maker]]:
-    """The makers of `ops`, which are families or operations as text names them (`aten.relu.default`); of all families when None.
+    """The makers of `ops`, which are families, single makers of them (`motifs.attention_block`) or operations as text names them
+    (`aten.relu.default`); of all families when None.
 
     Raises:
-        InputError: there is no such family or operation.
+        InputError: there is no such family, maker or operation.
     """
     if ops is None:
         return dict(MAKERS)
-    return {name: MAKERS[name] if name in MAKERS else [maker_of(_operation(name))] for name in ops}
+    return {name: MAKERS[name] if name in MAKERS else [_maker(name)] for name in ops}
+
+
+def _maker(name: str) -> Maker:
+    family, _, function = name.partition(".")
+    found = next((each for each in MAKERS.get(family, ()) if each.__name__ == function), None)
+    return maker_of(_operation(name)) if found is None else found
 
 
 def _operation(name: str) -> Callable[..., Any]:

@@ -29,8 +29,11 @@ def _sizes(b: Builder, x: Value) -> list[Any]:
 def reshape(b: Builder) -> Value:
     x = _any(b)
     target, sizes = b.choices.pick(_RESHAPES), _sizes(b, x)
-    kind = b.choices.pick(("same", "flat", "merge", "split", "one more"))
-    if kind == "merge" and x.rank > 1:
+    kind = b.choices.pick(("same", "flat", "merge", "split", "one more", "as if turned"))
+    if kind == "as if turned":
+        one, other = b.dim(x), b.dim(x)
+        sizes[one], sizes[other] = sizes[other], sizes[one]
+    elif kind == "merge" and x.rank > 1:
         at = b.choices.integer(0, x.rank - 2)
         both = x.shape[at] * x.shape[at + 1]
         sizes[at : at + 2] = [both if isinstance(both, int) else -1]
