@@ -88,7 +88,7 @@ def test_a_pass_that_raises_inside_a_rewrite_is_named_with_the_rewrite(program: 
     found = bisect(program, [SwapsAdds(broken=3)])
     assert found is not None and (found.application, found.record, found.verdict.kind) == (3, None, "crashed")
     assert "rewrite 3 of swaps-adds{broken=3}, number 3 of the pipeline, fails: crashed" in str(found)
-    assert "no way on (in rewrite swap at" in str(found)
+    assert "no way on (raised at test_testing_debug.py:44) (in rewrite swap at test_testing_debug.py:42" in str(found)
 
 
 def test_a_pass_that_fails_before_any_rewrite_is_named(program: gw.Program) -> None:

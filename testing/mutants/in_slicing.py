@@ -268,6 +268,7 @@ REGIONS = (
         file="ir/rewriter.py",
         old="self.insert(GETITEM, (call, j), before=anchor",
         new="self.insert(GETITEM, (call, 0), before=anchor",
+        catchers=(*_SEEN, "aliasing"),
         hunt=_TWO,
     ),
     _region(
