@@ -58,14 +58,21 @@ class _Judged:
 class Reference:
     """A program on given inputs: its outputs, those of its float64 program, and its noise, each computed once when first asked for.
 
-    Many candidates can be judged against it. The runs of the one judged last are kept until `forget` or `followed_by`.
+    Many candidates can be judged against it. The runs of the one judged last are kept until `forget` or `followed_by`. References to one
+    program on several inputs may share a `widening`.
     """
 
-    def __init__(self, program: Program, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None):
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Any],
+        states: Mapping[str, torch.Tensor] | None = None,
+        widening: Widening | None = None,
+    ):
         self.program = program
         self.inputs = list(inputs)
         self.states = dict(states or {})
-        self._widening = Widening()
+        self._widening = Widening() if widening is None else widening
         self._judged: _Judged | None = None
         self._others: dict[int, Reference] = {}
 
@@ -87,6 +94,10 @@ class Reference:
         if judged.float64 is not None:
             following.__dict__["wide_program"], following.__dict__["float64"] = judged.wide_program, judged.float64
         return following
+
+    def in_float64(self, candidate: Program) -> Program:
+        """The float64 program of `candidate`. Raises NoFloat64 where there is none."""
+        return self._widening.program(candidate)
 
     def outputs(self) -> dict[str, Any]:
         """The program's outputs and new states by label, in its working dtype."""
