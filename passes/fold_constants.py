@@ -30,6 +30,7 @@ class FoldConstants(Pass):
     """
 
     name = "fold-constants"
+    rules = ("fold",)
     contract = Contract.EXACT
 
     limit: int | str = option("16MiB", "a size such as 16MiB", is_size)

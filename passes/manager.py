@@ -42,6 +42,7 @@ class PassReport:
     seconds: float | None = 0.0
     verdict: Verdict | None = None
     out_of_fuel: bool = False
+    declined: tuple[LeftAlone, ...] = ()
     kept: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
@@ -172,6 +173,7 @@ class PassManager:
             data=outcome.data,
             seconds=time.perf_counter() - start,
             out_of_fuel=out_of_fuel,
+            declined=outcome.declined,
         )
 
     @contextmanager
