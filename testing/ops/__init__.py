@@ -1,6 +1,21 @@
 """What random programs call: a room for each family of ATen operations, the dialect's, and motifs of networks that rules look for."""
 
-from . import attention, convolutions, creation, dialect, elementwise, indexing, motifs, norms, products, reductions, shapes, sizes, state
+from . import (
+    attention,
+    convolutions,
+    creation,
+    dialect,
+    elementwise,
+    indexing,
+    motifs,
+    norms,
+    products,
+    reductions,
+    rule_sites,
+    shapes,
+    sizes,
+    state,
+)
 from .registry import MAKERS, makers_of
 
 __all__ = [
@@ -16,6 +31,7 @@ __all__ = [
     "norms",
     "products",
     "reductions",
+    "rule_sites",
     "shapes",
     "sizes",
     "state",
