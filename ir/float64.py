@@ -211,10 +211,20 @@ class _GraphWidening:
         if _is_wide(copy.meta["val"], node.meta["val"]):
             return copy
         result.erase_node(copy)
+        if target is torch.ops.aten.where.Scalar:
+            return self._of_numbers(result, node, args, meta)
         for dtypes in (_INTEGERS, {*_INTEGERS, torch.bool}):
             with suppress(InferenceError):
                 return self._on_float64(result, node, target, args, kwargs, dtypes)
         raise NoFloat64(f"{_place(node)} has no float64 implementation")
+
+    def _of_numbers(self, result: fx.Graph, node: Node, args: Any, meta: dict[str, Any]) -> Node:
+        """where(mask, 1.0, 0.0), which is in the default float, of numbers that are in float64."""
+        options = {"dtype": torch.float64, "device": node.meta["val"].device}
+        numbers = [add_call(result, self.symbols, torch.ops.aten.scalar_tensor.default, (number,), options) for number in args[1:]]
+        for number in numbers:
+            number.meta[WIDENING] = True
+        return add_call(result, self.symbols, torch.ops.aten.where.self, (args[0], *numbers), **meta)
 
     def _on_float64(
         self, result: fx.Graph, node: Node, target: Any, args: Any, kwargs: dict[str, Any], dtypes: Collection[torch.dtype]

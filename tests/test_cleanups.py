@@ -602,6 +602,29 @@ def test_views_that_stay_two_are_declined_with_a_reason() -> None:
         assert report.left == () and "left" not in str(report)
 
 
+def test_a_constant_that_cannot_be_computed_here_stays_and_others_are_folded() -> None:
+    text = """graphwright 1
+weight @w : f8e4m3fn[4] buffer "?"
+weight @v : f32[4] buffer "?"
+function main {
+  takes ((*), {})
+  gives (*)
+  input %x : f32[4]
+  %s = aten.sum.default(@w)
+  %f = aten._to_copy.default(%s, dtype=f32)
+  %e = aten.exp.default(@v)
+  %a = aten.add.Tensor(%x, %f)
+  %b = aten.add.Tensor(%a, %e)
+  return %b
+}"""
+    before = parse(text, weights={"w": torch.ones(4).to(torch.float8_e4m3fn), "v": torch.zeros(4)})
+    result = PassManager([FoldConstants()], checked=True).run(before)
+    assert [record.rule for record in result.reports[0].records] == ["fold"]
+    (left,) = result.reports[0].left
+    assert left.what == "aten._to_copy.default" and left.reason.startswith("it cannot be computed here: ")
+    assert "aten.sum.default(@w)" in str(result.program) and "aten.exp" not in str(result.program)
+
+
 # --- fold-batch-norm ---
 
 
