@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 BENCH_FLAGS ?= --quick
-FUZZ_FLAGS ?= --programs 10000 --seed 1 --jobs 2
+FUZZ_FLAGS ?= --programs 10000 --seed 1 --jobs 2 --require 50
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -58,10 +58,14 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 class Widening:
-    """Makes float64 programs that share their converted weights, so that a program and its rewrites hold each weight once."""
+    """Makes float64 programs that share their converted weights, so that a program and its rewrites hold each weight once.
 
-    def __init__(self) -> None:
+    With `keeps_programs` a program that is asked for again is not made again; none may be edited meanwhile.
+    """
+
+    def __init__(self, *, keeps_programs: bool = False) -> None:
         self._weights: dict[int, tuple[Weight, Weight]] = {}
+        self._programs: dict[int, tuple[Program, Program]] | None = {} if keeps_programs else None
 
     def program(self, program: Program) -> Program:
         """The float64 program of `program`.
@@ -69,6 +73,13 @@ class Widening:
         Raises:
             NoFloat64: it views a float as another dtype bit by bit, or an operation refuses float64.
         """
+        if self._programs is None:
+            return self._made(program)
+        if id(program) not in self._programs:
+            self._programs[id(program)] = (program, self._made(program))
+        return self._programs[id(program)][1]
+
+    def _made(self, program: Program) -> Program:
         used = {str(node.target) for node in program.nodes() if node.op == "get_attr"}
         states = {name for f in program.functions.values() for name in (s.name for s in f.signature().states)}
         weights = {name: self.weight(weight) for name, weight in program.weights.items() if name in used | states}
@@ -200,10 +211,20 @@ class _GraphWidening:
         if _is_wide(copy.meta["val"], node.meta["val"]):
             return copy
         result.erase_node(copy)
+        if target is torch.ops.aten.where.Scalar:
+            return self._of_numbers(result, node, args, meta)
         for dtypes in (_INTEGERS, {*_INTEGERS, torch.bool}):
             with suppress(InferenceError):
                 return self._on_float64(result, node, target, args, kwargs, dtypes)
         raise NoFloat64(f"{_place(node)} has no float64 implementation")
+
+    def _of_numbers(self, result: fx.Graph, node: Node, args: Any, meta: dict[str, Any]) -> Node:
+        """where(mask, 1.0, 0.0), which is in the default float, of numbers that are in float64."""
+        options = {"dtype": torch.float64, "device": node.meta["val"].device}
+        numbers = [add_call(result, self.symbols, torch.ops.aten.scalar_tensor.default, (number,), options) for number in args[1:]]
+        for number in numbers:
+            number.meta[WIDENING] = True
+        return add_call(result, self.symbols, torch.ops.aten.where.self, (args[0], *numbers), **meta)
 
     def _on_float64(
         self, result: fx.Graph, node: Node, target: Any, args: Any, kwargs: dict[str, Any], dtypes: Collection[torch.dtype]

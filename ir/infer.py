@@ -179,16 +179,21 @@ def has_gaps(shape: Iterable[int], stride: Iterable[int]) -> bool:
 
 
 def same_type(a: Any, b: Any) -> bool:
-    """Whether two metadata values are one type: dtype, device, shape, lazy conjugation and the strides of dims larger than 1."""
+    """Whether two metadata values are one type: dtype, device, shape, lazy conjugation, the strides of dims larger than 1, and whether
+    operations lay out what they make of it with channels last."""
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(same_type(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return same_tensor_type(a, b) and same_strides(a, b)
+        return same_tensor_type(a, b) and same_strides(a, b) and _lead_to_channels_last(a) == _lead_to_channels_last(b)
     if isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt):
         return same_size(a, b, exact=True)
     if isinstance(a, torch.SymFloat | torch.SymBool) and isinstance(b, torch.SymFloat | torch.SymBool):
         return type(a) is type(b)
     return type(a) is type(b) and (a == b or a != a)
+
+
+def _lead_to_channels_last(value: torch.Tensor) -> bool:
+    return value.layout == torch.strided and is_channels_last(value.shape, value.stride())
 
 
 def same_tensor_type(a: torch.Tensor, b: torch.Tensor) -> bool:

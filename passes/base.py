@@ -28,26 +28,30 @@ _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A site that a pass looked at and did not touch: what it is, why, and the user's line."""
+    """A site that a pass looked at and did not touch: what it is, why, and the user's line. `rule` is the one that refused it, of a pass
+    with several; empty where all did."""
 
     what: str
     reason: str
     where: str = ""
+    rule: str = ""
 
     @staticmethod
-    def at(node: Node, reason: str) -> "LeftAlone":
+    def at(node: Node, reason: str, rule: str = "") -> "LeftAlone":
         target: Any = node.target
         what = name_of(target) if node.op == "call_function" else str(target)
-        return LeftAlone(what, reason, str(node.meta.get("where") or ""))
+        return LeftAlone(what, reason, str(node.meta.get("where") or ""), rule)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a pass has to say: what it left alone, lines for the report, and data for programs that read the report."""
+    """What a pass has to say: what it left alone, lines for the report, and data for programs that read the report. `declined` holds
+    sites that one rule refused where a report has nothing to tell: another rule took them, or they cost nothing."""
 
     left: tuple[LeftAlone, ...] = ()
     lines: tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
+    declined: tuple[LeftAlone, ...] = ()
 
     @staticmethod
     def merged(outcomes: "Sequence[Outcome]") -> "Outcome":
@@ -56,6 +60,7 @@ class Outcome:
             tuple(left for outcome in outcomes for left in outcome.left),
             tuple(line for outcome in outcomes for line in outcome.lines),
             {key: value for outcome in outcomes for key, value in outcome.data.items()},
+            tuple(declined for outcome in outcomes for declined in outcome.declined),
         )
 
 
@@ -63,13 +68,15 @@ class Outcome:
 class Pass(ABC):
     """A rewrite of programs. A subclass is a frozen dataclass whose fields are its options.
 
-    `after` and `before` name passes that must not stand on the other side of this one in a pipeline that has both.
+    `after` and `before` name passes that must not stand on the other side of this one in a pipeline that has both. `rules` names its
+    rewrites, as its steps do.
 
     Raises (on construction):
         PassError: an option is unknown or out of range; the message says what is legal.
     """
 
     name: ClassVar[str]
+    rules: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[frozenset[str]] = frozenset()

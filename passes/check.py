@@ -24,6 +24,9 @@ from .outputs import aliases_of, computed_by, leaves_of, listed, type_difference
 from .verdict import Comparison, Verdict, distance, worst_of
 
 NOISE_RUNS = 3
+DOUBTFUL_RUNS = (
+    15  # before a program is called unstable: three runs leave a single number where it was in one case of 27, and more by rounding
+)
 
 _ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
@@ -58,14 +61,21 @@ class _Judged:
 class Reference:
     """A program on given inputs: its outputs, those of its float64 program, and its noise, each computed once when first asked for.
 
-    Many candidates can be judged against it. The runs of the one judged last are kept until `forget` or `followed_by`.
+    Many candidates can be judged against it. The runs of the one judged last are kept until `forget` or `followed_by`. References to one
+    program on several inputs may share a `widening`.
     """
 
-    def __init__(self, program: Program, inputs: Sequence[Any], states: Mapping[str, torch.Tensor] | None = None):
+    def __init__(
+        self,
+        program: Program,
+        inputs: Sequence[Any],
+        states: Mapping[str, torch.Tensor] | None = None,
+        widening: Widening | None = None,
+    ):
         self.program = program
         self.inputs = list(inputs)
         self.states = dict(states or {})
-        self._widening = Widening()
+        self._widening = Widening() if widening is None else widening
         self._judged: _Judged | None = None
         self._others: dict[int, Reference] = {}
 
@@ -87,6 +97,10 @@ class Reference:
         if judged.float64 is not None:
             following.__dict__["wide_program"], following.__dict__["float64"] = judged.wide_program, judged.float64
         return following
+
+    def in_float64(self, candidate: Program) -> Program:
+        """The float64 program of `candidate`. Raises NoFloat64 where there is none."""
+        return self._widening.program(candidate)
 
     def outputs(self) -> dict[str, Any]:
         """The program's outputs and new states by label, in its working dtype."""
@@ -122,9 +136,14 @@ class Reference:
             return structure
         try:
             wide = self._run_candidate_wide(candidate)
-            expected, noise64, noise = self.float64, self.noise64, self.noise
+            verdict = self._compare(candidate, wide, working, self.noise, strict)
+            return verdict if verdict.kind != "unstable" else self._compare(candidate, wide, working, self.noise_in_doubt, strict)
         except NoFloat64 as error:
             return Verdict("inconclusive", str(error))
+
+    def _compare(
+        self, candidate: Program, wide: _Values, working: _Values, noise: Mapping[str, Sequence[torch.Tensor]], strict: bool
+    ) -> Verdict:
         leaves = leaves_of(candidate)
         return worst_of(
             [
@@ -136,10 +155,10 @@ class Reference:
                     c=wide.tensors[label],
                     own=self.own.tensors[label],
                     working=working.tensors[label],
-                    noise64=noise64[label],
+                    noise64=self.noise64[label],
                     noise=noise[label],
                 ).judge(random=self._is_random, strict=strict)
-                for label, r in expected.tensors.items()
+                for label, r in self.float64.tensors.items()
             ]
         )
 
@@ -211,15 +230,22 @@ class Reference:
     @cached_property
     def noise64(self) -> dict[str, list[torch.Tensor]]:
         """Per output: its distance from r in each run of the float64 program perturbed at float64 rounding."""
-        return self._distances(self.wide_program, *self._wide_arguments())
+        return self._distances(self.wide_program, *self._wide_arguments(), NOISE_RUNS)
 
     @cached_property
     def noise(self) -> dict[str, list[torch.Tensor]]:
         """Per output: its distance from r in each run of the program perturbed at its own rounding."""
-        return self._distances(self.program, self.inputs, self.states)
+        return self._distances(self.program, self.inputs, self.states, NOISE_RUNS)
 
-    def _distances(self, program: Program, inputs: Sequence[Any], states: Mapping[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-        runs = [self._perturbed(program, inputs, states, _Perturbation(seed)) for seed in range(NOISE_RUNS)]
+    @cached_property
+    def noise_in_doubt(self) -> dict[str, list[torch.Tensor]]:
+        """As `noise`, of more runs."""
+        return self._distances(self.program, self.inputs, self.states, DOUBTFUL_RUNS)
+
+    def _distances(
+        self, program: Program, inputs: Sequence[Any], states: Mapping[str, torch.Tensor], count: int
+    ) -> dict[str, list[torch.Tensor]]:
+        runs = [self._perturbed(program, inputs, states, _Perturbation(seed)) for seed in range(count)]
         return {
             label: [_distance(label, run.tensors[label], r) for run in (self.own, *runs)][1:] if isinstance(r, torch.Tensor) else []
             for label, r in self.float64.tensors.items()

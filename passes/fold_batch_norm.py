@@ -36,6 +36,7 @@ class FoldBatchNorm(Pass):
     """A batch norm in eval mode disappears into the weights of its producer, if nothing else uses that producer's result."""
 
     name = "fold-batch-norm"
+    rules = ("fold-batch-norm",)
     contract = Contract.EXACT
 
     def run(self, rewriter: Rewriter) -> Outcome:

@@ -7,15 +7,16 @@ folded, nor mere views of weights, which cost nothing. The last views before the
 weight remembers its float64 value, so that rounding it is not an error of the rewrite.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..ir import Node, Rewriter
+from ..ir import Node, Program, Rewriter
 from ..ir.calls import GETITEM, is_pure, name_of
-from ..ir.float64 import computed_weights
+from ..ir.errors import first_line
+from ..ir.float64 import RoundedWeight, computed_weights
 from .aliases import OutputAliases
 from .base import LeftAlone, Outcome, Pass
 from .contract import Contract
@@ -30,6 +31,7 @@ class FoldConstants(Pass):
     """
 
     name = "fold-constants"
+    rules = ("fold",)
     contract = Contract.EXACT
 
     limit: int | str = option("16MiB", "a size such as 16MiB", is_size)
@@ -42,12 +44,25 @@ class FoldConstants(Pass):
         if any(weight.tensor is None for weight in rewriter.program.weights.values()):
             return Outcome((*left, LeftAlone("constants", "the program was read from text and its weights have no values")))
         named = _named(chosen, rewriter)
-        added = computed_weights(rewriter.program, named)
-        for node, weight in zip(named.values(), added, strict=True):
+        folded, failed = _computed(rewriter.program, named)
+        left, added = (*left, *failed), list(folded.values())
+        for node, weight in folded.items():
             with rewriter.step("fold"):
                 rewriter.replace(node, rewriter.weight(weight))
         total = sum(weight.nbytes for weight in added)
         return Outcome(left, (f"{len(added)} constant{'' if len(added) == 1 else 's'}, {total} bytes in all",), {"folded_bytes": total})
+
+
+def _computed(program: Program, named: Mapping[str, Node]) -> tuple[dict[Node, RoundedWeight], tuple[LeftAlone, ...]]:
+    """The weights that take the place of nodes, and the nodes that cannot be computed on this machine: a sum of float8, say."""
+    try:
+        return dict(zip(named.values(), computed_weights(program, named), strict=True)), ()
+    except RuntimeError as error:
+        if len(named) == 1:
+            (node,) = named.values()
+            return {}, (LeftAlone.at(node, f"it cannot be computed here: {first_line(error)}"),)
+    parts = [_computed(program, {name: node}) for name, node in named.items()]
+    return {node: weight for folded, _ in parts for node, weight in folded.items()}, tuple(each for _, failed in parts for each in failed)
 
 
 class _Constants:

@@ -43,6 +43,7 @@ class PassReport:
     seconds: float | None = 0.0
     verdict: Verdict | None = None
     out_of_fuel: bool = False
+    declined: tuple[LeftAlone, ...] = ()
     kept: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
@@ -173,6 +174,7 @@ class PassManager:
             data=outcome.data,
             seconds=time.perf_counter() - start,
             out_of_fuel=out_of_fuel,
+            declined=outcome.declined,
         )
 
     @contextmanager

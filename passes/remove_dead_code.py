@@ -18,6 +18,7 @@ class RemoveDeadCode(Pass):
     """Calls whose results reach no output, no new state and no assertion are removed."""
 
     name = "remove-dead-code"
+    rules = ("remove-unused",)
     contract = Contract.EXACT
 
     def run(self, rewriter: Rewriter) -> Outcome:

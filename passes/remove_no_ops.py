@@ -74,6 +74,7 @@ class RemoveNoOps(Pass):
     """What remains computes something, or the report says why it stays."""
 
     name = "remove-no-ops"
+    rules = ("remove-no-op", "merge-views", "merge-permutes")
     contract = Contract.EXACT
 
     def run(self, rewriter: Rewriter) -> Outcome:
@@ -82,7 +83,7 @@ class RemoveNoOps(Pass):
             for node in rewriter.nodes():
                 sweep.visit(node)
             if len(rewriter.records) == before:
-                return Outcome(tuple(sweep.left))
+                return Outcome(tuple(sweep.left), declined=tuple(sweep.declined))
 
 
 class _Sweep:
@@ -92,6 +93,7 @@ class _Sweep:
         self.rewriter = rewriter
         self.outputs = OutputAliases(rewriter)
         self.left: list[LeftAlone] = []
+        self.declined: list[LeftAlone] = []
 
     def visit(self, node: Node) -> None:
         source = _source(node)
@@ -104,29 +106,36 @@ class _Sweep:
         elif _permutation(node) is not None:
             self._replace_by_view(node, "merge-permutes", _merged_permutation(node, source))
         elif _is_signed_zero_trap(node, source):
-            self.left.append(LeftAlone.at(node, "x + 0.0 turns -0.0 into 0.0"))
+            self.left.append(LeftAlone.at(node, "x + 0.0 turns -0.0 into 0.0", "remove-no-op"))
 
     def _bypass(self, node: Node, source: Node) -> None:
         reason = self.outputs.reason_to_keep(node, source)
         if reason is not None:
-            self.left.append(LeftAlone.at(node, reason))
+            self.left.append(LeftAlone.at(node, reason, "remove-no-op"))
             return
         with self.rewriter.step("remove-no-op"):
             self.outputs.merged(node, source)
             self.rewriter.replace(node, source)
 
-    def _replace_by_view(self, node: Node, rule: str, view: "_View | None") -> None:
-        if view is None or not share_memory(node, view.source):
+    def _replace_by_view(self, node: Node, rule: str, view: "_View | str | None") -> None:
+        if view is None:
             return
-        try:
-            value = infer(self.rewriter.symbols, view.target, (view.source, view.argument), {})
-        except InferenceError:
-            return  # the inner view changed strides in a way that the outer one needs
-        if not same_type(value, node.meta["val"]):
+        reason = view if isinstance(view, str) else self._reason_against(node, view)
+        if reason is not None or isinstance(view, str):
+            self.declined.append(LeftAlone.at(node, str(reason), rule))
             return
         with self.rewriter.step(rule):
             new = self.rewriter.insert(view.target, (view.source, view.argument), before=node, origin=[*node.all_input_nodes, node])
             self.rewriter.replace(node, new)
+
+    def _reason_against(self, node: Node, view: "_View") -> str | None:
+        if not share_memory(node, view.source):
+            return "one of the two copies"
+        try:
+            value = infer(self.rewriter.symbols, view.target, (view.source, view.argument), {})
+        except InferenceError:
+            return "the one before it changes strides in a way that it needs"
+        return None if same_type(value, node.meta["val"]) else "one in their place would lay out its result in another way"
 
 
 @dataclass(frozen=True)
@@ -173,18 +182,23 @@ def _is_signed_zero_trap(node: Node, source: Node) -> bool:
     return isinstance(scalar, int | float) and scalar == 0 and same_type(source.meta["val"], node.meta["val"])
 
 
-def _merged_view(node: Node, inner: Node) -> _View | None:
+def _merged_view(node: Node, inner: Node) -> _View | str | None:
+    """One view for `node` and `inner`, or why they stay two; None where `inner` is no view of that kind."""
     source = _source(inner)
-    if source is None or inner.target not in _RESHAPES or len(inner.users) != 1:
+    if source is None or inner.target not in _RESHAPES:
         return None
-    return _View(_aten.view.default, source, node.args[1])
+    return _View(_aten.view.default, source, node.args[1]) if len(inner.users) == 1 else _read_often(inner)
 
 
-def _merged_permutation(node: Node, inner: Node) -> _View | None:
+def _merged_permutation(node: Node, inner: Node) -> _View | str | None:
     source, first, second = _source(inner), _permutation(inner), _permutation(node)
-    if source is None or first is None or second is None or len(inner.users) != 1:
+    if source is None or first is None or second is None:
         return None
-    return _View(_aten.permute.default, source, [first[dim] for dim in second])
+    return _View(_aten.permute.default, source, [first[dim] for dim in second]) if len(inner.users) == 1 else _read_often(inner)
+
+
+def _read_often(inner: Node) -> str:
+    return f"the one before it is read {len(inner.users)} times"
 
 
 def _permutation(node: Node) -> Sequence[int] | None:

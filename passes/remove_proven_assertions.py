@@ -25,6 +25,7 @@ class RemoveProvenAssertions(Pass):
     """An assertion goes when the symbols' ranges prove it; one that depends on data stays."""
 
     name = "remove-proven-assertions"
+    rules = ("remove-assertion",)
     contract = Contract.EXACT
 
     def run(self, rewriter: Rewriter) -> Outcome:

@@ -24,6 +24,7 @@ class ShareSubexpressions(Pass):
     """A call equal to an earlier one is replaced by it."""
 
     name = "share-subexpressions"
+    rules = ("share",)
     contract = Contract.EXACT
 
     def run(self, rewriter: Rewriter) -> Outcome:

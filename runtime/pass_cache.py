@@ -180,6 +180,7 @@ def _report(data: dict[str, Any]) -> PassReport:
             RewriteRecord(**each | {"before": tuple(each["before"]), "after": tuple(each["after"])}) for each in data["records"]
         ),
         "left": tuple(LeftAlone(**each) for each in data["left"]),
+        "declined": tuple(LeftAlone(**each) for each in data["declined"]),
         "lines": tuple(data["lines"]),
     }
     return PassReport(**data | made, kept=True)

@@ -44,7 +44,8 @@ class Builder:
         self.values: list[Value] = []
         self.inputs = 0
         self.states: dict[str, Value] = {}  # the new value of each
-        self.returned: list[Value] = []  # that are to be among the outputs
+        self.returned: list[Value] = []  # by main for sure
+        self.keeps_unused = False
         self.calls = 0
         self._numbers = torch.Generator().manual_seed(choices.integer(0, 2**31 - 1))
         self._first_call: Node | None = None

@@ -1,9 +1,10 @@
 """Fuzzes the compiler: random programs under random pipelines, judged by the verdict rule.
 
-    python -m graphwright.testing.fuzz --programs 10000 --seed 1 [--jobs 2] [--out DIR] [--only N]
+    python -m graphwright.testing.fuzz --programs 10000 --seed 1 [--jobs 2] [--out DIR] [--require 50] [--only N]
 
 A trial is named by (seed, number) and is the same on every machine. DIR gets results.jsonl, a line for each trial, and a folder for each
-failure, which runs alone; a run that is started again goes on where it was. Source: specs/trust.md, sections 2 and 3.
+failure, which runs alone; a run that is started again goes on where it was. With --require a run also fails where a rule fired or was
+refused less often. Source: specs/trust.md, sections 2 and 3.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from ..ir.errors import ArtifactError
 from .cases import save_case
+from .coverage import rule_counts, untested
 from .trials import Record, make_trial, run_trial
 
 FAILING = ("wrong", "unstable", "crashed", "timeout")
@@ -32,7 +34,7 @@ _MOST_ROWS = 40
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for; 1 when a trial fails."""
+    """Runs what the command line asks for; 1 when a trial fails, or a rule was tested less often than required."""
     options = _parser().parse_args(arguments)
     families = tuple(options.ops.split(",")) if options.ops else None
     if options.only is not None:
@@ -41,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {"seed": options.seed, "max_nodes": options.max_nodes, "ops": options.ops}
     _check_settings(out, settings)
     records = fuzz(options.seed, options.programs, out, jobs=options.jobs, max_nodes=options.max_nodes, families=families)
-    Console().print(*summary(records))
-    return int(any(record.kind in FAILING for record in records))
+    console = Console()
+    console.print(*summary(records))
+    missing = untested(rule_counts(records), options.require)
+    for each in missing:
+        console.print(f"{each.rule} fired {each.fired} and was refused {each.refused} times, and each is to be {options.require} at least")
+    return int(bool(missing) or any(record.kind in FAILING for record in records))
 
 
 def fuzz(seed: int, programs: int, out: Path, *, jobs: int = 1, max_nodes: int = 12, families: Sequence[str] | None = None) -> list[Record]:
@@ -150,7 +156,7 @@ def _show_one(seed: int, number: int, max_nodes: int, families: Sequence[str] | 
 
 
 def summary(records: Iterable[Record]) -> list[Table]:
-    """Tables of verdicts, of rules by how often they fired, and of what passes left alone and why."""
+    """Tables of verdicts, of rules by how often they fired and were refused, and of what was left alone and why."""
     records = list(records)
     calls = sum(record.calls for record in records)
     verdicts = Table(title=f"{len(records)} trials, {calls} calls", title_justify="left")
@@ -158,17 +164,29 @@ def summary(records: Iterable[Record]) -> list[Table]:
     verdicts.add_column("trials", justify="right")
     for kind, count in Counter(record.kind for record in records).most_common():
         verdicts.add_row(kind, str(count))
-    fired: Counter[str] = Counter()
     left: Counter[str] = Counter()
     for record in records:
-        fired.update(record.fired)
         left.update(record.left)
-    return [verdicts, _tally("fired", fired), _tally("left alone", left)]
+    return [verdicts, _rules(records), _reasons(left)]
 
 
-def _tally(title: str, counts: Counter[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("pass and rule" if title == "fired" else "pass and reason")
+def _rules(records: Sequence[Record]) -> Table:
+    table = Table(title="rules", title_justify="left")
+    table.add_column("pass and rule")
+    table.add_column("fired", justify="right")
+    table.add_column("refused", justify="right")
+    table.add_column("trials it fired in", justify="right")
+    table.add_column("")
+    trials = Counter(rule for record in records for rule in record.fired)
+    for each in sorted(rule_counts(records), key=lambda each: -each.fired):
+        numbers = (str(each.fired), str(each.refused), str(trials[each.rule]))
+        table.add_row(each.rule, *numbers, "" if each.least else "a rule at zero was not tested")
+    return table
+
+
+def _reasons(counts: Counter[str]) -> Table:
+    table = Table(title="left alone", title_justify="left")
+    table.add_column("pass, rule where it has several, and reason")
     table.add_column("times", justify="right")
     for name, count in counts.most_common(_MOST_ROWS):
         table.add_row(name, str(count))
@@ -192,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="names the run; trial N of a seed is the same on every machine")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", default="out/fuzz", help="folder of results and failures; a run that is in it goes on (default out/fuzz)")
+    parser.add_argument("--require", type=int, default=0, metavar="N", help="fail where a rule fired or was refused less than N times")
     parser.add_argument("--only", type=int, metavar="N", help="runs trial N alone and shows it")
     parser.add_argument("--max-nodes", type=int, default=12, help="about how many calls a program has at most (default 12)")
     parser.add_argument("--ops", default="", help="families of operations, with commas between them (default all)")

@@ -24,7 +24,8 @@ EXACT: tuple[Pass, ...] = (*CLEANUPS, SliceGroups(), SplitLowRank(), Smooth(cali
 """Our exact passes that take any program. `kv-cache` wants a decoder, and the rest are not exact."""
 
 # From the simplest; sizes are those of random programs, of which most tensors are smaller than 64 KiB.
-_OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+_Options = Mapping[str, Mapping[str, tuple[Any, ...]]]
+_OPTIONS: _Options = {
     "slice-groups": {
         "memory_budget": ("25%", "1%", "60%", "100%", "1KiB", "1MiB"),
         "max_slices": (64, 2, 7, 1),
@@ -48,7 +49,19 @@ def random_pipeline(choices: Choices, program: Program | None = None, passes: Se
     known = [each for each in (EXACT if passes is None else passes) if program is not None or not calibrates(each)]
     chosen = choices.subset(known, 55) or [choices.pick(known)]
     chosen += choices.subset(chosen, 15)  # a second time
-    ready = [_with_options(choices, each) for each in chosen]
+    return _ready(choices, chosen, program, _OPTIONS)
+
+
+def pipeline_with(choices: Choices, program: Program, wanted: Pass, options: Mapping[str, tuple[Any, ...]]) -> tuple[Pass, ...]:
+    """A pipeline that has `wanted`, its options drawn from `options` where these say so, at times among a few others or twice."""
+    others = [each for each in choices.subset(EXACT, 15) if each.name != wanted.name]
+    chosen = [wanted, *others, *([wanted] if choices.chance(15) else [])]
+    return _ready(choices, chosen, program, {**_OPTIONS, wanted.name: {**_OPTIONS.get(wanted.name, {}), **options}})
+
+
+def _ready(choices: Choices, chosen: Sequence[Pass], program: Program | None, options: _Options) -> tuple[Pass, ...]:
+    """The passes with options, calibrated, in an order."""
+    ready = [_with_options(choices, each, options.get(each.name, {})) for each in chosen]
     if program is not None:
         ready = [calibrated(each, program) for each in ready]
     return _ordered(choices, ready)
@@ -81,8 +94,7 @@ def as_arguments(program: Program, leaves: Sequence[Any]) -> tuple[tuple[Any, ..
     return tuple(leaves[:count]), dict(zip(named.keys, leaves[count:], strict=True))  # type: ignore[arg-type]
 
 
-def _with_options(choices: Choices, each: Pass) -> Pass:
-    options: Mapping[str, tuple[Any, ...]] = _OPTIONS.get(each.name, {})
+def _with_options(choices: Choices, each: Pass, options: Mapping[str, tuple[Any, ...]]) -> Pass:
     return replace(each, **{name: choices.pick(values) for name, values in options.items()}) if options else each
 
 

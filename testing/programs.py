@@ -7,7 +7,7 @@ A program is built in the IR itself, which costs about 10 ms; nothing is capture
 quotients get operands that they are defined for. Source: specs/trust.md, section 3; NNSmith (arXiv 2207.13066).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -46,16 +46,43 @@ def random_program(choices: Choices, ops: Collection[str] | None = None, max_nod
     """The program that `choices` lead to."""
     families = makers_of(ops)
     dynamic = choices.chance(25)
+    builder = _begun(choices, dynamic)
+    names = _drawn_families(choices, list(families), dynamic)
+    _grow_by(builder, families, names, choices.integer(1, max_nodes))
+    return _finish(builder)
+
+
+def program_around(choices: Choices, site: Maker, max_nodes: int = 12, *, dynamic: bool = False) -> Program:
+    """A program in which `site` was made once or twice, with a few random calls before and at times behind."""
+    builder = _begun(choices, dynamic)
+    families = makers_of(None)
+    names = _drawn_families(choices, list(families), dynamic)
+    _grow_by(builder, families, names, choices.integer(0, max_nodes // 4))
+    for _ in range(choices.pick((1, 2))):
+        before = builder.calls
+        for _ in range(_TRIES):
+            _grow(builder, [site])
+            if builder.calls > before:
+                break
+    if choices.chance(25):
+        _grow_by(builder, families, names, choices.integer(1, max(1, max_nodes // 4)))
+    return _finish(builder)
+
+
+def _begun(choices: Choices, dynamic: bool) -> Builder:
     builder = Builder(choices, dynamic=dynamic)
     last = choices.pick((4, 8, 3))
     builder.input((*builder.symbolic(), last) if dynamic else builder.shape(2, 2), builder.float_dtype())
-    names = _drawn_families(choices, list(families), dynamic)
-    wanted = choices.integer(1, max_nodes)
+    return builder
+
+
+def _grow_by(builder: Builder, families: Mapping[str, list[Maker]], names: Sequence[str], wanted: int) -> None:
+    """About `wanted` more calls of the families called `names`."""
+    end = builder.calls + wanted
     for _ in range(_TRIES * wanted):
-        if builder.calls >= wanted:
-            break
-        _grow(builder, families[choices.pick(names)])
-    return _finish(builder)
+        if builder.calls >= end:
+            return
+        _grow(builder, families[builder.choices.pick(names)])
 
 
 def _drawn_families(choices: Choices, names: list[str], dynamic: bool) -> list[str]:
@@ -86,7 +113,7 @@ def _finish(builder: Builder) -> Program:
         leaves.append(choices.pick((None, 3, 0.5, leaves[0])))
     new_values = {name: value for name, value in builder.states.items() if _fits_state(builder, name, value)}
     set_outputs(builder.graph, [*leaves, *(value.node for value in new_values.values())], tuple(new_values))
-    if not choices.chance(20):
+    if not choices.chance(20) and not builder.keeps_unused:
         _drop_dead(builder.graph)
     used = {str(node.target) for node in builder.graph.nodes if node.op == "get_attr"} | builder.states.keys()
     weights = {name: weight for name, weight in builder.weights.items() if name in used}

@@ -14,13 +14,15 @@ from ..ir import Program
 from ..ir.errors import first_line
 from ..passes import Pass, Verdict
 from .cases import Case, spelled
-from .choices import RandomChoices
+from .choices import Choices, RandomChoices
 from .inputs import input_sets
-from .pipelines import random_pipeline
+from .pipelines import pipeline_with, random_pipeline
 from .programs import random_program
+from .themes import Theme, drawn_theme
 from .verdict import TrialResult, try_passes
 
 MAX_SECONDS = 120
+THEMED = 33  # percent of trials that are made around a site of one rule
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a run's results. `fired` counts rewrites by "pass/rule", `left` what passes left alone by "pass: reason"."""
+    """One line of a run's results. `fired` counts rewrites by "pass/rule", `left` what was left alone by "pass/rule: reason", or by
+    "pass: reason" where every rule of the pass refused it."""
 
     number: int
     kind: str
@@ -56,9 +59,18 @@ class Record:
 def make_trial(seed: int, number: int, *, max_nodes: int = 12, families: Sequence[str] | None = None) -> Trial:
     """The trial `number` of the run with `seed`."""
     choices = RandomChoices(random.Random(f"{seed}/{number}"))
+    if families is None and choices.chance(THEMED):
+        return themed_trial(choices, drawn_theme(choices), max_nodes)
     program = random_program(choices, families, max_nodes)
     inputs = tuple(input_sets(program, choices.integer(0, 2**16)))
     return Trial(program, random_pipeline(choices, program), inputs)
+
+
+def themed_trial(choices: Choices, theme: Theme, max_nodes: int = 12) -> Trial:
+    """A program with a site of the theme under a pipeline with its pass."""
+    program = theme.program(choices, max_nodes)
+    inputs = tuple(input_sets(program, choices.integer(0, 2**16)))
+    return Trial(program, pipeline_with(choices, program, theme.wanted, theme.options), inputs)
 
 
 def run_trial(seed: int, number: int, *, max_nodes: int = 12, families: Sequence[str] | None = None) -> Record:
@@ -73,14 +85,21 @@ def run_trial(seed: int, number: int, *, max_nodes: int = 12, families: Sequence
     except Exception as error:  # of the generator, the judge or torch: each is looked at
         reason = f"{type(error).__name__}: {first_line(error)}"
         return Record(number, "crashed", reason, seconds=time.perf_counter() - start)
-    return _record(number, trial, result, time.perf_counter() - start)
+    return record_of(number, trial, result, time.perf_counter() - start)
 
 
-def _record(number: int, trial: Trial, result: TrialResult, seconds: float) -> Record:
+def record_of(number: int, trial: Trial, result: TrialResult, seconds: float) -> Record:
+    """What is kept of a trial that ended with `result`."""
     verdict: Verdict = result.verdict
     names = [each.name for each in trial.passes]
     fired = Counter(f"{record.pass_name}/{record.rule}" for report in result.reports for record in report.records)
-    left = Counter(f"{name}: {_general(site.reason)}" for name, report in zip(names, result.reports) for site in report.left)
+    left = Counter(
+        f"{name}{'/' if site.rule else ''}{site.rule}: {_general(site.reason)}"
+        for name, report in zip(names, result.reports)
+        for site in (*report.left, *report.declined)
+    )
+    if verdict.kind == "refused" and result.blamed is not None:
+        left[f"{names[result.blamed]}: {_general(verdict.reason)}"] += 1
     return Record(
         number,
         verdict.kind,

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..ir import Fuel, Program, parse
 from ..ir.errors import GraphwrightError, InputError, VerifyError, first_line
+from ..ir.float64 import Widening
 from ..passes import Contract, Pass, PassManager, PassReport, Reference, Verdict, parse_pipeline
 from ..passes.pipeline import Pipeline
 from .same import difference
@@ -58,8 +59,9 @@ def try_passes(program: Program, passes: Pipeline, input_sets: Sequence[Sequence
     problem = _text_problem(result.program)
     if problem:
         return replace(found, verdict=Verdict("wrong", problem))
+    widening = Widening(keeps_programs=True)
     for index, inputs in enumerate(input_sets):
-        judged = _judge(pipeline, history, reports, inputs)
+        judged = _judge(pipeline, history, reports, Reference(history[0], inputs, widening=widening))
         if GRAVITY.index(judged.verdict.kind) < GRAVITY.index(found.verdict.kind):
             found = replace(found, verdict=judged.verdict, blamed=judged.blamed, input_set=index)
         if found.fails:
@@ -71,7 +73,8 @@ def _unfinished(error: GraphwrightError, pipeline: Sequence[Pass]) -> TrialResul
     """A typed error is a refusal, but not one that stands for a broken rule of the IR or for any other exception inside a pass."""
     cause = error.__cause__
     is_crash = cause is not None and (isinstance(cause, VerifyError) or not isinstance(cause, GraphwrightError))
-    blamed = next((n for n, each in enumerate(pipeline) if f"pass {each.name}" in str(error)), None)
+    said = " ".join((str(error), *_notes(error)))
+    blamed = next((n for n, each in enumerate(pipeline) if f"pass {each.name}" in said), None)
     notes = [f" ({note})" for note in (*_notes(cause), *_notes(error)) if note.startswith("in rewrite ")]
     return TrialResult(Verdict("crashed" if is_crash else "refused", f"{type(error).__name__}: {error}{''.join(notes[:1])}"), blamed)
 
@@ -92,9 +95,9 @@ def _text_problem(program: Program) -> str:
     return f"its text parses back to another program: {other}" if other else ""
 
 
-def _judge(pipeline: Sequence[Pass], history: Sequence[Program], reports: Sequence[PassReport], inputs: Sequence[Any]) -> TrialResult:
+def _judge(pipeline: Sequence[Pass], history: Sequence[Program], reports: Sequence[PassReport], reference: Reference) -> TrialResult:
     """Exact passes that follow one another are judged as one; only where that fails is each of them judged, to find the one to blame."""
-    reference, worst = Reference(history[0], inputs), TrialResult(Verdict("right"))
+    inputs, worst = reference.inputs, TrialResult(Verdict("right"))
     begin = 0
     try:
         for end in range(1, len(pipeline) + 1):

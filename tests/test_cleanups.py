@@ -567,6 +567,64 @@ def test_a_view_of_a_reshape_that_had_to_copy_is_not_merged() -> None:
     )
 
 
+def test_what_leads_to_channels_last_is_not_replaced_by_what_does_not() -> None:
+    """Strides of dims of size 1 address nothing, but operations lay out their results by them."""
+    body = """
+        input %x : f32[1, 4, 3, 1]
+        %p = aten.permute.default(%x, [3, 0, 1, 2])
+        %t = aten.transpose.int(%p, 0, 1)
+        %c = aten.conv2d.default(%t, @w)
+        return %c"""
+    merged = body.replace("%p = aten.permute.default(%x, [3, 0, 1, 2])\n", "").replace(
+        "aten.transpose.int(%p, 0, 1)", "aten.permute.default(%x, [0, 3, 1, 2])"
+    )
+    becomes(RemoveNoOps(), body, merged, w=torch.ones(2, 1, 1, 1))
+
+
+def test_views_that_stay_two_are_declined_with_a_reason() -> None:
+    read_twice = "input %x : f32[2, 6]\n%a = {}\n%b = {}\n%c = aten.exp.default(%a)\n%d = aten.exp.default(%b)\nreturn %c, %d"
+    copying = "input %x : f32[4, 6]\n%t = aten.t.default(%x)\n%r = aten.reshape.default(%t, [24])\n{}return %v"
+    for body, rule, reason in (
+        (
+            read_twice.format("aten.view.default(%x, [12])", "aten.view.default(%a, [3, 4])"),
+            "merge-views",
+            "the one before it is read 2 times",
+        ),
+        (
+            read_twice.format("aten.t.default(%x)", "aten.permute.default(%a, [1, 0])"),
+            "merge-permutes",
+            "the one before it is read 2 times",
+        ),
+        (copying.format("%v = aten.view.default(%r, [3, 8])\n"), "merge-views", "one of the two copies"),
+    ):
+        _, report = clean(RemoveNoOps(), program(body))
+        assert [(each.rule, each.reason) for each in report.declined] == [(rule, reason)]
+        assert report.left == () and "left" not in str(report)
+
+
+def test_a_constant_that_cannot_be_computed_here_stays_and_others_are_folded() -> None:
+    text = """graphwright 1
+weight @w : f8e4m3fn[4] buffer "?"
+weight @v : f32[4] buffer "?"
+function main {
+  takes ((*), {})
+  gives (*)
+  input %x : f32[4]
+  %s = aten.sum.default(@w)
+  %f = aten._to_copy.default(%s, dtype=f32)
+  %e = aten.exp.default(@v)
+  %a = aten.add.Tensor(%x, %f)
+  %b = aten.add.Tensor(%a, %e)
+  return %b
+}"""
+    before = parse(text, weights={"w": torch.ones(4).to(torch.float8_e4m3fn), "v": torch.zeros(4)})
+    result = PassManager([FoldConstants()], checked=True).run(before)
+    assert [record.rule for record in result.reports[0].records] == ["fold"]
+    (left,) = result.reports[0].left
+    assert left.what == "aten._to_copy.default" and left.reason.startswith("it cannot be computed here: ")
+    assert "aten.sum.default(@w)" in str(result.program) and "aten.exp" not in str(result.program)
+
+
 # --- fold-batch-norm ---
 
 

@@ -108,6 +108,7 @@ def test_float64_is_no_cast_of_the_model_that_casts_inside() -> None:
     [
         *("aten.div.Tensor(%i, 3)", "aten.mul.Scalar(%i, 0.1)", "aten.exp.default(%i)", "aten.rsub.Scalar(%i, 0.1)"),
         *("aten.mul.Scalar(%b, 0.1)", "aten.pow.Scalar(2.1, %i)", "aten.where.ScalarOther(%b, %i, 0.1)"),
+        "aten.where.Scalar(%b, 1.1, 0.1)",
     ],
 )
 def test_what_makes_floats_of_integers_makes_float64(body: str) -> None:

@@ -32,6 +32,15 @@ def absorb(**options):
     return lambda calibration: gw.AbsorbOutliers(**{"calibration": calibration, "min_numel": 0, "weight": "int4-g16", "rank": 2, **options})
 
 
+@pytest.mark.parametrize(("width", "depth"), [(4, 0), (0, 4)])
+@pytest.mark.parametrize("each", [smooth(), gw.SplitLowRank(rank=1, min_numel=0)], ids=["smooth", "split-low-rank"])
+def test_a_layer_whose_weight_has_no_numbers_stays(each, width: int, depth: int) -> None:
+    x = torch.randn(2, depth)
+    passes = [each([(x,)]) if callable(each) else each]
+    report = gw.compile(torch.nn.Linear(depth, width), passes, example_inputs=(x,), backend="aten", cache=False).report().passes[-1]
+    assert report.records == () and [left.reason for left in report.left] == ["its weight has no numbers"]
+
+
 def report_of(model):
     return model.report().passes[-1]
 

@@ -16,8 +16,11 @@ from graphwright.passes.pipeline import check_order
 from graphwright.testing import fuzz, pipelines, programs
 from graphwright.testing.cases import Case, load_case, save_case, spelled
 from graphwright.testing.choices import RandomChoices
+from graphwright.testing.coverage import exact_rules, rule_counts
 from graphwright.testing.pipelines import EXACT, random_pipeline
-from graphwright.testing.trials import Record, make_trial, run_trial
+from graphwright.testing.themes import THEMES
+from graphwright.testing.trials import Record, make_trial, record_of, run_trial, themed_trial
+from graphwright.testing.verdict import try_passes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 few = settings(max_examples=20, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -76,7 +79,7 @@ def test_what_goes_wrong_while_a_trial_is_made_is_a_crash_with_a_reason(monkeypa
     def broken(*_, **__):
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr("graphwright.testing.trials.random_program", broken)
+    monkeypatch.setattr("graphwright.testing.trials.make_trial", broken)
     record = run_trial(0, 1)
     assert (record.kind, record.reason) == ("crashed", "RuntimeError: no luck")
 
@@ -87,7 +90,7 @@ def test_a_trial_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -
             pass
 
     monkeypatch.setattr("graphwright.testing.trials.MAX_SECONDS", 1)
-    monkeypatch.setattr("graphwright.testing.trials.random_program", endless)
+    monkeypatch.setattr("graphwright.testing.trials.make_trial", endless)
     assert run_trial(0, 1).kind == "timeout"
 
 
@@ -125,10 +128,58 @@ def test_one_trial_is_shown_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_summary_counts_verdicts_rules_and_reasons() -> None:
     records = [Record(0, "right", fired={"a/x": 2}, left={"a: no": 1}), Record(1, "refused", fired={"a/x": 1})]
-    verdicts, fired, left = fuzz.summary(records)
+    verdicts, rules, left = fuzz.summary(records)
     assert [list(column.cells) for column in verdicts.columns] == [["right", "refused"], ["1", "1"]]
-    assert [list(column.cells) for column in fired.columns] == [["a/x"], ["3"]]
+    assert [next(column.cells) for column in rules.columns] == ["a/x", "3", "1", "2", ""]
     assert [list(column.cells) for column in left.columns] == [["a: no"], ["1"]]
+
+
+def test_a_rule_that_never_fired_is_shown_as_not_tested() -> None:
+    rows = list(zip(*(column.cells for column in fuzz.summary([Record(0, "right", left={"smooth/fold-smoothing: no": 2})])[1].columns)))
+    assert len(rows) == len(exact_rules())
+    assert ("smooth/fold-smoothing", "0", "2", "0", "a rule at zero was not tested") in rows
+
+
+# --- which rules were tested ---
+
+
+def test_a_reason_of_one_rule_counts_for_it_and_one_of_a_pass_for_all_of_its_rules() -> None:
+    records = [Record(0, "right", left={"smooth/fold-smoothing: a: b": 2, "smooth: no rows": 1}, fired={"smooth/multiply-by-smoothing": 4})]
+    counts = {each.rule: (each.fired, each.refused) for each in rule_counts(records)}
+    assert (counts["smooth/fold-smoothing"], counts["smooth/multiply-by-smoothing"]) == ((0, 3), (4, 1))
+    assert counts["slice-groups/attention-rows"] == (0, 0)
+
+
+def test_a_run_that_tested_a_rule_less_often_than_required_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record(0, "right", fired=dict.fromkeys(exact_rules(), 2), left=dict.fromkeys((f"{rule}: no" for rule in exact_rules()), 3))
+    record.fired["remove-no-ops/merge-views"] = 1
+    monkeypatch.setattr(fuzz, "fuzz", lambda *_, **__: [record])
+    assert [fuzz.main(["--out", str(tmp_path), *require]) for require in ([], ["--require", "1"], ["--require", "2"])] == [0, 0, 1]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "remove-no-ops/merge-views fired 1 and was refused 3 times, and each is to be 2 at least" in said
+    assert said.count("is to be") == 1
+
+
+def test_every_rule_of_an_exact_pass_has_a_theme() -> None:
+    assert {theme.name for theme in THEMES} == set(exact_rules())
+
+
+@pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
+def test_a_theme_has_its_rule_fire_and_its_near_miss_is_refused(theme) -> None:
+    """Both within thirty trials, and nothing but rules that passes declare fires."""
+    seen = {"fired": False, "refused": False}
+    for seed in range(30):
+        trial = themed_trial(RandomChoices(random.Random(f"{theme.name}/{seed}")), theme, max_nodes=4)
+        record = record_of(seed, trial, try_passes(trial.program, trial.passes, trial.inputs[:1]), 0.0)
+        assert record.kind not in fuzz.FAILING, (record, str(trial.program))
+        assert record.fired.keys() <= set(exact_rules())
+        count = next(each for each in rule_counts([record]) if each.rule == theme.name)
+        seen = {"fired": seen["fired"] or count.fired > 0, "refused": seen["refused"] or count.refused > 0}
+        if all(seen.values()):
+            return
+    pytest.fail(f"{theme.name}: {seen}")
 
 
 # --- cases ---

@@ -31,6 +31,7 @@ class RegroupExperts(Pass):
     """
 
     name = "regroup-experts"
+    rules = ("regroup",)
     contract = Contract.EXACT
     ensures = frozenset({"experts-regrouped"})
     before = frozenset({"slice-groups"})

@@ -4,6 +4,7 @@ attention (a convolution over the length, a sum over it) shows here.
 A prompt goes through `prefill` but for its last tokens, these through `decode`, and all of it through `verify` where there is one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,9 +45,10 @@ def check_agreement(program: Program, decoder: Decoder) -> None:
         )
 
 
-def judge_steps(program: Program, inputs: list[Any]) -> Verdict:
-    """The exact contract of the functions of one step on the inputs of `main`: 1e-10 of the logits in float64."""
-    found = in_float64(program, inputs)
+def judge_steps(program: Program, inputs: list[Any], widen: Callable[[Program], Program] = to_float64) -> Verdict:
+    """The exact contract of the functions of one step on the inputs of `main`: 1e-10 of the logits in float64, into which `widen` brings
+    the program."""
+    found = in_float64(program, inputs, widen)
     if isinstance(found, Verdict):
         return found
     wide, decoder, tokens = found
@@ -58,10 +60,12 @@ def judge_steps(program: Program, inputs: list[Any]) -> Verdict:
     return Verdict("right", rewrite_error=worst)
 
 
-def in_float64(program: Program, inputs: list[Any]) -> tuple[Program, Decoder, torch.Tensor] | Verdict:
+def in_float64(
+    program: Program, inputs: list[Any], widen: Callable[[Program], Program] = to_float64
+) -> tuple[Program, Decoder, torch.Tensor] | Verdict:
     """The float64 program, the decoder that its `main` is, and the tokens among the `inputs` of that; a verdict where there is none."""
     try:
-        wide = to_float64(program)
+        wide = widen(program)
     except NoFloat64 as error:
         return Verdict("inconclusive", str(error))
     decoder = find_decoder(wide, wide.main)

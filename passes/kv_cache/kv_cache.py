@@ -43,6 +43,7 @@ class KVCache(Pass):
     """
 
     name = "kv-cache"
+    rules = ("explicit-caches",)
     contract = Contract.EXACT
     ensures = frozenset({"explicit-caches"})
     after = frozenset(
@@ -76,7 +77,7 @@ class KVCache(Pass):
     def check(self, reference: Reference, after: Program) -> Verdict:
         """That of `main`, which stays, and of a prompt in parts: prefill, then token by token."""
         verdict = reference.judge_exact(after)
-        return verdict if verdict.kind != "right" else judge_steps(after, reference.inputs)
+        return verdict if verdict.kind != "right" else judge_steps(after, reference.inputs, reference.in_float64)
 
 
 def _refusal(reason: NoMatch) -> str:

@@ -102,6 +102,8 @@ def layer_of(node: Node, program: Program) -> "Layer | str":
     value = weight.meta["val"]
     if value.dim() != 2 or value.dtype not in _FLOATS or x.meta["val"].dim() < 2:
         return "its weight is no matrix of floats, or its input has one dim only"
+    if 0 in value.shape:
+        return "its weight has no numbers"
     if bias is not None and bias.meta["val"].dim() != 1:
         return "what is added is no vector"
     uses = count_uses(program, str(weight.target))

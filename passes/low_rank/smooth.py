@@ -36,6 +36,7 @@ class Smooth(Pass):
     """
 
     name = "smooth"
+    rules = ("fold-smoothing", "multiply-by-smoothing")
     contract = Contract.EXACT
     before = frozenset({"slice-groups"})  # layers inside a region are not seen
 
@@ -62,13 +63,15 @@ class Smooth(Pass):
         with progress_bar() as tell:
             taps = {site.name: site.source for site in sites}
             statistics = collect(program, taps, self.calibration, function=rewriter.function.name, tell=tell)
-        lines, moved = [], Moved()
+        lines, moved, declined = [], Moved(), []
         found = [(site, find_fold(site, program) if self.fold else "folding is off") for site in sites]
         for site, fold in found:
             seen = statistics[site.name]
             if seen.refusal:
                 left += [LeftAlone.at(layer.node, f"{layer.name}: {seen.refusal}") for layer in site.layers]
                 continue
+            if self.fold and isinstance(fold, str):
+                declined += [LeftAlone.at(moved.now(layer.node), fold, "fold-smoothing") for layer in site.layers]
             ties = fold.ties if isinstance(fold, Fold) else None
             amax_w = torch.cat([layer.matrix(program) for layer in site.layers]).abs().amax(0)
             dtype = site.layers[0].dtype
@@ -76,4 +79,4 @@ class Smooth(Pass):
             apply_smoothing(rewriter, moved, site, a, fold if isinstance(fold, Fold) else None)
             where = f"folded into {fold.producer}" if isinstance(fold, Fold) else f"multiplied in: {fold}"
             lines.append(f"{', '.join(layer.name for layer in site.layers)}: {where}")
-        return Outcome(tuple(left), tuple(lines))
+        return Outcome(tuple(left), tuple(lines), declined=tuple(declined))

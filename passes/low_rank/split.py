@@ -28,6 +28,7 @@ class SplitLowRank(Pass):
     down-projection. min_numel, skip: smaller weights, and layers of these names, stay."""
 
     name = "split-low-rank"
+    rules = ("split-low-rank",)
     contract = Contract.EXACT
     before = frozenset({"slice-groups"})  # layers inside a region are not seen
     after = frozenset({"smooth"})

@@ -5,22 +5,27 @@ from typing import Any
 from ...ir import Node, Rewriter
 from ...ir.size_nodes import SizeNodes
 from ...ir.symbols import ceil_div
+from ..base import LeftAlone
 from .body import build_body
 from .plan import Plan, PlannedRegion
 from .prepare import Prepared, attention_rows, split_norm
 
 
-def emit(rewriter: Rewriter, prepared: Prepared, plan: Plan) -> None:
-    """Rewrites the program as planned, one step for each split and each region."""
+def emit(rewriter: Rewriter, prepared: Prepared, plan: Plan) -> tuple[LeftAlone, ...]:
+    """Rewrites the program as planned, one step for each split and each region; the norms and attentions that it need not split."""
     sizes = SizeNodes(rewriter.function.placeholders)
-    home = _split_where_needed(rewriter, prepared, plan, sizes)
+    home, declined = _split_where_needed(rewriter, prepared, plan, sizes)
     for region in plan.regions:
         with rewriter.step("outline-region"):
             _outline(rewriter, region, home, sizes)
+    return declined
 
 
-def _split_where_needed(rewriter: Rewriter, prepared: Prepared, plan: Plan, sizes: SizeNodes) -> dict[Node, Node]:
-    """Each node of the copy -> the node of the program that it stands for."""
+def _split_where_needed(
+    rewriter: Rewriter, prepared: Prepared, plan: Plan, sizes: SizeNodes
+) -> tuple[dict[Node, Node], tuple[LeftAlone, ...]]:
+    """Each node of the copy -> the node of the program that it stands for; what stays whole, and why."""
+    declined = []
     region_of = {member: region for region in plan.regions for member in region.members}
     home = dict(prepared.original)
     for node, norm in prepared.norms.items():
@@ -28,6 +33,7 @@ def _split_where_needed(rewriter: Rewriter, prepared: Prepared, plan: Plan, size
         whole = stats is apply and (apply is None or _dim(apply, norm.apply) == 0)
         if whole:
             home[norm.stats] = home[norm.apply] = node
+            declined.append(LeftAlone.at(node, "no region cuts what it normalises over", "split-group-norm"))
             continue
         with rewriter.step("split-group-norm"):
             split = split_norm(rewriter, node)
@@ -38,11 +44,12 @@ def _split_where_needed(rewriter: Rewriter, prepared: Prepared, plan: Plan, size
         queries = node.meta["val"].dim() - 2
         if region is None or _dim(region, causal.attention) != queries:
             home[causal.attention] = node
+            declined.append(LeftAlone.at(node, "no region slices its queries", "attention-rows"))
             continue
         with rewriter.step("attention-rows"):
             rows = attention_rows(rewriter, sizes, node)
         home[causal.rows], home[causal.attention] = rows.rows, rows.attention
-    return home
+    return home, tuple(declined)
 
 
 def _dim(region: PlannedRegion, node: Node) -> int:

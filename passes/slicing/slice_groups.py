@@ -72,6 +72,7 @@ class SliceGroups(Pass):
     """
 
     name = "slice-groups"
+    rules = ("outline-region", "split-group-norm", "attention-rows")
     contract = Contract.EXACT
     ensures = frozenset({"sliced"})
     after = frozenset({"fold-batch-norm", "fold-constants", "share-subexpressions"})
@@ -103,15 +104,16 @@ class SliceGroups(Pass):
             # Regions are taken one by one, the widest that help first; a lower aim takes others, which at times reach lower.
             lower = planned(budget // 2)
             plan = replace(lower, budget=budget) if lower.planned < plan.planned else plan
-        emit(rewriter, prepared, plan)
+        declined = emit(rewriter, prepared, plan)
         laid_out = plan.planned
         # The plan is made on a copy that spells norms and masks out; what counts is the program that came of it.
         plan.planned = profile(rewriter.function).peak_bytes
         if self.insist and not plan.met:
             nearest = f"the nearest peak that was found is {format_bytes(plan.planned)}"
             raise BudgetError(f"the memory budget of {format_bytes(budget)} cannot be met, {nearest}: {_obstacles(plan, rewriter.symbols)}")
+        named = rewriter.symbols.named
         left = tuple(
-            LeftAlone.at(held.node, f"{format_bytes(held.nbytes)} live in full at the peak: {rewriter.symbols.named(held.reason)}")
+            LeftAlone.at(held.node, f"{format_bytes(held.nbytes)} live in full at the peak: {named(held.reason)}", "outline-region")
             for held in plan.held
         )
         data = {
@@ -122,7 +124,7 @@ class SliceGroups(Pass):
             "budget": budget,
             "regions": len(plan.regions),
         }
-        return Outcome(left=left, lines=tuple(_lines(plan, before.peak_bytes, rewriter.symbols)), data=data)
+        return Outcome(left, tuple(_lines(plan, before.peak_bytes, rewriter.symbols)), data, declined)
 
     @property
     def _is_share(self) -> bool:

@@ -148,8 +148,8 @@ FOLDING = (
     _folding(
         "constants-change-places",
         "operands",
-        old="zip(named.values(), added, strict=True)",
-        new="zip(reversed(list(named.values())), added, strict=True)",
+        old="zip(named.values(), computed_weights(program, named), strict=True)",
+        new="zip(reversed(list(named.values())), computed_weights(program, named), strict=True)",
         hunt=Hunt("fold-constants", ("motifs.constant_expression",), 8),
     ),
     _folding(

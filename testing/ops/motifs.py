@@ -36,7 +36,7 @@ def layer_then_batch_norm(b: Builder) -> object:
 @maker("motifs", weight=3)
 def attention_block(b: Builder) -> Value:
     """Projections of one value, heads, attention, projection back, residual."""
-    x = _tokens(b)
+    x = tokens_of(b)
     batch, length, depth = x.shape
     heads = 2 if b.static(depth) % 2 == 0 else 1
 
@@ -59,7 +59,7 @@ def attention_block(b: Builder) -> Value:
     return b.call(aten.add.Tensor, x, b.within(layer(b, joined, b.static(depth)), 1000.0), low=-2000.0, high=2000.0)
 
 
-def _tokens(b: Builder) -> Value:
+def tokens_of(b: Builder) -> Value:
     """[B, T, D] with a known D."""
     known = [v for v in b.values if v.rank == 3 and v.is_float and isinstance(v.shape[-1], int) and 0 not in v.shape]
     if known and b.choices.chance(70):
@@ -71,7 +71,7 @@ def _tokens(b: Builder) -> Value:
 @maker("motifs", weight=2)
 def gated_layers(b: Builder) -> Value:
     """down(act(gate(x)) * up(x)), at times with one projection that is cut in two, or with the halves swapped."""
-    x = _tokens(b)
+    x = tokens_of(b)
     depth = b.static(x.shape[-1])
     activation = b.choices.pick((aten.silu.default, aten.gelu.default, aten.sigmoid.default))
     if b.choices.chance(50):
@@ -88,7 +88,7 @@ def gated_layers(b: Builder) -> Value:
 @maker("motifs", weight=2)
 def norm_spelled_out(b: Builder) -> Value:
     """An RMS norm or a layer norm in parts, its eps where it belongs or outside of the root."""
-    x = b.within(_tokens(b), 50.0)
+    x = b.within(tokens_of(b), 50.0)
     rms = b.choices.chance(60)
     if not rms:
         mean = b.call(aten.mean.dim, x, [-1], True, low=x.low, high=x.high)
@@ -198,7 +198,9 @@ def constant_expression(b: Builder) -> Value:
 
 @maker("motifs")
 def mixture_of_experts(b: Builder) -> Value:
-    """Dense experts: all see all tokens, weights of a softmax over the best few."""
+    """Dense experts: all see all tokens, weights of a softmax over the best few. Near misses: the gate is the second half, its activation
+    is another, a value inside is read elsewhere, or tokens are summed in the place of experts."""
+    miss = b.choices.pick(("second half", "activation", "read twice", "tokens")) if b.choices.chance(45) else ""
     rows, depth, count, inner, best = b.choices.pick((5, 8)), b.choices.pick((4, 8)), b.choices.pick((4, 3)), 4, b.choices.pick((2, 1))
     x = b.within(b.leaf((rows, depth), torch.float32), 10.0)
     logits = b.within(b.call(aten.linear.default, x, b.weight((count, depth), x.dtype, low=-1.0, high=1.0)), 50.0)
@@ -211,10 +213,15 @@ def mixture_of_experts(b: Builder) -> Value:
     many = b.call(aten.expand.default, b.call(aten.unsqueeze.default, x, 0, low=-10.0, high=10.0), [count, -1, -1], low=-10.0, high=10.0)
     hidden = b.call(aten.bmm.default, many, gate_up, low=-100.0, high=100.0)
     gate, up = b.all_of(aten.chunk.default, hidden, 2, -1, bounds=[(-100.0, 100.0)])
-    act = b.call(aten.mul.Tensor, b.call(aten.silu.default, gate, low=-0.5, high=100.0), up)
+    if miss == "second half":
+        gate, up = up, gate
+    activation = aten.sigmoid.default if miss == "activation" else b.choices.pick((aten.silu.default, aten.gelu.default))
+    act = b.call(aten.mul.Tensor, b.call(activation, gate, low=-0.5, high=100.0), up)
     out = b.call(aten.bmm.default, act, down)  # [E, T, D]
+    if miss == "read twice":
+        b.returned.append(b.call(aten.neg.default, out))
     weight = b.call(aten.unsqueeze.default, b.call(aten.transpose.int, gates, 0, 1, low=0.0, high=1.0), -1, low=0.0, high=1.0)
-    return b.call(aten.sum.dim_IntList, b.call(aten.mul.Tensor, out, weight), [0])
+    return b.call(aten.sum.dim_IntList, b.call(aten.mul.Tensor, out, weight), [1 if miss == "tokens" else 0])
 
 
 @maker("motifs")
@@ -227,7 +234,7 @@ def pooled_sum(b: Builder) -> Value:
 
 @maker("motifs")
 def low_rank_adapter(b: Builder) -> Value:
-    x = _tokens(b)
+    x = tokens_of(b)
     depth, width, rank = b.static(x.shape[-1]), b.choices.pick((8, 4)), b.choices.pick((2, 1))
     own = layer(b, x, width)
     down = b.call(aten.linear.default, fitting(b, x, depth), b.weight((rank, depth), x.dtype))
@@ -238,7 +245,7 @@ def low_rank_adapter(b: Builder) -> Value:
 @maker("motifs")
 def rotated_by_position(b: Builder) -> Value:
     """Rotary positions: x cos + rotate_half(x) sin, angles from constants, from weights or from an input."""
-    x = _tokens(b)
+    x = tokens_of(b)
     depth = b.static(x.shape[-1])
     if depth % 2:
         raise Rejected

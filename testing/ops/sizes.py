@@ -57,8 +57,13 @@ def assertion(b: Builder) -> None:
     """One that the ranges of symbols prove, or only the sizes of the call do."""
     value, dim = _dynamic(b)
     size = b.size(value, dim)
-    if b.choices.chance(50):
+    kind = b.choices.pick(("range", "bound", "half"))
+    if kind == "range":
         b.check(aten.sym_constrain_range_for_size.default, size, min=b.choices.pick((0, 2)), max=b.choices.pick((None, 2**62)))
+        return
+    if kind == "half":  # no range tells that a half is the smaller
+        half = b.size_call(operator.floordiv, size, 2)
+        b.check(aten._assert_scalar.default, b.size_call(operator.le, half, size), "a half is too large")
         return
     compare, number = b.choices.pick(((operator.ge, 2), (operator.ge, 0), (operator.ne, 1), (operator.le, 2**62)))
     b.check(aten._assert_scalar.default, b.size_call(compare, size, number), "a size is out of range")
