@@ -17,7 +17,7 @@ from torch import fx
 from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import GETITEM, draws, is_pure, name_of
 from .errors import VerifyError
-from .infer import InferenceError, infer, same_strides, same_tensor_type, same_type, storage_key, tensors_of
+from .infer import InferenceError, infer, same_type, storage_key, tensors_of
 from .program import Function, Node, Program, Weight, Where, region_of
 from .region import Region, memory_order, sliced
 from .symbols import SymbolTable
@@ -319,14 +319,14 @@ class Rewriter:
         # A view that stays outside is in the body all the same, so the body says what the region descends from.
         ancestors = [*members, *(node for node in region.graph.nodes if node.op == "call_function")]
         call = self.insert(sliced, args, kwargs, before=anchor, origin=ancestors)
-        if not all(same_strides(m.meta["val"], value) for (m, _, _), value in zip(outputs, call.meta["val"], strict=True)):
+        if not all(same_type(m.meta["val"], value) for (m, _, _), value in zip(outputs, call.meta["val"], strict=True)):
             # Where a slice is one unit long its strides do not tell how the whole lay; say it.
             kwargs["orders"] = [memory_order(member.meta["val"]) for member, _, _ in outputs]
             self._erase_dead(call, [])
             call = self.insert(sliced, args, kwargs, before=anchor, origin=ancestors)
         results = [self.insert(GETITEM, (call, j), before=anchor, origin=member) for j, (member, _, _) in enumerate(outputs)]
         for (member, _, _), result in zip(outputs, results, strict=True):
-            if not same_tensor_type(member.meta["val"], result.meta["val"]) or not same_strides(member.meta["val"], result.meta["val"]):
+            if not same_type(member.meta["val"], result.meta["val"]):
                 raise VerifyError(
                     f"region output for {label(member)} is {_shown(result, self.symbols)}, not {_shown(member, self.symbols)}"
                 )
