@@ -182,6 +182,18 @@ def test_tables_lead_to_lines(page_of_unet):
         assert opened.js("return document.querySelector('#line .full') !== null"), name
 
 
+def test_a_kernel_shows_what_was_emitted_for_it(browser, tmp_path):
+    pytest.importorskip("torch._inductor")
+    compiled = gw.compile(Hostile(), example_inputs=(torch.ones(64),), backend="inductor", cleanups=False, cache=False)
+    compiled.report().html(tmp_path / "emitted.html")
+    opened = Page(browser, tmp_path / "emitted.html")
+    opened.keys("5")
+    opened.click("#panel-kernels .row")
+    shown = opened.text(".source-of")
+    assert "aten.relu.default" in shown and "void  kernel(" in shown and len(shown.splitlines()) > 10
+    assert opened.log == []
+
+
 def test_everything_is_reached_by_keys(page_of_unet):
     opened = page_of_unet
     opened.keys("?")

@@ -144,6 +144,25 @@ def test_compiled_pieces_tell_the_operations_that_they_compute():
     assert kernels[0]["seconds"] is None
 
 
+@pytest.mark.parametrize("passes, kind", [("", "compiled"), ("slice-groups{memory_budget=30%}", "region")])
+def test_compiled_pieces_show_the_kernels_that_were_made_of_them(tmp_path, passes, kind):
+    """Those of this process, and those that an earlier one left in the cache."""
+    pytest.importorskip("torch._inductor")
+    x, emitted = torch.randn(64, 16), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        compiled = gw.compile(Gated().eval(), passes, example_inputs=(x,), backend="inductor", cache=tmp_path)
+        compiled.profile(x)
+        kernels = [kernel for kernel in compiled.report().data()["kernels"] if kernel["kind"] == kind]
+        emitted.append([kernel["emitted"] for kernel in kernels])
+    first, again = emitted
+    assert first == again and first and all(text.startswith("// cpp_fused") and "void  kernel(" in text for text in first)
+
+
+def test_kernels_of_libraries_have_nothing_emitted_for_them(found):
+    assert {kernel["emitted"] for kernel in found["kernels"]} == {""}
+
+
 def test_layers_are_held_against_float64(found):
     by_module = {error["module"]: error for error in found["errors"]}
     assert by_module.keys() == {"up", "down", ""} and found["errors_missing"] == ""
