@@ -66,7 +66,7 @@ function showWithin(box, child) {
 // What a pass did, in a few words. Of one that ran before the program was saved its own paragraph alone tells.
 function whatOf(stage, idle) {
   if (!stage.contract) return "before it was saved";
-  const left = stage.left.length ? `${stage.left.length} left alone` : "";
+  const left = stage.left.length ? `${stage.left.length} left` : "";
   if (idle) return left ? `changed nothing · ${left}` : "nothing to do";
   return [counted(stage.records.length, "rewrite"), seconds(stage.seconds), left].filter(Boolean).join(" · ");
 }
