@@ -36,6 +36,11 @@ exit codes
 """
 
 EXAMPLES = {
+    "": """\
+  graphwright passes                                                    # what there is
+  graphwright compile video_unet:tiny --passes slice-groups -o unet.gw  # the report, and a file to keep
+  graphwright view video_unet:tiny --passes slice-groups --open         # the same to look at
+  graphwright explain slice-groups video_unet:tiny                      # what was left alone, and why""",
     "compile": """\
   graphwright compile video_unet:tiny --passes 'slice-groups{memory_budget=25%}' -o unet.gw
   graphwright compile decoder:tiny --decoder --passes absorb-outliers --numeric""",
@@ -190,8 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     passes.add_argument("--no-cleanups", action="store_true", help="run the passes of P alone")
 
-    parser = _Parser(prog="graphwright", description="Compiles PyTorch models by passes that say what they do to the numbers.")
-    _finish(parser, "")
+    parser = _Parser(prog="graphwright", description="Compiles PyTorch and ONNX models by passes that say what they do to the numbers.")
+    _finish(parser, EXAMPLES[""])
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
 
@@ -272,7 +277,9 @@ def _add_cache_commands(parser: argparse.ArgumentParser, common: argparse.Argume
     add("list", "list_", "list what is kept, the last used first", common)
     add("explain", "explain", "say whether what passes make of MODEL is kept, and if not, in what the nearest entry differs", *explaining)
     clearing = add("clear", "clear", "remove what is kept", common)
-    clearing.add_argument("kind", nargs="?", metavar="KIND", help="passes, code, ..: entries of this kind alone")
+    clearing.add_argument(
+        "kind", nargs="?", metavar="KIND", help="entries of this kind alone: passes, types, code, pieces, native, probe or tuning"
+    )
 
 
 def _finish(parser: argparse.ArgumentParser, examples: str) -> None:

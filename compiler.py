@@ -179,7 +179,7 @@ def _read(path: Path, trusted: bool, cache: Cache | None) -> Saved:
     if path.suffix == ".onnx":
         return Saved(from_onnx(path))
     if path.suffix != ".pt2":
-        raise InputError(f"{path} is no model file: compile reads .gw, .onnx and .pt2")
+        raise InputError(f"{path} is no model file: these are .gw, .onnx and .pt2")
     if not trusted:
         raise ArtifactError(
             f"{path} can run code when it is read: pass trusted=True if you made it, or turn it into a .gw where it was made, "

@@ -16,7 +16,8 @@ from torch import fx
 
 from ..ir import Node, Symbol, SymbolTable
 from ..ir.infer import fake_like
-from .stored_code import restore, store
+from .inductor_source import cpp_kernels
+from .stored_code import restore, source_of, store
 
 Boxed = Callable[[list[Any]], Any]
 
@@ -44,19 +45,30 @@ class CompiledGraph:
         self._verdicts: dict[tuple[int, ...], bool] = {}
         if not all(map(_is_static, examples)):
             shelf = None
+        self._shelf, self._made = shelf, None
         kept = _taken(shelf)
         self._run = self._compiled(graph, examples, symbols, shelf) if kept is None else kept
 
     def _compiled(self, graph: fx.Graph, examples: Sequence[Any], symbols: SymbolTable, shelf: Shelf | None) -> Boxed:
         fresh = _FreshSymbols(symbols)
         inputs = [fresh.value(example) for example in examples]
-        whole, function = _compile(graph, inputs)
+        whole, function, self._made = _compile(graph, inputs)
         self._owner = whole  # torch's CompiledFxGraph takes the parts of its function apart when it goes
         self._guards, self._sizes = fresh.guards(), _size_places(inputs)
-        code = store(function) if shelf is not None and function is not None and not self._guards else None
+        code = (
+            store(function, cpp_kernels(_written(self._made))) if shelf is not None and function is not None and not self._guards else None
+        )
         if shelf is not None and code is not None:
             shelf.put(code)
         return function or whole
+
+    @property
+    def source(self) -> str:
+        """The kernels of C++ that Inductor wrote; "" where there are none, or where nobody knows them any more."""
+        if self._made is not None:
+            return cpp_kernels(_written(self._made))
+        code = self._shelf.get() if self._shelf is not None else None
+        return "" if code is None else source_of(code)
 
     def __call__(self, arguments: list[Any]) -> list[Any]:
         if self._guards and not self._holds(arguments):
@@ -90,9 +102,14 @@ def _taken(shelf: Shelf | None) -> Boxed | None:
         return None
 
 
-def _compile(graph: fx.Graph, inputs: list[Any]) -> tuple[Boxed, Boxed | None]:
-    """The compiled graph; and the one function that Inductor wrote for it, None where the graph needs what AOTAutograd puts around that:
-    sizes of the call as arguments, writes to inputs from outside, more values than the graph gives."""
+def _written(made: Any) -> str:
+    """The file that Inductor wrote for what it gave."""
+    return getattr(made, "source_code", None) or ""
+
+
+def _compile(graph: fx.Graph, inputs: list[Any]) -> tuple[Boxed, Boxed | None, Any]:
+    """The compiled graph; the one function that Inductor wrote for it, None where the graph needs what AOTAutograd puts around that:
+    sizes of the call as arguments, writes to inputs from outside, more values than the graph gives; and what Inductor itself gave."""
     from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -115,9 +132,9 @@ def _compile(graph: fx.Graph, inputs: list[Any]) -> tuple[Boxed, Boxed | None]:
             whole: Any = compile_fx(module, [inputs], inner_compile=compile_inner)  # type: ignore[list-item]
     leaves: Any = graph.output_node().args[0]
     if len(made) != 1 or made[0][0] != len(leaves) or not all(map(_is_static, inputs)):
-        return whole, None
+        return whole, None, made[0][1] if made else None
     # `current_callable` is what torch's CompiledFxGraph calls: what Inductor's file defines, or a wrapper where inputs must be aligned.
-    return whole, getattr(made[0][1], "current_callable", None)
+    return whole, getattr(made[0][1], "current_callable", None), made[0][1]
 
 
 def _boxed(graph: fx.Graph) -> fx.Graph:

@@ -1,8 +1,9 @@
 """What Inductor made for a graph, as bytes that another process turns into the same function without compiling.
 
 Inductor writes a Python function, which allocates and calls, and C++ kernels, each a shared library of its own that is a Python module.
-Stored are the function's code object, the values of its global names, and the libraries. Reading such bytes runs them: they must
-come from a place that only this user can write. They fit the very versions of Python and torch that made them.
+Stored are the function's code object, the values of its global names, the libraries, and for people what they were made of. Reading
+such bytes runs them: they must come from a place that only this user can write. They fit the very versions of Python and torch that made
+them.
 """
 
 import importlib.machinery
@@ -29,8 +30,9 @@ _KERNEL, _OPERATOR, _PACKET, _NAMESPACE, _MODULE = "kernel", "operator", "packet
 _PARTITIONS = "partitions"  # of a graph that Inductor split; other functions hold their code
 
 
-def store(function: Boxed) -> bytes | None:
-    """`function` as bytes, None where it is more than a Python function over C++ kernels and what torch offers."""
+def store(function: Boxed, source: str = "") -> bytes | None:
+    """`function` as bytes, None where it is more than a Python function over C++ kernels and what torch offers. `source` is kept beside
+    it."""
     inner = getattr(function, "__func__", function)
     if not isinstance(inner, FunctionType) or inner.__closure__ or inner.__defaults__:
         return None
@@ -44,7 +46,7 @@ def store(function: Boxed) -> bytes | None:
         pickler.dump((marshal.dumps(inner.__code__), used, isinstance(function, types.MethodType)))
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, OSError):
         return None
-    return zlib.compress(pickle.dumps((file.getvalue(), pickler.libraries)), level=1)
+    return zlib.compress(pickle.dumps((file.getvalue(), pickler.libraries, source)), level=1)
 
 
 def restore(stored: bytes) -> Boxed:
@@ -53,10 +55,16 @@ def restore(stored: bytes) -> Boxed:
     Raises:
         Exception: of any kind, where the bytes were not written by `store` with these versions of Python and torch.
     """
-    content, libraries = pickle.loads(zlib.decompress(stored))
+    content, libraries, _ = pickle.loads(zlib.decompress(stored))
     code, used, is_method = _Unpickler(io.BytesIO(content), _loaded(libraries)).load()
     function = FunctionType(marshal.loads(code), {"__builtins__": __builtins__, **used})
     return partial(function, None) if is_method else function  # it asks its instance for partitions alone
+
+
+def source_of(stored: bytes) -> str:
+    """The source that `store` was given. Raises as `restore` does."""
+    _, _, source = pickle.loads(zlib.decompress(stored))
+    return str(source)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from ..ir.errors import InputError
 from ..ir.liveness import format_bytes
 from ..passes import PassManager
-from ..runtime.cache import Entry, default_cache
+from ..runtime.cache import KINDS, Entry, default_cache
 from ..runtime.pass_cache import KIND, NotKept, pass_key
 from .programs import pipeline_of
 from .result import FOUND, OK, Result, progress, table
@@ -30,8 +30,8 @@ def list_(options: argparse.Namespace) -> Result:
 
 def clear(options: argparse.Namespace) -> Result:
     cache = default_cache()
-    kinds = sorted({entry.kind for entry in cache.entries()})
-    if options.kind and kinds and options.kind not in kinds:
+    kinds = sorted({*KINDS, *(entry.kind for entry in cache.entries())})
+    if options.kind and options.kind not in kinds:
         raise InputError(f"{cache.folder} has no entries of kind {options.kind}: there are {', '.join(kinds)}")
     removed = cache.clear(options.kind)
     kind = f" of kind {options.kind}" if options.kind else ""

@@ -31,7 +31,8 @@ def first_divergence(errors: Sequence[LayerError]) -> LayerError | None:
 
 
 def worst_first(errors: Sequence[LayerError]) -> list[LayerError]:
-    """The calls that both programs have, by how much further the rewritten one is off; without those that only pass values on (views)."""
+    """The calls that both programs have, by how much further the rewritten one is off; those that only pass a value on, as views do, are
+    left out."""
     known = {each.source: (each.before, each.after) for each in errors}
     own = [each for each in errors if each.after is not None and not _passes_on(each, known)]
     return sorted(own, key=lambda each: -growth(each))

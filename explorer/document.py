@@ -152,6 +152,7 @@ def _kernel(kernel: KernelRun, program: ProgramData) -> dict[str, Any]:
         "seconds": kernel.seconds,
         "source": kernel.source,
         "language": kernel.language,
+        "emitted": kernel.emitted,
     }
 
 

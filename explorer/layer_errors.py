@@ -61,15 +61,15 @@ def call_errors(captured: Program, final: Program, inputs: Sequence[Any]) -> tup
 def _errors(
     captured: Program, final: Program, inputs: Sequence[Any], nodes: Sequence[Node], *, all_at_once: bool
 ) -> tuple[LayerError, ...]:
-    partners = _partners(captured, final, nodes)
+    partners = _partners(captured, final, nodes, inputs)
     wide_program = to_float64(captured)
     wide_nodes, wide_inputs = _same_places(captured, wide_program), [_wide(value) for value in inputs]
     own, made = dict[Node, float](), dict[Node, float]()
     for some in [nodes] if all_at_once else _batches(nodes):
-        wide = _observed(wide_program, wide_inputs, {wide_nodes[node]: node for node in some})
+        wide = _observed(wide_program, wide_inputs, {node: wide_nodes[node] for node in some})
         error = functools.partial(_error_of, wide)
         own |= _observed(captured, inputs, {node: node for node in some}, error)
-        made |= _observed(final, inputs, {partners[node]: node for node in some if node in partners}, error)
+        made |= _observed(final, inputs, {node: partners[node] for node in some if node in partners}, error)
     return tuple(LayerError(node.meta["where"].module, node, partners.get(node), own[node], made.get(node)) for node in nodes)
 
 
@@ -103,24 +103,81 @@ def _gives_floats(node: Node) -> bool:
     return node.meta.get("where") is not None and isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
-def _partners(captured: Program, final: Program, nodes: Sequence[Node]) -> dict[Node, Node]:
-    """Call of the captured program -> the value of the final one's main, outside of regions, that is the same."""
+def _partners(captured: Program, final: Program, nodes: Sequence[Node], inputs: Sequence[Any]) -> dict[Node, Node]:
+    """Call of the captured program -> the value of the final one's main, outside of regions, that is the same.
+
+    A call that came from several has the value of the last of them, as a convolution that a norm was folded into; it is that of one
+    before where the run shows that the calls between change nothing, as a dropout in eval mode.
+    """
     pairing = compare(captured, final).pairing
     before, after = pairing.before, pairing.after
     found = {before.lines[i].node: after.lines[j].node for j, i in pairing.partner.items()}
-    by_origin = {node.meta.get("origin"): node for node in final.main.calls if isinstance(node.meta["val"], torch.Tensor)}
-    partners = {}
+    by_origin = {operation: call for call in final.main.calls for operation in call.meta.get("origin", ())}
+    ends = _Ends(captured)
+    partners, in_doubt = dict[Node, Node](), dict[Node, Node]()
     for node in nodes:
-        partner = found.get(node)
-        if partner is None or partner.graph is not final.main.graph:
-            partner = by_origin.get(node.meta.get("origin"))
-        if partner is not None and _alike(partner.meta["val"], node.meta["val"]):
-            partners[node] = partner
-    return partners
+        partner = _partner(node, found.get(node), by_origin, final)
+        if partner is None:
+            continue
+        partners[node] = partner
+        end = ends.of(partner, node)
+        if end is not node:
+            in_doubt[node] = end
+    same = _of_equal_values(captured, inputs, in_doubt)
+    return {node: partner for node, partner in partners.items() if node not in in_doubt or node in same}
+
+
+def _partner(node: Node, paired: Node | None, by_origin: Mapping[int, Node], final: Program) -> Node | None:
+    """The call that the difference pairs with `node`, or else the last that came from the same operations."""
+    origin = node.meta.get("origin", ())
+    others = [by_origin.get(operation) for operation in origin]
+    other = others[0] if others and all(each is others[0] for each in others) else None
+    for each in (paired, other):
+        if each is not None and each.graph is final.main.graph and _alike(each.meta["val"], node.meta["val"]):
+            return each
+    return None
+
+
+class _Ends:
+    """Which call of the captured program has the value of a call that came from several."""
+
+    def __init__(self, captured: Program):
+        self._last: dict[int, tuple[int, Node]] = {}  # operation -> the last call that came from it, and its place
+        for place, call in enumerate(captured.main.calls):
+            self._last |= {operation: (place, call) for operation in call.meta.get("origin", ())}
+
+    def of(self, partner: Node, node: Node) -> Node:
+        """The last call of those that `partner` came from that can be its value; `node` where none is known."""
+        known = [self._last[operation] for operation in partner.meta.get("origin", ()) if operation in self._last]
+        alike = [(place, call) for place, call in known if _alike(partner.meta["val"], call.meta["val"])]
+        return max(alike, key=lambda each: each[0])[1] if alike else node
+
+
+def _of_equal_values(program: Program, inputs: Sequence[Any], pairs: Mapping[Node, Node]) -> set[Node]:
+    """Those calls whose value in a run of main is that of the later call beside them, to the last bit."""
+    waiting, held, same = _by_value(pairs), dict[Node, Any](), set[Node]()
+
+    def observe(node: Node, value: Any) -> Any:
+        if node in pairs:
+            held[node] = value
+        for earlier in waiting.get(node, ()):
+            if earlier in held and _equal(held.pop(earlier), value):
+                same.add(earlier)
+        return value
+
+    if pairs:
+        _run(program, inputs, observe)
+    return same
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _alike(a: Any, b: Any) -> bool:
-    return isinstance(a, torch.Tensor) and a.dtype.is_floating_point and list(map(str, a.shape)) == list(map(str, b.shape))
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype.is_floating_point):
+        return False
+    return list(map(str, a.shape)) == list(map(str, b.shape))
 
 
 def _same_places(program: Program, wide: Program) -> dict[Node, Node]:
@@ -130,20 +187,30 @@ def _same_places(program: Program, wide: Program) -> dict[Node, Node]:
 
 
 def _observed(
-    program: Program, inputs: Sequence[Any], wanted: Mapping[Node, Node], told: Callable[[Node, Any], Any] = lambda node, value: value
+    program: Program, inputs: Sequence[Any], places: Mapping[Node, Node], told: Callable[[Node, Any], Any] = lambda node, value: value
 ) -> dict[Node, Any]:
-    """What a run of main has at the keys of `wanted`, by their values."""
-    seen: dict[Node, Any] = {}
+    """What a run of main has at the call of the program that stands beside each key."""
+    seen, asked = dict[Node, Any](), _by_value(places)
 
-    def observe(node: Node, value: Any) -> Any:
-        if node in wanted:
-            seen[wanted[node]] = told(wanted[node], value)
+    def observe(call: Node, value: Any) -> Any:
+        seen.update((node, told(node, value)) for node in asked.get(call, ()))
         return value
 
+    _run(program, inputs, observe)
+    return seen
+
+
+def _by_value(pairs: Mapping[Node, Node]) -> dict[Node, list[Node]]:
+    found: dict[Node, list[Node]] = {}
+    for key, value in pairs.items():
+        found.setdefault(value, []).append(key)
+    return found
+
+
+def _run(program: Program, inputs: Sequence[Any], observe: Callable[[Node, Any], Any]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         run(program, inputs, observe=observe)
-    return seen
 
 
 def _wide(value: Any) -> Any:

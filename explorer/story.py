@@ -17,7 +17,7 @@ class KernelRun:
     writes.
 
     `kind` is library, region, compiled or triton. `source` is what was emitted for it, or the operations that a compiler was given,
-    "" for a kernel of a library. `seconds` is None where nobody took the time.
+    "" for a kernel of a library; `emitted` is the C++ that the compiler made of these. `seconds` is None where nobody took the time.
     """
 
     name: str
@@ -27,6 +27,7 @@ class KernelRun:
     source: str = ""
     language: str = ""
     seconds: float | None = None
+    emitted: str = ""
 
 
 @dataclass(frozen=True)

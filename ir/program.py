@@ -53,6 +53,7 @@ class Weight:
 
     @staticmethod
     def of(name: str, tensor: torch.Tensor, kind: str = "constant") -> "Weight":
+        """The weight that holds `tensor`, shared and not copied; `kind` is parameter, added, buffer, constant, state or record."""
         return Weight(name, kind, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device, tensor)
 
     @property
@@ -68,6 +69,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
+        """Of its elements."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
@@ -119,17 +121,21 @@ class Function:
 
     @property
     def placeholders(self) -> list[Node]:
+        """Its inputs and states, in order."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     @property
     def calls(self) -> list[Node]:
+        """Its calls in order, those inside of regions left out."""
         return [node for node in self.graph.nodes if node.op == "call_function"]
 
     @property
     def outputs(self) -> tuple[Any, ...]:
+        """What it returns, flat: results, nodes or plain values, then the new states."""
         return tuple(self.graph.output_node().args[0])
 
     def signature(self) -> Signature:
+        """Inputs, states, results and new states with their types, derived from the graph each time."""
         arguments = [Argument(str(node.target), node.meta.get("role", "input"), node.meta["val"]) for node in self.placeholders]
         output = self.graph.output_node()
         new_states = tuple(output.meta.get("new_states", ()))

@@ -29,10 +29,12 @@ class Region:
 
     @property
     def placeholders(self) -> list[fx.Node]:
+        """The inputs of one run of the body: slices of operands, or whole operands."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
+        """The calls whose values one run of the body gives."""
         return tuple(self.graph.output_node().args[0])
 
     def __call__(self, *operands: Any) -> list[Any]:

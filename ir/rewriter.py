@@ -36,6 +36,7 @@ class Fuel:
     spent: int = 0
 
     def spend(self) -> None:
+        """Counts one rewrite. Raises OutOfFuel before one that may not happen."""
         if self.left is not None and self.spent >= self.left:
             raise OutOfFuel
         self.spent += 1
@@ -77,10 +78,12 @@ class Rewriter:
 
     @property
     def symbols(self) -> SymbolTable:
+        """The sizes that a call decides, of the whole program."""
         return self.program.symbols
 
     @property
     def changed(self) -> bool:
+        """Whether a step has changed something."""
         return bool(self.records)
 
     def nodes(self) -> Iterator[Node]:
@@ -423,6 +426,7 @@ class RegionBuilder:
         )
 
     def finish(self, outputs: Sequence[Node]) -> Region:
+        """The region that gives `outputs`, calls of this builder; what none of them needs is left out."""
         set_outputs(self.graph, list(outputs))
         for node in reversed(list(self.graph.nodes)):
             if node.op == "call_function" and not node.users:
@@ -455,6 +459,7 @@ def first_where(nodes: Sequence[Node]) -> Where:
 
 
 def label(node: Node) -> str:
+    """What records and messages call a node: its operation, the captured operations that it came from, the user's line."""
     name = name_of(node.target) if node.op == "call_function" else str(node.target)
     origin = node.meta.get("origin", ())
     where = str(node.meta.get("where") or "")

@@ -38,6 +38,7 @@ class LeftAlone:
 
     @staticmethod
     def at(node: Node, reason: str, rule: str = "") -> "LeftAlone":
+        """The entry of `node`, with its operation and the user's line; `reason` says why it was left alone."""
         target: Any = node.target
         what = name_of(target) if node.op == "call_function" else str(target)
         return LeftAlone(what, reason, str(node.meta.get("where") or ""), rule)

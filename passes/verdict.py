@@ -61,6 +61,7 @@ class Verdict:
 
     @property
     def fails(self) -> bool:
+        """Whether the contract was seen to be broken: wrong, unstable or crashed. What is inconclusive or unmeasured is no failure."""
         return self.kind in ("wrong", "unstable", "crashed")
 
     def __str__(self) -> str:

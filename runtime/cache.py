@@ -26,6 +26,7 @@ from .atomic import atomic_write, remove_debris
 from .strict_json import strict_json
 
 MAX_BYTES = 2**30
+KINDS = ("passes", "types", "code", "pieces", "native", "probe", "tuning")  # what graphwright keeps
 _MAGIC = b"graphwright cache 1 "
 _MAX_HEADER = 2**20
 _KIND = re.compile(r"[a-z][a-z0-9-]*")

@@ -69,6 +69,11 @@ class Compilation:
     kernels: tuple[str, ...] = ()
     trainable: bool = False
 
+    @property
+    def stages(self) -> tuple[Program, ...]:
+        """The history with the program that runs as its last: that of a trainable model, or of one found in the cache, is a copy."""
+        return (*self.history[:-1], self.program)
+
 
 class CompiledModel(nn.Module):
     """Runs a compiled program; calls take and return what the original module's did.
@@ -180,7 +185,7 @@ class CompiledModel(nn.Module):
     def _story(self) -> Story:
         compiled, measured = self.compilation, self._measured
         return Story(
-            history=(*compiled.history[:-1], compiled.program),
+            history=compiled.stages,
             reports=compiled.reports,
             contract=compiled.contract,
             title="" if compiled.module is None else type(compiled.module).__name__,
@@ -533,7 +538,7 @@ def _layer_errors(compilation: Compilation, inputs: Sequence[Any]) -> tuple[tupl
     """The errors of the layers, and why there are none."""
     if not compilation.history:
         return (), "a loaded model does not know the program that it was captured as"
-    captured = compilation.history[0]
+    captured = compilation.stages[0]
     if any(node.op == "call_function" and draws(node) for node in captured.nodes()):
         return (), "the program draws random numbers, which are others in float64"
     try:

@@ -19,6 +19,7 @@ from .flat import Boxed
 from .sliced import SlicedRun
 
 _MOST_LINES = 400  # of the operations that a compiler was given
+_MOST_EMITTED = 2000  # of what it made of them
 
 
 def kernel_runs(program: Program, function: str, calls: Sequence[Node], seconds: Sequence[float] | None = None) -> tuple[KernelRun, ...]:
@@ -38,13 +39,22 @@ def _run(node: Node, finder: "_Finder", symbols: SymbolTable, seconds: float | N
         kernel = target.kernel
         return KernelRun(kernel.name, "triton", nodes, kernel.roofline.bytes_moved, kernel.source, "python", seconds)
     if isinstance(target, Boxed):
-        return KernelRun(f"{len(nodes)} calls in one", "compiled", nodes, nbytes, _shown(target.graph, symbols), "ir", seconds)
+        shown = _shown(target.graph, symbols)
+        return KernelRun(f"{len(nodes)} calls in one", "compiled", nodes, nbytes, shown, "ir", seconds, emitted_for(target))
     if isinstance(target, SlicedRun):
         body = target.call.body.graph
         name = f"gw.sliced, {sum(each.op == 'call_function' for each in body.nodes)} calls a slice"
-        return KernelRun(name, "region", nodes, nbytes, _shown(body, symbols), "ir", seconds)
+        return KernelRun(name, "region", nodes, nbytes, _shown(body, symbols), "ir", seconds, emitted_for(target))
     name = str(target) if isinstance(target, PackedCall) else _name(target)
     return KernelRun(name, "library", nodes, nbytes, seconds=seconds)
+
+
+def emitted_for(target: Any) -> str:
+    """The C++ of a compiled piece, or of a region's body for the first length of its slices; "" where library kernels run."""
+    bodies = [body for body, _ in target.compiled[:1]] if isinstance(target, SlicedRun) else [getattr(target, "run", None)]
+    lines = "".join(getattr(body, "source", "") for body in bodies).splitlines()
+    more = [f"// .. {len(lines) - _MOST_EMITTED} more lines"] if len(lines) > _MOST_EMITTED else []
+    return "\n".join([*lines[:_MOST_EMITTED], *more])
 
 
 def _name(target: Any) -> str:

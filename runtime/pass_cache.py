@@ -64,7 +64,7 @@ def run_or_find(manager: PassManager, program: Program, cache: Cache | None) -> 
     Raises:
         PassError, ContractError, VerifyError: as `manager.run` does.
     """
-    if cache is None or manager.numeric:
+    if cache is None or manager.numeric or not manager.passes:
         return manager.run(program)
     try:
         key = pass_key(program, manager.passes)

@@ -36,6 +36,7 @@ class TrialResult:
 
     @property
     def fails(self) -> bool:
+        """Whether the trial showed a fault: `verdict.fails`."""
         return self.verdict.fails
 
 

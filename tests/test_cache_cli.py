@@ -113,5 +113,6 @@ def test_a_mistake_is_one_line(capsys):
 
 def test_a_kind_that_is_not_kept_is_named_with_those_that_are(capsys):
     default_cache().put("tuning", {"kernel": "x"}, b"tile")
+    assert run(capsys, "cache", "clear", "probe")[:2] == (0, f"{default_cache().folder}: removed 0 entries of kind probe\n")
     code, _, error = run(capsys, "cache", "clear", "tunning")
     assert code != 0 and "has no entries of kind tunning: there are" in error and "tuning" in error

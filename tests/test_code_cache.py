@@ -13,7 +13,7 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.codegen import cpu_inductor
-from graphwright.codegen.stored_code import restore, store
+from graphwright.codegen.stored_code import restore, source_of, store
 from graphwright.ir import capture
 from graphwright.runtime import cache_key, lowering
 from graphwright.runtime.backend import has_cpp_compiler
@@ -236,6 +236,7 @@ def scaled(values):
 
 def test_a_function_is_restored_with_the_globals_that_it_uses():
     assert same(restore(store(scaled))([X]), scaled([X]))
+    assert source_of(store(scaled, "// scaled")) == "// scaled"
 
 
 def with_state(values):

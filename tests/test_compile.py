@@ -384,7 +384,7 @@ def test_an_exported_program_a_program_and_files_are_compiled_too(tmp_path):
 def test_what_is_no_model_is_refused(tmp_path, capfd):
     with pytest.raises(gw.InputError, match="not a int"):
         gw.compile(3)
-    with pytest.raises(gw.InputError, match="net.bin is no model file: compile reads .gw, .onnx and .pt2"):
+    with pytest.raises(gw.InputError, match="net.bin is no model file: these are .gw, .onnx and .pt2"):
         gw.compile(tmp_path / "net.bin")
     (tmp_path / "bad.pt2").write_bytes(b"nothing")
     with pytest.raises(gw.ArtifactError, match="bad.pt2 is not read by torch.export"):

@@ -37,6 +37,21 @@ def bash(scripts, *words):
     return done.stdout.split()
 
 
+def bash_line(scripts, line):
+    """The same for a whole line, which bash itself splits: at colons and equal signs too."""
+    words = re.split(r"\s+|(?<=[:=])|(?=[:=])", line)
+    quoted = " ".join(f"'{word}'" for word in words)
+    script = (
+        f"source {scripts / 'bash'}; COMP_LINE='{line}'; COMP_POINT={len(line)}; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; "
+        "_graphwright; printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=scripts, check=True).stdout.split()
+
+
+def networks():
+    return [*models.names(), *(f"{name}:{size}" for name in models.names() for size in models.sizes(name))]
+
+
 @needs("bash")
 def test_bash_completes_commands_options_passes_and_models(scripts):
     assert {"compile", "view", "dump"} <= set(bash(scripts, "graphwright", ""))
@@ -44,10 +59,31 @@ def test_bash_completes_commands_options_passes_and_models(scripts):
     assert set(bash(scripts, "graphwright", "view", "--p")) == {"--passes", "--profile"}
     assert bash(scripts, "graphwright", "compile", "vit", "--passes", "slice") == ["slice-groups"]
     assert bash(scripts, "graphwright", "compile", "vit", "--backend", "in") == ["inductor"]
-    assert set(bash(scripts, "graphwright", "dump", "")) == {*models.names(), "bash", "zsh", "fish"}  # and the files there
+    assert set(bash(scripts, "graphwright", "dump", "")) == {*networks(), "bash", "zsh", "fish"}  # and the files there
     assert bash(scripts, "graphwright", "compile", "vit", "-o", "fi") == ["fish"]
     assert set(bash(scripts, "graphwright", "passes", "remove-")) == {name for name in all_passes() if name.startswith("remove-")}
     assert bash(scripts, "graphwright", "cache", "cl") == ["clear"]
+    assert bash(scripts, "graphwright", "export", "vit", "--dialect", "in") == ["inline"]
+
+
+@needs("bash")
+def test_bash_completes_what_follows_a_command_below_another(scripts):
+    assert bash(scripts, "graphwright", "cache", "clear", "pr") == ["probe"]
+    assert set(bash(scripts, "graphwright", "cache", "explain", "vi")) == {name for name in networks() if name.startswith("vi")}
+    assert bash(scripts, "graphwright", "cache", "explain", "vit", "--pas") == ["--passes"]
+
+
+@needs("bash")
+def test_bash_completes_behind_the_marks_that_it_splits_words_at(scripts):
+    assert bash_line(scripts, "graphwright view vit:ti") == ["tiny"]  # which stands behind the colon that is there
+    assert bash_line(scripts, "graphwright view vit --passes=spl") == ["split-low-rank"]
+    assert bash_line(scripts, "graphwright view vit --passes smooth,spl") == ["smooth,split-low-rank"]
+
+
+@needs("bash")
+def test_bash_offers_no_file_where_none_is_taken(scripts):
+    assert bash(scripts, "graphwright", "zoo", "") == bash(scripts, "graphwright", "passes", "fi") == []
+    assert set(bash(scripts, "graphwright", "completion", "")) == {"bash", "zsh", "fish"}
 
 
 @needs("zsh")
@@ -66,7 +102,8 @@ def test_fish_completes_commands_options_passes_and_models(scripts):
     assert "verify" in offered("graphwright ver")
     assert {"--passes", "--profile"} <= offered("graphwright view --p")
     assert "slice-groups" in offered("graphwright compile vit --passes sli")
-    assert set(models.names()) <= offered("graphwright dump ")
+    assert set(networks()) <= offered("graphwright dump ")
+    assert offered("graphwright cache clear pro") == {"probe"}
 
 
 def test_a_shell_that_is_none_is_a_mistake(capsys):
@@ -82,7 +119,9 @@ def commands(parser, above=()):
                 yield from commands(each, (*above, name))
 
 
-@pytest.mark.parametrize("names, parser", list(commands(_parser())), ids=lambda value: "-".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    "names, parser", [((), _parser()), *commands(_parser())], ids=lambda value: "-".join(value) if isinstance(value, tuple) else ""
+)
 def test_help_has_examples_that_the_parser_takes(names, parser):
     text = parser.format_help()
     assert "examples" in text and EXAMPLES[" ".join(names)] in text

@@ -182,10 +182,23 @@ def test_tables_lead_to_lines(page_of_unet):
         assert opened.js("return document.querySelector('#line .full') !== null"), name
 
 
+def test_a_kernel_shows_what_was_emitted_for_it(browser, tmp_path):
+    pytest.importorskip("torch._inductor")
+    compiled = gw.compile(Hostile(), example_inputs=(torch.ones(64),), backend="inductor", cleanups=False, cache=False)
+    compiled.report().html(tmp_path / "emitted.html")
+    opened = Page(browser, tmp_path / "emitted.html")
+    opened.keys("5")
+    opened.click("#panel-kernels .row")
+    shown = opened.text(".source-of")
+    assert "aten.relu.default" in shown and "void  kernel(" in shown and len(shown.splitlines()) > 10
+    assert opened.log == []
+
+
 def test_everything_is_reached_by_keys(page_of_unet):
     opened = page_of_unet
     opened.keys("?")
     assert opened.js("return document.querySelector('#keys').open") and "search" in opened.text("#keys")
+    assert "products and convolutions" in opened.text("#keys .kinds")
     opened.keys("\ue00c")  # Escape
     assert not opened.js("return document.querySelector('#keys').open")
     opened.keys("p")
@@ -212,6 +225,56 @@ def test_dark_and_light(page_of_unet):
     assert opened.js(colour) != before
     opened.click("#theme")
     assert opened.js(colour) == before
+
+
+def test_nothing_is_out_of_reach_in_a_narrow_window(browser, unet):
+    size = {"height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size | {"width": 420})
+    try:
+        opened = Page(browser, unet[0])
+        outside = opened.js(
+            "return [...document.querySelectorAll('#head > *, #graph .bar > *, #program, #side, #dock, #canvas, #memory-side, #memory-plot')]"
+            ".filter((e) => !e.matches('.grow') && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.id || e.tagName)"
+        )
+        assert outside == []
+        last = "document.querySelector('#stages button:last-child').getBoundingClientRect()"
+        assert opened.js(f"return {last}.left >= 0 && {last}.left < innerWidth")
+        assert opened.js("return document.querySelector('#memory-plot').clientWidth") > 300
+        opened.click("#help")
+        assert opened.js("return document.querySelector('#keys').open") and opened.log == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_passes_that_ran_before_a_file_was_saved_are_not_said_to_be_idle(browser, tmp_path):
+    module, args, _ = gw.models.load("vit", "tiny")
+    gw.compile(module, "slice-groups{memory_budget=80%}", example_inputs=args, backend="aten", cache=False).save(tmp_path / "vit.gw")
+    compiled = gw.compile(tmp_path / "vit.gw", "slice-groups{memory_budget=1%}", backend="aten", cleanups=False, cache=False)
+    compiled.report().html(tmp_path / "vit.html")
+    opened = Page(browser, tmp_path / "vit.html")
+    said = opened.js("return [...document.querySelectorAll('#stages .what')].map((e) => e.innerText)")
+    assert set(said[1:-1]) == {"before it was saved"} and said[-1].startswith("changed nothing · ") and said[-1].endswith(" left")
+    assert opened.log == []
+
+
+def test_sizes_that_a_call_decides_are_said_beside_the_peak(browser, tmp_path):
+    batch = torch.export.Dim("rows", min=2, max=512)
+    compiled = gw.compile(
+        Hostile(), example_inputs=(torch.ones(3, 4),), dynamic_shapes={"x": {0: batch}}, backend="aten", cleanups=False, cache=False
+    )
+    compiled.report().html(tmp_path / "rows.html")
+    opened = Page(browser, tmp_path / "rows.html")
+    assert opened.text("#peaks").endswith(" at rows=3")
+    opened.wait("document.querySelector('#memory-side .said')")
+    assert " at rows=3: " in opened.text("#memory-side .said")
+
+
+def test_a_program_without_a_source_says_so(browser, tmp_path):
+    program = gw.parse("graphwright 1\n\nfunction main {\n  takes ((*), {})\n  gives *\n  input %x : f32[4]\n  return %x\n}\n")
+    (tmp_path / "bare.html").write_text(page(document(Story([program], [], Contract.EXACT))))
+    opened = Page(browser, tmp_path / "bare.html")
+    opened.keys("s")
+    assert "No line of your source is known" in opened.text("#source")
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])

@@ -144,6 +144,25 @@ def test_compiled_pieces_tell_the_operations_that_they_compute():
     assert kernels[0]["seconds"] is None
 
 
+@pytest.mark.parametrize("passes, kind", [("", "compiled"), ("slice-groups{memory_budget=30%}", "region")])
+def test_compiled_pieces_show_the_kernels_that_were_made_of_them(tmp_path, passes, kind):
+    """Those of this process, and those that an earlier one left in the cache."""
+    pytest.importorskip("torch._inductor")
+    x, emitted = torch.randn(64, 16), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        compiled = gw.compile(Gated().eval(), passes, example_inputs=(x,), backend="inductor", cache=tmp_path)
+        compiled.profile(x)
+        kernels = [kernel for kernel in compiled.report().data()["kernels"] if kernel["kind"] == kind]
+        emitted.append([kernel["emitted"] for kernel in kernels])
+    first, again = emitted
+    assert first == again and first and all(text.startswith("// cpp_fused") and "void  kernel(" in text for text in first)
+
+
+def test_kernels_of_libraries_have_nothing_emitted_for_them(found):
+    assert {kernel["emitted"] for kernel in found["kernels"]} == {""}
+
+
 def test_layers_are_held_against_float64(found):
     by_module = {error["module"]: error for error in found["errors"]}
     assert by_module.keys() == {"up", "down", ""} and found["errors_missing"] == ""
@@ -162,6 +181,46 @@ def test_a_layer_that_a_pass_changes_has_a_larger_error():
     compiled.profile(x)
     errors = {error["module"]: error for error in compiled.report().data()["errors"]}
     assert errors["up"]["before"] < 1e-6 < 1e-4 < errors["up"]["after"]  # eight bits: about 1e-3
+
+
+class Normed(nn.Module):
+    """A norm that is folded into a convolution, and a dropout that eval mode makes a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Linear(6, 5)
+        self.norm.running_mean.add_(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(torch.relu(self.norm(self.conv(x)))))
+
+
+def test_a_layer_that_another_was_folded_into_has_no_value_any_more_and_the_other_has():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    compiled = gw.compile(Normed().eval(), example_inputs=(x,), backend="aten", cache=False)
+    errors = {error.module: error for error in compiled.profile(x).errors}
+    assert errors["conv"].result is None and errors["conv"].after is None
+    assert errors["norm"].result.target is torch.ops.aten.conv2d.default
+    assert all(errors[name].after < 1e-6 for name in ("norm", "drop", "head"))
+
+
+def test_a_layer_before_one_that_went_has_its_error_too():
+    """A dropout goes from behind a linear layer that becomes another operation: one call came from both."""
+
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.drop = nn.Linear(16, 256), nn.Dropout()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sum() + self.drop(self.up(x))
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    compiled = gw.compile(Dropped().eval(), "quantize{weight=int4-g16,min_numel=0}", example_inputs=(x,), backend="aten", cache=False)
+    errors = {error.module: error for error in compiled.profile(x).errors}
+    assert errors["up"].after == errors["drop"].after > 1e-2 > 1e-6 > errors["up"].before
 
 
 def test_what_was_left_alone_says_why_and_where():
@@ -231,6 +290,20 @@ def test_what_is_measured_of_a_program_that_no_pass_changed_leads_to_its_lines()
     assert len(found["programs"]) == 1 < len(found["stages"])
     lines = {found["kernels"][0]["lines"][0], found["errors"][0]["line"], found["errors"][0]["line_before"]}
     assert [lines_of(found, 0)[line]["op"] for line in lines] == ["aten.sin.default"]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_file_that_no_pass_runs_over_is_profiled_as_often_as_one_likes(sliced, tmp_path, cached):
+    sliced.save(tmp_path / "gated.gw")
+    x = torch.randn(64, 16)
+    for _ in range(2):
+        compiled = gw.compile(
+            tmp_path / "gated.gw", cleanups=False, backend="aten", cache=tmp_path / "cache" if cached else False, trainable=not cached
+        )
+        compiled.profile(x)
+        found = compiled.report().data()
+        assert found["errors"] and all(error["line"] >= 0 and error["line_before"] >= 0 for error in found["errors"])
+        assert found["kernels"] and all(kernel["lines"] for kernel in found["kernels"])
 
 
 def test_passes_over_a_loaded_model_follow_those_that_made_it(sliced, tmp_path):

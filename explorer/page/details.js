@@ -1,5 +1,6 @@
 // What is known of the selected line, and the user's source around the line that it came from.
 
+const NO_SOURCE = ["No line of your source is known.", "The program came from a file that names none, or is made of torch's own modules."].map((text) => ({ number: 0, text }));
 const sourcePane = { rows: [], list: null, file: "" };
 
 function startDetails() {
@@ -135,7 +136,7 @@ function fillSource() {
   const runs = Object.hasOwn(report.data.sources, file) ? report.data.sources[file] : [];
   sourcePane.file = file;
   sourcePane.now = where && where.file === file ? where.line : -1;
-  sourcePane.rows = runs.flatMap((run, n) => [...(n ? [{ number: 0, text: "⋯" }] : []), ...run.lines.map((text, at) => ({ number: run.first + at, text }))]);
+  sourcePane.rows = !file ? NO_SOURCE : runs.flatMap((run, n) => [...(n ? [{ number: 0, text: "⋯" }] : []), ...run.lines.map((text, at) => ({ number: run.first + at, text }))]);
   byId("file").textContent = file ? visible(file) + (runs.length ? "" : "  (its text was not found)") : "";
   const longest = sourcePane.rows.reduce((most, row) => Math.max(most, row.text.length), 0);
   sourcePane.list.set(sourcePane.rows.length, longest);

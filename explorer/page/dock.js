@@ -144,7 +144,8 @@ function kernelsPanel() {
   }
   const choose = ({ kernel }) => {
     source.hidden = !kernel.source;
-    source.textContent = kernel.source;
+    const texts = [kernel.source, kernel.emitted ? `The C++ that Inductor made of it\n\n${kernel.emitted}` : ""].filter(Boolean);
+    source.textContent = texts.join("\n\n").split("\n").map(visible).join("\n");
     if (kernel.lines.length) selectLine(kernel.lines[0], report.data.programs.length - 1, new Set(kernel.lines));
   };
   const table = new Table(columns, kernels.map((kernel, at) => ({ kernel, at })), {

@@ -3,12 +3,12 @@
 const graphPane = { open: new Map(), boxes: [], edges: [], view: { x: 0, y: 0, zoom: 1 }, colour: "kind", moved: false, colours: {} };
 const HEAD = 24, PAD = 12, LEAF = 36;
 const KINDS = [
-  [/linear|matmul|addmm|bmm|\bmm\b|conv|einsum|_mlp|grouped_mm/, "matmul"],
-  [/attention|rat_/, "attention"],
-  [/norm|softmax|mean|sum|var|max\b|min\b|cumsum/, "norm"],
-  [/view|reshape|transpose|permute|expand|squeeze|slice|select|unflatten|flatten|getitem|alias|split|chunk|t\.default|unbind/, "view"],
-  [/^gw\./, "gw"],
-  [/^aten\./, "point"],
+  [/linear|matmul|addmm|bmm|\bmm\b|conv|einsum|_mlp|grouped_mm/, "matmul", "products and convolutions"],
+  [/attention|rat_/, "attention", "attention"],
+  [/norm|softmax|mean|sum|var|max\b|min\b|cumsum/, "norm", "norms and sums"],
+  [/view|reshape|transpose|permute|expand|squeeze|slice|select|unflatten|flatten|getitem|alias|split|chunk|t\.default|unbind/, "view", "views"],
+  [/^gw\./, "gw", "regions, other operators of the dialect"],
+  [/^aten\./, "point", "other operators of ATen: most work element by element"],
 ];
 
 const kindOf = (op) => (KINDS.find(([pattern]) => pattern.test(op || "")) || [null, "other"])[1];

@@ -23,7 +23,8 @@ function startHead() {
   badge.classList.add(data.contract.name);
   badge.title = data.contract.promise;
   const [before, after] = [data.programs[0], last].map((program) => (program.functions.find((each) => each.name === "main") || program.functions[0]).memory.peak_bytes);
-  byId("peaks").textContent = data.programs.length > 1 && before ? `peak ${bytes(before)} → ${bytes(after)}  (${(after / before).toFixed(2)}×)` : `peak ${bytes(after)}`;
+  const sizes = sizesOf(data.programs.length - 1, Math.max(last.functions.findIndex((each) => each.name === "main"), 0));
+  byId("peaks").textContent = visible((data.programs.length > 1 && before ? `peak ${bytes(before)} → ${bytes(after)}  (${(after / before).toFixed(2)}×)` : `peak ${bytes(after)}`) + sizes);
   byId("query").addEventListener("input", (event) => change(found(event.target.value, nowProgram())));
   byId("query").addEventListener("keydown", (event) => {
     if (event.key === "Enter") { nextMatch(event.shiftKey ? -1 : 1); event.preventDefault(); }
@@ -44,13 +45,30 @@ function startStages() {
   const box = byId("stages");
   report.data.stages.forEach((stage, number) => {
     const idle = number > 0 && !stage.records.length && programOf(number) === programOf(number - 1);
-    const what = number === 0 ? `${counted(linesOf(0).filter((line) => line.kind === "call").length, "call")}` : idle ? "nothing to do" : [counted(stage.records.length, "rewrite"), stage.seconds === undefined ? "" : seconds(stage.seconds), stage.left.length ? `${stage.left.length} left` : ""].filter(Boolean).join(" · ");
+    const what = number === 0 ? `${counted(linesOf(0).filter((line) => line.kind === "call").length, "call")}` : whatOf(stage, idle);
     const button = make("button", { type: "button", className: idle ? "idle" : "", title: visible(stage.pipeline || stage.name), onclick: () => selectStage(number) }, make("span", { className: "name" }, stage.name), make("span", { className: "what" }, what));
     box.append(button);
   });
-  const mark = () => [...box.children].forEach((button, number) => button.setAttribute("aria-current", String(number === state.stage)));
+  const mark = () => {
+    [...box.children].forEach((button, number) => button.setAttribute("aria-current", String(number === state.stage)));
+    showWithin(box, box.children[state.stage]);
+  };
   onChange((names) => { if (names.has("stage")) mark(); });
   mark();
+}
+
+function showWithin(box, child) {
+  const outer = box.getBoundingClientRect(), inner = child.getBoundingClientRect();
+  if (inner.left < outer.left || inner.right > outer.right) box.scrollLeft += inner.left - outer.left;
+  if (inner.top < outer.top || inner.bottom > outer.bottom) box.scrollTop += inner.top - outer.top;
+}
+
+// What a pass did, in a few words. Of one that ran before the program was saved its own paragraph alone tells.
+function whatOf(stage, idle) {
+  if (!stage.contract) return "before it was saved";
+  const left = stage.left.length ? `${stage.left.length} left` : "";
+  if (idle) return left ? `changed nothing · ${left}` : "nothing to do";
+  return [counted(stage.records.length, "rewrite"), seconds(stage.seconds), left].filter(Boolean).join(" · ");
 }
 
 function startSplits() {
@@ -91,8 +109,16 @@ function setTheme(theme) {
 function showKeys() {
   const dialog = byId("keys"), legend = [["+", "added, or what is there now in its place"], ["-", "taken away, or what was there"], [">  <", "moved into a region, or out of one"], ["~", "earlier or later than before"]];
   const rows = (pairs) => make("table", {}, pairs.map(([key, text]) => make("tr", {}, make("td", {}, make("kbd", {}, key)), make("td", {}, text))));
-  dialog.replaceChildren(make("h2", {}, "Keyboard"), rows(KEYS), make("h2", {}, "Marks of a difference"), rows(legend), make("p", { className: "quiet" }, "Drag over the memory curve to see a part of it, twice click to see all. Click on it to see what is live there. Escape closes this."));
+  dialog.replaceChildren(make("h2", {}, "Keyboard"), rows(KEYS), make("h2", {}, "Marks of a difference"), rows(legend), make("h2", {}, "Colours of the graph by kind"), kindLegend(), make("p", { className: "quiet" }, "Drag over the memory curve to see a part of it, twice click to see all. Click on it to see what is live there. Escape closes this."));
   dialog.showModal();
+}
+
+function kindLegend() {
+  return make("p", { className: "kinds" }, KINDS.map(([, kind, about]) => {
+    const swatch = make("span", { className: "swatch" });
+    swatch.style.background = graphPane.colours[`k-${kind}`];
+    return make("span", {}, swatch, about);
+  }));
 }
 
 function startKeys() {

@@ -1,5 +1,6 @@
 // Bytes live at each call, as captured and in the stage in sight; what is live at the call that is looked at, the peak at first.
 
+const CALLS = [1, 2, 5, 10, 20, 50].flatMap((step) => [1, 100, 1e4, 1e6].map((unit) => step * unit)).sort((a, b) => a - b); // between marks of the axis
 const memoryPane = { plot: null, at: -1, table: null };
 
 function memoryPanel() {
@@ -62,7 +63,7 @@ function drawMemory() {
       legend: { show: false },
       cursor: { y: false, drag: { x: true, y: false, dist: 6 }, points: { size: 6 } },
       scales: { x: { time: false }, y: { range: (_, low, high) => [0, (high || 1) * 1.06] } },
-      axes: [{ ...axis, size: 24 }, { ...axis, size: 66, values: (_, ticks) => ticks.map(bytes), splits: (_, axisNumber, low, high) => byteSplits(high), gap: 6 }],
+      axes: [{ ...axis, size: 24, incrs: CALLS }, { ...axis, size: 66, values: (_, ticks) => ticks.map(bytes), splits: (_, axisNumber, low, high) => byteSplits(high), gap: 6 }],
       series,
       hooks: { draw: [markMemory] },
     },
@@ -137,7 +138,7 @@ function fillHeld() {
   if (memory.scratch[at]) held.push({ line: memory.lines[at], bytes: memory.scratch[at], scratch: true, born: at, dies: at });
   const call = lines[memory.lines[at]], top = held.length ? Math.max(...held.map((each) => each.bytes)) : 1;
   side.append(
-    make("div", { className: "said" }, make("b", {}, bytes(memory.live[at])), ` live at call ${at + 1} of ${memory.live.length}${at === memory.peak_at ? ", the peak" : ""}: `,
+    make("div", { className: "said" }, make("b", {}, bytes(memory.live[at])), ` live at call ${at + 1} of ${memory.live.length}${at === memory.peak_at ? ", the peak" : ""}${sizesOf(nowProgram(), state.fn)}: `,
       make("button", { type: "button", className: "link", onclick: () => selectLine(memory.lines[at]) }, `${nameOf(call)} ${shortOp(call.op)}`), at === memory.peak_at ? null : "   ",
       at === memory.peak_at ? null : make("button", { type: "button", className: "link", onclick: () => { memoryPane.at = -1; fillHeld(); memoryPane.plot.redraw(false); } }, "to the peak")),
   );

@@ -66,6 +66,7 @@ function nameOf(line) {
   const text = line.text.trim();
   if (line.kind === "input") return text.split(" ")[1] || "input";
   if (line.kind === "weight") return text.split(" ")[1] || "weight";
+  if (line.kind === "function") return text.split(" ")[1];
   return line.kind === "call" ? text.split(" = ")[0] : line.kind;
 }
 
@@ -73,6 +74,14 @@ function typeOf(line) {
   const code = line.text.split("  # ")[0];
   const at = code.lastIndexOf(" : ");
   return at < 0 ? "" : code.slice(at + 3).replace(/ \{$/, "");
+}
+
+// The sizes that figures of a function are for, where a call decides them: " at batch=2, length=9".
+function sizesOf(program, fn) {
+  const lines = linesOf(program), { first, last } = report.data.programs[program].functions[fn];
+  const words = new Set(lines.slice(first, last + 1).filter((line) => line.kind === "input").flatMap((line) => typeOf(line).split(/[^\w.]+/)));
+  const known = lines.filter((line) => line.kind === "symbol").map((line) => /^symbol (\S+) .*hint (\d+)/.exec(line.text)).filter((match) => match && words.has(match[1]));
+  return known.length ? ` at ${known.map((match) => `${match[1]}=${match[2]}`).join(", ")}` : "";
 }
 
 // --- the same line in another program ---
