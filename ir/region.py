@@ -120,8 +120,9 @@ def dense_stride(size: Sequence[Any], order: Sequence[int]) -> list[Any]:
 
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
-    """The dims of `tensor`, outermost in memory first."""
-    return sorted(range(tensor.dim()), key=lambda d: (-hint(tensor.stride(d)), d))
+    """The dims of `tensor`, outermost in memory first; of those with one step between elements one of size 1 is the innermost, as channels
+    are where they lie last."""
+    return sorted(range(tensor.dim()), key=lambda d: (-hint(tensor.stride(d)), hint(tensor.size(d)) == 1, d))
 
 
 @sliced.py_impl(DispatchKey.CompositeExplicitAutograd)
