@@ -1,6 +1,6 @@
 # make demo    install and show what graphwright does
 # make test    lint, types, tests: what CI runs
-# make fuzz    random programs under random pipelines; FUZZ_FLAGS= for other ones, results in out/fuzz
+# make fuzz    random programs under random pipelines, every rule 50 times; FUZZ_FLAGS= for other ones, results in out/fuzz
 # make docs    the pages of docs/ as HTML in out/docs, without a warning
 # make bench   every benchmark; BENCH_FLAGS= for the long ones, JSON in out/bench/
 #

@@ -122,7 +122,8 @@ def dense_stride(size: Sequence[Any], order: Sequence[int]) -> list[Any]:
 
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
-    """The dims of `tensor`, outermost in memory first; of two with one stride, the one of size 1 lies inside."""
+    """The dims of `tensor`, outermost in memory first; of those with one step between elements one of size 1 is the innermost, as channels
+    are where they lie last."""
     return sorted(range(tensor.dim()), key=lambda d: (-hint(tensor.stride(d)), hint(tensor.size(d)) == 1, d))
 
 

@@ -323,7 +323,7 @@ class Rewriter:
         ancestors = [*members, *(node for node in region.graph.nodes if node.op == "call_function")]
         call = self.insert(sliced, args, kwargs, before=anchor, origin=ancestors)
         if not all(same_type(m.meta["val"], value) for (m, _, _), value in zip(outputs, call.meta["val"], strict=True)):
-            # Where a slice is one unit long its strides do not tell how the whole lay; say it.
+            # Where a slice is one unit long, or a dim is, its strides do not tell how the whole lay; say it.
             kwargs["orders"] = [memory_order(member.meta["val"]) for member, _, _ in outputs]
             self._erase_dead(call, [])
             call = self.insert(sliced, args, kwargs, before=anchor, origin=ancestors)

@@ -30,7 +30,7 @@ from .trials import Record, make_trial, run_trial
 
 FAILING = ("wrong", "unstable", "crashed", "timeout")
 _SETTINGS = "settings.json"
-_MOST_ROWS = 40
+_MOST_REASONS = 8  # of one rule
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,26 +172,30 @@ def summary(records: Iterable[Record]) -> list[Table]:
 
 def _rules(records: Sequence[Record]) -> Table:
     table = Table(title="rules", title_justify="left")
-    table.add_column("pass and rule")
+    table.add_column("pass and rule", no_wrap=True)
     table.add_column("fired", justify="right")
     table.add_column("refused", justify="right")
-    table.add_column("trials it fired in", justify="right")
-    table.add_column("")
-    trials = Counter(rule for record in records for rule in record.fired)
-    for each in sorted(rule_counts(records), key=lambda each: -each.fired):
-        numbers = (str(each.fired), str(each.refused), str(trials[each.rule]))
-        table.add_row(each.rule, *numbers, "" if each.least else "a rule at zero was not tested")
+    counts = sorted(rule_counts(records), key=lambda each: -each.fired)
+    for each in counts:
+        table.add_row(each.rule, str(each.fired), str(each.refused))
+    if any(not each.least for each in counts):
+        table.caption = "A rule at zero was not tested."
     return table
 
 
 def _reasons(counts: Counter[str]) -> Table:
+    """The commonest reasons of each rule."""
     table = Table(title="left alone", title_justify="left")
     table.add_column("pass, rule where it has several, and reason")
     table.add_column("times", justify="right")
-    for name, count in counts.most_common(_MOST_ROWS):
-        table.add_row(name, str(count))
-    if len(counts) > _MOST_ROWS:
-        table.add_row(f"and {len(counts) - _MOST_ROWS} more", str(sum(counts.values()) - sum(n for _, n in counts.most_common(_MOST_ROWS))))
+    by_rule: dict[str, list[tuple[str, int]]] = {}
+    for name, count in counts.most_common():
+        by_rule.setdefault(name.partition(": ")[0], []).append((name, count))
+    for rule, rows in by_rule.items():
+        for name, count in rows[:_MOST_REASONS]:
+            table.add_row(name, str(count))
+        if len(rows) > _MOST_REASONS:
+            table.add_row(f"{rule}: {len(rows) - _MOST_REASONS} other reasons", str(sum(count for _, count in rows[_MOST_REASONS:])))
     return table
 
 

@@ -65,7 +65,7 @@ THEMES: tuple[Theme, ...] = (
     Theme("fold", FoldConstants(), _around(rule_sites.constant_for_a_caller), {"limit": ("16MiB",)}),
     Theme("outline-region", SliceGroups(), _around(rule_sites.narrow_between_wide), _TIGHT),
     Theme("split-group-norm", SliceGroups(), _around(rule_sites.norm_of_a_wide_image), _TIGHT, weight=5),
-    Theme("attention-rows", SliceGroups(), _around(rule_sites.long_causal_attention), _TIGHT),
+    Theme("attention-rows", SliceGroups(), _around(rule_sites.long_causal_attention), _TIGHT, weight=5),
     Theme("split-low-rank", SplitLowRank(), _around(rule_sites.large_layer), {"rank": (1, 2, 32)}, weight=4),
     Theme("fold-smoothing", Smooth(calibration=()), _around(rule_sites.layer_behind_what_takes_factors), {"fold": (True,)}),
     Theme("multiply-by-smoothing", Smooth(calibration=()), _around(rule_sites.layer_of_an_activation)),

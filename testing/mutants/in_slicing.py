@@ -48,7 +48,12 @@ LINKS = (
     ),
     _view("expand-keeps-the-whole-size", old="    sizes[tag.dim] = -1\n", new="    assert sizes\n", hunt=_sliced("shapes_expand")),
     _view("squeeze-of-a-slice-of-one", old="[d for d in asked if same(shape[d], 1)]", new="list(asked)", hunt=_sliced("shapes_squeeze")),
-    _view("t-keeps-dims", old='{"self": len(call.out_shape()) - 1 - dim}', new='{"self": dim}', hunt=Hunt("slice-groups{memory_budget=1%}", ("aten.t.default", "shapes", "elementwise"), 6),
+    _view(
+        "t-keeps-dims",
+        old='{"self": len(call.out_shape()) - 1 - dim}',
+        new='{"self": dim}',
+        hunt=Hunt("slice-groups{memory_budget=1%}", ("aten.t.default", "shapes", "elementwise"), 6),
+    ),
     _piece("cat-along-its-own-dim", old='    if dim == call.dim("dim", rank):\n', new="    if dim < 0:\n", hunt=_sliced("shapes_joined")),
     _piece("stack-keeps-dims", old="dim - (dim > new) for key", new="dim for key", hunt=_sliced("shapes_joined")),
     _piece(
