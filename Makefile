@@ -1,6 +1,6 @@
 # make demo    install and show what graphwright does
 # make test    lint, types, tests: what CI runs
-# make fuzz    random programs under random pipelines, every rule 50 times; FUZZ_FLAGS= for other ones, results in out/fuzz
+# make fuzz    random programs under random pipelines, every rule 50 times, then planted mistakes; FUZZ_FLAGS=, results in out/fuzz
 # make docs    the pages of docs/ as HTML in out/docs, without a warning
 # make bench   every benchmark; BENCH_FLAGS= for the long ones, JSON in out/bench/
 #
@@ -31,6 +31,7 @@ lint: $(VENV)/installed-test
 
 fuzz: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m graphwright.testing.fuzz $(FUZZ_FLAGS) --out out/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m graphwright.testing.mutants --jobs 2 --json out/fuzz/mutants.json
 
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs out/docs
