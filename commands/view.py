@@ -9,6 +9,7 @@ from typing import Any
 
 from ..explorer import Story, document, page
 from ..ir import Program
+from ..ir.decoder_example import decoder_example
 from ..ir.tree import unflatten
 from ..passes import PassManager
 from ..passes.inputs import random_inputs
@@ -65,7 +66,8 @@ def _of_model(options: argparse.Namespace) -> dict[str, Any]:
         options.no_cleanups = True  # as it stands
     compiled = compiled_from(options, "view", backend=options.backend, verify="numeric" if options.numeric else "structure")
     if options.profile:
-        args, kwargs = _inputs(compiled, load(options.model, options.trusted))
+        model = load(options.model, options.trusted)
+        args, kwargs = ((), decoder_example(model.model).kwargs) if options.decoder else _inputs(compiled, model)
         compiled.measure(*args, **kwargs)
         compiled.profile(*args, **kwargs)
     return compiled.report().data()

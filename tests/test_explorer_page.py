@@ -181,6 +181,13 @@ def test_view_prints_the_document_as_json(program, tmp_path, capsys, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.txt"]
 
 
+def test_view_profiles_a_decoder_with_the_positions_that_it_takes(tmp_path, capsys):
+    assert main(["view", "decoder:tiny", "--decoder", "--profile", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {each["name"] for each in found["programs"][-1]["functions"]} >= {"main", "prefill", "decode"}
+    assert found["errors"] and any(kernel["seconds"] for kernel in found["kernels"])
+
+
 def test_view_profiles_a_file_on_inputs_that_it_makes_up(tmp_path, capsys):
     gw.compile(Relu(), example_inputs=(torch.ones(2),), backend="aten", cache=False).save(tmp_path / "relu.gw")
     assert main(["view", str(tmp_path / "relu.gw"), "--profile", "-o", str(tmp_path / "relu.html")]) == 0
