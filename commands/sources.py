@@ -15,6 +15,8 @@ from torch import nn
 from .. import models
 from ..compiler import compile as compile_model
 from ..ir import Program, capture, parse
+from ..ir.parser import MAX_TEXT
+from ..ir.plain_file import read_plain
 from .result import Mistake
 
 SUFFIXES = (".gw", ".onnx", ".pt2", ".txt")
@@ -52,9 +54,11 @@ def _load_file(path: Path, trusted: bool) -> Model:
     if path.suffix != ".txt":
         return Model(path)
     try:
-        return Model(parse(path.read_text(encoding="utf-8")))
+        return Model(parse(read_plain(path, MAX_TEXT).decode("utf-8")))
     except UnicodeDecodeError as error:
         raise Mistake(f"{path} is not text in UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _load_factory(module_name: str, attribute: str) -> Model:

@@ -4,7 +4,7 @@ Views share a fake storage with their source, so `val` also says what aliases wh
 created and never edited; a stale shape is the commonest defect of compilers that edit graphs freely.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     known = symbols.inferred.get(key) if key is not None else None
     if known is not None:
         return known.anew(symbols)
+    _check_count(target, operands, keywords)
     try:
         with symbols.inference(), torch.amp.autocast("cpu", enabled=False):
             value = target(*operands, **keywords)
@@ -120,6 +121,34 @@ def _symbols_of(values: Iterable[Any]) -> set[Any]:
             if isinstance(size, torch.SymInt):
                 found |= size.node.expr.free_symbols
     return found
+
+
+MAX_RESULTS = 2**14  # of one call
+_APART = ("split", "split_with_sizes", "split_copy", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "unbind_copy", "tensor_split")
+
+
+def _check_count(target: Any, operands: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+    """That a call which takes a tensor apart gives no more tensors than anybody reads: a short text may ask for billions."""
+    if getattr(target, "namespace", "") != "aten" or target._schema.name.removeprefix("aten::") not in _APART:
+        return
+    named = dict(zip((each.name for each in target._schema.arguments), operands, strict=False)) | dict(keywords)
+    whole, dim = named.get("self"), named.get("dim", 0)
+    if not isinstance(whole, torch.Tensor) or not isinstance(dim, int) or not -whole.dim() <= dim < whole.dim():
+        return
+    length = hint(whole.shape[dim])
+    match named:
+        case {"split_size": int(size)}:
+            pieces = length // max(size, 1)
+        case {"chunks": int(count)}:
+            pieces = min(length, count)
+        case {"sections": int(count)}:
+            pieces = count
+        case {"split_size": _} | {"split_sizes": _} | {"indices": _}:
+            return
+        case _:
+            pieces = length
+    if pieces > MAX_RESULTS:
+        raise InferenceError(f"it gives {pieces} tensors, more than the limit of {MAX_RESULTS}")
 
 
 HOLE: Any = object()  # stands for an operand in a seal

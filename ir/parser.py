@@ -19,7 +19,7 @@ Types after calls may be left out; where given they must be what the operation c
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -33,7 +33,7 @@ from .infer import InferenceError, contiguous_stride, fake_like
 from .printer import VERSION
 from .program import Function, Program, Stage, Weight, Where
 from .region import Region, sliced
-from .symbols import UNBOUNDED, Symbol, SymbolTable
+from .symbols import UNBOUNDED, Symbol, SymbolTable, hint
 from .tree import LEAF, Tree, is_call
 from .types import DTYPES, type_text
 
@@ -43,19 +43,25 @@ MAX_NAME = 1024
 MAX_DEPTH = 64
 MAX_RANK = 64
 MAX_EXPONENT = 64
+MAX_ITEMS = 2**19  # of lists, trees and schedules, in all
+MAX_TERMS = 256  # of one size
+MAX_SYMBOLS = 1024
+
+_KEPT_TOKENS = 2**16
+_MOST_SHOWN = 400  # characters of a message
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+)|(?P<newline>\n)|(?P<comment>\#[^\n]*)
-    |(?P<value>%(?:[A-Za-z_0-9][A-Za-z0-9_.]*|"(?:[^"\\\n]|\\.)*"))
-    |(?P<weight>@(?:[A-Za-z_][A-Za-z0-9_.]*|"(?:[^"\\\n]|\\.)*"))
-    |(?P<string>"(?:[^"\\\n]|\\.)*")
-    |(?P<float>-?(?:\d+\.\d*(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)|-inf\b)
-    |(?P<int>\d+)(?![A-Za-z_])
+    |(?P<value>%(?:[A-Za-z_0-9][A-Za-z0-9_.]*|"(?:[^"\\\n]++|\\.)*+"))
+    |(?P<weight>@(?:[A-Za-z_][A-Za-z0-9_.]*|"(?:[^"\\\n]++|\\.)*+"))
+    |(?P<string>"(?:[^"\\\n]++|\\.)*+")
+    |(?P<float>-?(?:[0-9]+\.[0-9]*(?:[eE][+-]?[0-9]+)?|[0-9]+[eE][+-]?[0-9]+)|-inf\b)
+    |(?P<int>[0-9]+)(?![A-Za-z_])
     |(?P<name>[A-Za-z_][A-Za-z0-9_.]*)
     |(?P<punct>//|[-+*%()\[\]{}:,=])""",
     re.VERBOSE,
 )
-_PROVENANCE = re.compile(r"#\s?(?:\[(\d+(?:,\d+)*)\](?: |$))?(?:(.*?):(\d+)(?: |$))?(.*)$")
+_PROVENANCE = re.compile(r"#\s?(?:\[([0-9]{1,18}(?:,[0-9]{1,18})*)\](?: |$))?(?:(.*?):([0-9]{1,18})(?: |$))?(.*)$")
 _DIGEST = re.compile(r"\?|[0-9a-f]{12,64}")
 _KINDS = ("parameter", "added", "buffer", "constant", "state", "record")
 _KEYWORDS: dict[str, Any] = {"none": None, "true": True, "false": False, "inf": float("inf"), "nan": float("nan")}
@@ -96,53 +102,73 @@ def is_symbol_name(name: str) -> bool:
     return bool(_SYMBOL_NAME.fullmatch(name)) and name not in _KEYWORDS and name not in _CHOICES and not _DATA_DEPENDENT.fullmatch(name)
 
 
-def _tokenize(text: str) -> list[_Token]:
-    tokens, line, start, position = [], 1, 0, 0
+def _tokens_of(text: str) -> Iterator[_Token]:
+    """The tokens in order, then the end again and again. Of comments only those that follow something on their line."""
+    line, start, position, filled = 1, 0, 0, 0
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
-            raise ParseError(f"unexpected character {text[position]!r}", line, position - start + 1)
+            raise ParseError(f"unexpected character {ascii(text[position])}", line, position - start + 1)
         kind = match.lastgroup or ""
         if kind == "newline":
             line, start = line + 1, match.end()
-        elif kind != "space":
+        elif kind != "space" and not (kind == "comment" and filled != line):
             if kind in ("value", "weight", "name") and len(match.group()) > MAX_NAME:
                 raise ParseError(f"a name is longer than {MAX_NAME} characters", line, position - start + 1)
-            tokens.append(_Token(kind, match.group(), line, position - start + 1))
+            yield _Token(kind, match.group(), line, position - start + 1)
+            filled = line
         position = match.end()
-    tokens.append(_Token("end", "end of text", line, position - start + 1))
-    return tokens
+    end = _Token("end", "end of text", line, position - start + 1)
+    while True:
+        yield end
 
 
 class _Parser:
     def __init__(self, text: str, weights: "Mapping[str, torch.Tensor | Weight] | None"):
-        self.tokens = _tokenize(text)
+        self.made = _tokens_of(text)
+        self.tokens: list[_Token] = []  # those made so far, less what was read long ago
         self.index = 0
         self.last = 0  # index of the token consumed last
         self.table = weights
         self.symbols = SymbolTable()
         self.weights: dict[str, Weight] = {}
         self.nodes = 0
+        self.items = 0
+        self.terms = 0  # of the size that is read
         self.depth = 0
 
     # --- tokens ---
 
+    def at(self, index: int) -> _Token:
+        """The token of that index; they are made when they are asked for, so that what is refused early costs little."""
+        while index >= len(self.tokens):
+            self.tokens.append(next(self.made))
+        return self.tokens[index]
+
     @property
     def token(self) -> _Token:
-        while self.tokens[self.index].kind == "comment":
+        while (token := self.at(self.index)).kind == "comment":
             self.index += 1
-        return self.tokens[self.index]
+        return token
 
     def advance(self) -> _Token:
         token = self.token
         self.last = self.index
         if token.kind != "end":
             self.index += 1
+        if self.last > _KEPT_TOKENS:
+            del self.tokens[: self.last]
+            self.index, self.last = self.index - self.last, 0
         return token
 
     def fail(self, message: str, token: _Token | None = None) -> NoReturn:
         token = token or self.token
-        raise ParseError(message, token.line, token.column)
+        raise ParseError(_in_a_line(message), token.line, token.column)
+
+    def count_item(self) -> None:
+        self.items += 1
+        if self.items > MAX_ITEMS:
+            self.fail(f"lists, trees and schedules have more than {MAX_ITEMS} items")
 
     def expect(self, text: str) -> _Token:
         if self.token.text != text or self.token.kind == "string":
@@ -206,7 +232,10 @@ class _Parser:
                     self.fail(f"function {function.name} is defined twice", token)
                 functions[function.name] = function
             elif head.text == "schedule":
+                token = self.token
                 name = self.any_name()
+                if name in schedules:
+                    self.fail(f"schedule {name} is given twice", token)
                 self.expect("=")
                 schedules[name] = self._json()
             elif head.text == "pipeline":
@@ -219,6 +248,8 @@ class _Parser:
 
     def _symbol(self) -> None:
         token = self.take("name", "a symbol")
+        if len(self.symbols) >= MAX_SYMBOLS:
+            self.fail(f"the program has more than {MAX_SYMBOLS} symbols", token)
         if not is_symbol_name(token.text) or token.text in self.symbols:
             self.fail(
                 f"{token.text} cannot be declared: symbols are {_SYMBOL_NAME.pattern}, each once, no keyword, and not u0, u1, ..", token
@@ -331,6 +362,7 @@ class _Parser:
             if sizes:
                 self.expect(",")
             token = self.token
+            self.terms = 0
             size = self.expression()
             if isinstance(size, int) and not 0 <= size < 2**63:
                 self.fail(f"{size} is no size", token)
@@ -342,9 +374,9 @@ class _Parser:
         self._enter()
         value = self._product()
         while self.token.text in ("+", "-") and self.token.kind == "punct":
-            sign = self.advance().text
+            sign = self.advance()
             other = self._product()
-            value = value + other if sign == "+" else value - other
+            value = self._computed(value + other if sign.text == "+" else value - other, sign)
         self._leave()
         return value
 
@@ -357,6 +389,16 @@ class _Parser:
                 value = value * other if operation.text == "*" else value // other if operation.text == "//" else value % other
             except ZeroDivisionError:
                 self.fail("division by zero", operation)
+            value = self._computed(value, operation)
+        return value
+
+    def _computed(self, value: Any, operation: _Token) -> Any:
+        """`value`, which one more operation of this size gave."""
+        self.terms += 1
+        if self.terms > MAX_TERMS:
+            self.fail(f"a size has more than {MAX_TERMS} terms", operation)
+        if not -(2**63) <= hint(value) < 2**63:
+            self.fail("a size does not fit in 64 bits", operation)
         return value
 
     def _atom(self) -> Any:
@@ -386,6 +428,7 @@ class _Parser:
         """The fake value of an input's type."""
         if self.accept("size"):
             self.expect("(")
+            self.terms = 0
             value = self.expression()
             self.expect(")")
             return value
@@ -418,6 +461,7 @@ class _Parser:
         while not self.accept("}"):
             if children:
                 self.expect(",")
+            self.count_item()
             token = self.token
             key = self.string() if token.kind == "string" else self.integer()
             if key in children:
@@ -431,6 +475,7 @@ class _Parser:
         while not self.accept(close):
             if children:
                 self.expect(",")
+            self.count_item()
             children.append(self._tree())
         return tuple(children)
 
@@ -441,13 +486,18 @@ class _Parser:
             while not self.accept("]"):
                 if value:
                     self.expect(",")
+                self.count_item()
                 value.append(self._json())
         elif self.accept("{"):
             value = {}
             while not self.accept("}"):
                 if value:
                     self.expect(",")
+                self.count_item()
+                token = self.token
                 key = self.string()
+                if key in value:
+                    self.fail(f"the key {token.text} is given twice", token)
                 self.expect(":")
                 value[key] = self._json()
         elif self.token.kind in ("string", "float"):
@@ -568,7 +618,7 @@ class _Body:
 
     def _provenance(self) -> tuple[tuple[int, ...], Where]:
         last = self.parser.tokens[self.parser.last]
-        token = self.parser.tokens[min(self.parser.last + 1, len(self.parser.tokens) - 1)]
+        token = self.parser.at(self.parser.last + 1)
         match = _PROVENANCE.match(token.text) if token.kind == "comment" and token.line == last.line else None
         if match is None:
             return (), Where()
@@ -583,8 +633,7 @@ class _Body:
         while not parser.accept(")"):
             if args or kwargs:
                 parser.expect(",")
-            following = parser.tokens[parser.index + 1] if parser.index + 1 < len(parser.tokens) else None
-            if parser.token.kind == "name" and following is not None and following.text == "=":
+            if parser.token.kind == "name" and parser.at(parser.index + 1).text == "=":
                 key = parser.advance()
                 parser.expect("=")
                 if key.text in kwargs:
@@ -653,6 +702,7 @@ class _Body:
         while not self.parser.accept("]"):
             if items:
                 self.parser.expect(",")
+            self.parser.count_item()
             items.append(self.literal())
         self.parser._leave()
         return items
@@ -705,4 +755,10 @@ def _last_address(shape: list[Any], stride: list[Any]) -> int:
 
 
 def _shown(token: _Token) -> str:
-    return token.text if token.kind == "end" else f"'{token.text}'"
+    return token.text if token.kind == "end" else f"'{token.text[:_MOST_SHOWN]}'"
+
+
+def _in_a_line(message: str) -> str:
+    """A message that nothing in the text can end, colour, turn around or lengthen."""
+    plain = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message[: 2 * _MOST_SHOWN])
+    return plain if len(plain) <= 2 * _MOST_SHOWN else f"{plain[: 2 * _MOST_SHOWN]} .."

@@ -24,6 +24,7 @@ import torch
 from ..ir import Program, Weight
 from ..ir.calling import REQUIRED, Parameter
 from ..ir.errors import ArtifactError, GraphwrightError, TargetError
+from ..ir.plain_file import open_plain
 from ..passes import Contract
 from . import zip_subset
 from .atomic import atomic_write
@@ -182,7 +183,10 @@ def _blaming(path: Path) -> Iterator[None]:
 
 def _content(path: Path) -> torch.Tensor:
     """The whole file, read once: what is checked is what is used."""
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
+        if file.read(len(zip_subset.MAGIC)) != zip_subset.MAGIC:  # before it is given memory
+            raise ArtifactError("it is no .gw file, or was cut off")
+        file.seek(0)
         content = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
         count = file.readinto(content.numpy().data) if len(content) else 0
     if count != len(content):

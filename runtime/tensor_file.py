@@ -26,7 +26,7 @@ _DTYPES = {
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 ALIGNMENT = 64
-_MAX_HEADER = 256 * 2**20
+_MAX_HEADER = 32 * 2**20  # 300,000 tensors; JSON may take 30 bytes of memory for one of text
 
 
 def tensor_member(name: str, tensors: Mapping[str, torch.Tensor]) -> Member:

@@ -16,6 +16,7 @@ import torch
 
 from ..ir.errors import ArtifactError
 
+MAGIC = b"PK"  # with which every archive begins
 _NAME = re.compile(r"[a-z0-9_./-]{1,128}")
 _STORED, _DATE_1980, _MANY = 0, 0x21, 0xFFFFFFFF
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -133,7 +134,7 @@ def read(content: torch.Tensor) -> dict[str, tuple[int, int]]:
         ArtifactError: the bytes are not such an archive, or not as they were written.
     """
     view = content.numpy().data
-    if len(view) < _END.size + _DIGEST_LENGTH or bytes(view[:2]) != b"PK":
+    if len(view) < _END.size + _DIGEST_LENGTH or bytes(view[: len(MAGIC)]) != MAGIC:
         raise ArtifactError("it is no .gw file, or was cut off")
     if hashlib.sha256(view[:-_DIGEST_LENGTH]).hexdigest().encode() != bytes(view[-_DIGEST_LENGTH:]):
         raise ArtifactError("it was cut off or edited: its bytes do not have the SHA-256 that it ends with")

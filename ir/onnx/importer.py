@@ -29,7 +29,8 @@ _HINT = 64
 def read(model: Any, sizes: dict[str, int], constants: dict[str, torch.Tensor], folder: "str | Path | None") -> Program:
     """As `from_onnx`."""
     if isinstance(model, str | Path):
-        folder, model = Path(model).resolve().parent, read_model(model)
+        read_from, model = model, read_model(model)
+        folder = Path(read_from).resolve().parent  # it is a file: a name without one, or a link to itself, has no folder
     importer = _Importer(model, sizes, constants, None if folder is None else Path(folder))
     try:
         return importer.program()
@@ -151,5 +152,6 @@ class _Importer:
 
 def _check_names(names: list[str]) -> None:
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))
         raise ArtifactError(f"{shown(twice)} names two inputs or two initializers")

@@ -73,7 +73,7 @@ class Nodes:
         version = scope.opsets.get(domain, 1)
         wrong = misfit(node, version, domain)
         if wrong:
-            raise ArtifactError(f"{node.op_type} at {self.builder.where.module}: {wrong}")
+            raise ArtifactError(f"{_plain(node.op_type)} at {self.builder.where.module}: {wrong}")
         reasons = []
         mark = next(iter(reversed(self.builder.graph.nodes)), None)
         reader = READERS.get((domain, node.op_type))
@@ -97,7 +97,7 @@ class Nodes:
             )
         except Unsupported as reason:
             reasons = reasons or [str(reason)]
-        raise CaptureError(f"{domain or 'ai.onnx'}.{node.op_type} at {self.builder.where.module} has no form in a program: {reasons[0]}")
+        raise CaptureError(f"{_plain(domain or 'ai.onnx')}.{_plain(node.op_type)} at {self.builder.where.module} has no form in a program: {' '.join(reasons[0].split())}")
 
     def _call_of_ours(self, node: Any, local: Any, inputs: list[Value]) -> tuple[Value, ...] | None:
         """The call of a dialect operator that the node is; None where it is none, or where its function's body says what it is."""
@@ -251,6 +251,11 @@ def _after(graph: Any, mark: Node | None) -> list[Node]:
             break
         found.append(node)
     return found[::-1]
+
+
+def _plain(name: str) -> str:
+    """A name of an operator in a message: as it is where it is one."""
+    return name if re.fullmatch(r"[A-Za-z0-9_./-]{1,128}", name) else shown(name)
 
 
 def _printable(name: str) -> str:

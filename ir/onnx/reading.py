@@ -13,10 +13,13 @@ import numpy as np
 import torch
 
 from ..errors import ArtifactError, CaptureError
+from ..plain_file import read_plain
 from .dtypes import torch_dtype
+from .scope import shown
 
 _KEYS = {"location", "offset", "length", "checksum"}
 _MOST_DIMS, _MOST_BYTES = 64, 2**62
+_MOST_PROTOBUF = 2**31  # of one message, by protobuf itself
 _SMALL_CODES = {21: torch.uint8, 22: torch.int8, 25: torch.uint8, 26: torch.int8}  # 4 and 2 bits, which torch holds in 8
 _BITS = {21: 4, 22: 4, 25: 2, 26: 2}
 
@@ -31,7 +34,7 @@ def read_model(path: "str | os.PathLike[str]") -> Any:
     from google.protobuf.message import DecodeError
 
     try:
-        data = Path(path).read_bytes()
+        data = read_plain(path, _MOST_PROTOBUF)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
     model = onnx.ModelProto()
@@ -80,7 +83,7 @@ class Tensors:
             raise ArtifactError(f"tensor {name}: external data has a location and perhaps an offset, a length and a checksum, nothing else")
         if self._folder is None:
             raise ArtifactError(
-                f"tensor {name} lies in {given['location']!r}, and this model was not read from a folder: load it by its path"
+                f"tensor {name} lies in {shown(given['location'])}, and this model was not read from a folder: load it by its path"
             )
         offset, length = (_number(name, given.get(key)) for key in ("offset", "length"))
         content, whole = self._mapped(given["location"], name)
@@ -88,7 +91,7 @@ class Tensors:
         if length is not None and length != size:
             raise ArtifactError(f"tensor {name}: its dims need {size} bytes, and its external data has {length}")
         if offset + size > whole:
-            raise ArtifactError(f"tensor {name}: bytes {offset} to {offset + size} of {given['location']!r}, which has {whole}")
+            raise ArtifactError(f"tensor {name}: bytes {offset} to {offset + size} of {shown(given['location'])}, which has {whole}")
         if size == 0:
             return np.zeros(0, np.uint8)
         data = np.frombuffer(content, np.uint8, size, offset)
@@ -110,7 +113,7 @@ def _opened(folder: Path | None, location: str, name: str) -> int:
     """A descriptor of a plain file below `folder`, reached part by part without following a link."""
     parts = location.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\0" in location or "\\" in location:
-        raise ArtifactError(f"tensor {name}: {location!r} is no path below the model's folder")
+        raise ArtifactError(f"tensor {name}: {shown(location)} is no path below the model's folder")
     where = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY)
     try:
         for part in parts[:-1]:
@@ -119,13 +122,13 @@ def _opened(folder: Path | None, location: str, name: str) -> int:
             where = below
         descriptor = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=where)
     except OSError as error:
-        raise ArtifactError(f"tensor {name}: {location!r} cannot be opened in the model's folder: {error.strerror}") from error
+        raise ArtifactError(f"tensor {name}: {shown(location)} cannot be opened in the model's folder: {error.strerror}") from error
     finally:
         os.close(where)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         os.close(descriptor)
-        raise ArtifactError(f"tensor {name}: {location!r} is no plain file of its own: a link or a device may lead out of the folder")
+        raise ArtifactError(f"tensor {name}: {shown(location)} is no plain file of its own: a link or a device may lead out of the folder")
     return descriptor
 
 
