@@ -4,6 +4,7 @@ Views share a fake storage with their source, so `val` also says what aliases wh
 created and never edited; a stale shape is the commonest defect of compilers that edit graphs freely.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import fx
 from .calls import GETITEM, is_size_function
 from .errors import first_line
 from .region import Region
-from .symbols import SymbolTable, hint, same_size
+from .symbols import MAX_TERMS, SymbolTable, fits, hint, is_short_product, same_size
 
 
 class InferenceError(Exception):
@@ -30,13 +31,14 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     operands, keywords = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
     if is_size_function(target):
         _check_numbers((*operands, *keywords.values()))
+    _check_terms(target, (*operands, *keywords.values()))
     if target is GETITEM and not (operands and isinstance(operands[0], tuple)):
         raise InferenceError("it takes a result out of a call that has several")
     key = _body_key(target, operands, keywords)
     known = symbols.inferred.get(key) if key is not None else None
     if known is not None:
         return known.anew(symbols)
-    _check_count(target, operands, keywords)
+    _check_dim(target, operands, keywords)
     try:
         with symbols.inference(), torch.amp.autocast("cpu", enabled=False):
             value = target(*operands, **keywords)
@@ -48,7 +50,7 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
         if tensor.layout != torch.strided:
             kind = str(tensor.layout).removeprefix("torch.")
             raise InferenceError(f"it gives a {kind} tensor, and the IR has strided ones: convert it inside the model")
-    if isinstance(value, int | torch.SymInt) and not -(2**63) <= hint(value) < 2**63:
+    if isinstance(value, int | torch.SymInt) and not fits(value):
         raise InferenceError("the size that it gives does not fit in 64 bits")
     return tuple(value) if isinstance(value, list) else value
 
@@ -125,30 +127,39 @@ def _symbols_of(values: Iterable[Any]) -> set[Any]:
 
 MAX_RESULTS = 2**14  # of one call
 _APART = ("split", "split_with_sizes", "split_copy", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "unbind_copy", "tensor_split")
+_NEW_DIM = ("unsqueeze", "unsqueeze_copy")  # whose dim is one of the result
 
 
-def _check_count(target: Any, operands: Sequence[Any], keywords: Mapping[str, Any]) -> None:
-    """That a call which takes a tensor apart gives no more tensors than anybody reads: a short text may ask for billions."""
-    if getattr(target, "namespace", "") != "aten" or target._schema.name.removeprefix("aten::") not in _APART:
+def _check_dim(target: Any, operands: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+    """That the dim of an ATen call is one of its tensor: torch's own inference takes any for softmax, sort and some others, and then the
+    call fails. And that a call which takes a tensor apart gives no more tensors than anybody reads: a short text may ask for billions."""
+    if getattr(target, "namespace", "") != "aten":
         return
+    name = target._schema.name.removeprefix("aten::")
     named = dict(zip((each.name for each in target._schema.arguments), operands, strict=False)) | dict(keywords)
     whole, dim = named.get("self"), named.get("dim", 0)
-    if not isinstance(whole, torch.Tensor) or not isinstance(dim, int) or not -whole.dim() <= dim < whole.dim():
+    if not isinstance(whole, torch.Tensor) or type(dim) is not int or name in _NEW_DIM:
         return
-    length = hint(whole.shape[dim])
+    rank = max(whole.dim(), 1)
+    if "dim" in named and not -rank <= dim < rank:
+        raise InferenceError(f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but got {dim})")
+    if name in _APART and whole.dim() and (pieces := _pieces(named, hint(whole.shape[dim]))) > MAX_RESULTS:
+        raise InferenceError(f"it gives {pieces} tensors, more than the limit of {MAX_RESULTS}")
+
+
+def _pieces(named: Mapping[str, Any], length: int) -> int:
+    """How many tensors it gives; 0 where a list says how many."""
     match named:
         case {"split_size": int(size)}:
-            pieces = length // max(size, 1)
+            return length // max(size, 1)
         case {"chunks": int(count)}:
-            pieces = min(length, count)
+            return min(length, count)
         case {"sections": int(count)}:
-            pieces = count
+            return count
         case {"split_size": _} | {"split_sizes": _} | {"indices": _}:
-            return
+            return 0
         case _:
-            pieces = length
-    if pieces > MAX_RESULTS:
-        raise InferenceError(f"it gives {pieces} tensors, more than the limit of {MAX_RESULTS}")
+            return length
 
 
 HOLE: Any = object()  # stands for an operand in a seal
@@ -159,6 +170,17 @@ def sealed(target: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...
     share. While these are the same objects, the metadata holds."""
     skeleton = fx.map_arg((args, kwargs), lambda operand: HOLE)
     return (target, skeleton, tuple(operand.meta.get("val") for operand in operands_of((args, kwargs))))
+
+
+def _check_terms(target: Any, operands: Sequence[Any]) -> None:
+    """That no product of sums has more terms than can be multiplied out: of two sizes, of a power, of the sizes of a shape."""
+    factors = [each for each in operands if isinstance(each, tuple | list)]
+    if target is operator.mul:
+        factors.append(operands)
+    elif target is operator.pow and len(operands) == 2 and isinstance(operands[1], int):
+        factors.append(operands[:1] * min(abs(operands[1]), MAX_TERMS))
+    if any(not is_short_product(each) for each in factors):
+        raise InferenceError(f"a size that it takes or gives has more than {MAX_TERMS} terms when it is multiplied out")
 
 
 def _check_numbers(operands: Iterable[Any]) -> None:

@@ -33,7 +33,7 @@ from .infer import InferenceError, contiguous_stride, fake_like
 from .printer import VERSION
 from .program import Function, Program, Stage, Weight, Where
 from .region import Region, sliced
-from .symbols import UNBOUNDED, Symbol, SymbolTable, hint
+from .symbols import MAX_EXPONENT, UNBOUNDED, Symbol, SymbolTable, fits, is_short_product
 from .tree import LEAF, Tree, is_call
 from .types import DTYPES, type_text
 
@@ -42,13 +42,12 @@ MAX_NODES = 10**6
 MAX_NAME = 1024
 MAX_DEPTH = 64
 MAX_RANK = 64
-MAX_EXPONENT = 64
 MAX_ITEMS = 2**19  # of lists, trees and schedules, in all
 MAX_TERMS = 256  # of one size
 MAX_SYMBOLS = 1024
 
 _KEPT_TOKENS = 2**16
-_MOST_SHOWN = 400  # characters of a message
+_MOST_SHOWN = 200  # characters of what stands there, and twice as many of a message
 
 _TOKEN = re.compile(
     r"""(?P<space>[ \t\r]+)|(?P<newline>\n)|(?P<comment>\#[^\n]*)
@@ -335,6 +334,8 @@ class _Parser:
         if token.text not in DTYPES:
             self.fail(f"unknown dtype {token.text}: it is one of {', '.join(DTYPES)}", token)
         shape = self._sizes()
+        if not is_short_product(shape):
+            self.fail("the sizes of a tensor have too many terms", token)
         stride = self._sizes() if self.accept("strides") else list(contiguous_stride(shape))
         if len(shape) > MAX_RANK or len(stride) != len(shape):
             self.fail(f"a tensor has {len(shape)} sizes and {len(stride)} strides", token)
@@ -385,6 +386,8 @@ class _Parser:
         while self.token.text in ("*", "//", "%") and self.token.kind == "punct":
             operation = self.advance()
             other = self._atom()
+            if not is_short_product((value, other)):
+                self.fail("a product of sizes has too many terms", operation)
             try:
                 value = value * other if operation.text == "*" else value // other if operation.text == "//" else value % other
             except ZeroDivisionError:
@@ -397,7 +400,7 @@ class _Parser:
         self.terms += 1
         if self.terms > MAX_TERMS:
             self.fail(f"a size has more than {MAX_TERMS} terms", operation)
-        if not -(2**63) <= hint(value) < 2**63:
+        if not fits(value):
             self.fail("a size does not fit in 64 bits", operation)
         return value
 

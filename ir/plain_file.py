@@ -3,10 +3,10 @@
 import errno
 import os
 import stat
-from typing import BinaryIO
+from io import BufferedReader
 
 
-def open_plain(path: "str | os.PathLike[str]") -> BinaryIO:
+def open_plain(path: "str | os.PathLike[str]") -> BufferedReader:
     """The file at `path`, opened to be read.
 
     Raises:

@@ -4,8 +4,9 @@ torch names a symbol after a hash of its source; users see the names they gave (
 appearance, so equal programs print equal bytes.
 """
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from .torch_log import silenced
 
 UNBOUNDED = 2**63 - 1
+MAX_EXPONENT = 64
+MAX_TERMS = 1024  # of a size, and of the number of elements of a tensor
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,41 @@ class SymbolTable:
 def hint(size: Any) -> int:
     """A size as a number: itself, or the size at capture of a symbolic one (1 where only the data tell)."""
     return size if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 1)
+
+
+def is_short_product(sizes: Iterable[Any]) -> bool:
+    """Whether the product of sizes has at most MAX_TERMS terms when it is multiplied out, as torch does, before any are put together."""
+    count = 1
+    for size in sizes:
+        count *= _terms(size.node.expr) if isinstance(size, torch.SymInt) else 1
+        if count > MAX_TERMS:
+            return False
+    return True
+
+
+def _terms(expr: sympy.Basic) -> int:
+    """An upper bound, MAX_TERMS + 1 where it is more."""
+    if isinstance(expr, sympy.Add):
+        count = sum(map(_terms, expr.args))
+    elif isinstance(expr, sympy.Mul):
+        count = math.prod(map(_terms, expr.args))
+    elif isinstance(expr, sympy.Pow) and expr.exp.is_Integer:
+        base = _terms(expr.base)
+        count = base ** min(abs(int(expr.exp)), MAX_TERMS) if base > 1 else 1
+    else:
+        count = 1
+    return min(count, MAX_TERMS + 1)
+
+
+def fits(size: "int | torch.SymInt") -> bool:
+    """Whether a size is within 64 bits, so that each number of its expression is and no power is large: one that is 0 at capture may be
+    any at a call."""
+    numbers: list[Any] = [hint(size)]
+    if isinstance(size, torch.SymInt):
+        numbers += size.node.expr.atoms(sympy.Integer)
+        if any(power.exp.is_Integer and power.exp > MAX_EXPONENT for power in size.node.expr.atoms(sympy.Pow)):
+            return False
+    return all(-(2**63) <= int(number) < 2**63 for number in numbers)
 
 
 def ceil_div(a: Any, n: Any) -> Any:

@@ -68,7 +68,7 @@ def read_tensors(content: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     length = int.from_bytes(bytes(content[:8].tolist()), "little")
     if len(content) < 8 or length > min(len(content) - 8, _MAX_HEADER):
-        raise ArtifactError("its header is longer than the file")
+        raise ArtifactError(f"its header is longer than the file, or than {_MAX_HEADER} bytes")
     header = strict_json(bytes(content[8 : 8 + length].numpy()))
     if not isinstance(header, dict):
         raise ArtifactError("its header is no JSON object")

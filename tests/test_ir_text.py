@@ -590,7 +590,7 @@ def test_a_mistake_leaves_nothing_in_torchs_log(caplog: pytest.LogCaptureFixture
 
 def test_a_size_does_not_grow_without_bound() -> None:
     squares = "\n".join(f"  %{k + 1} = sym.mul(%{k}, %{k})" for k in range(60))
-    with pytest.raises(ParseError, match="the size that it gives does not fit in 64 bits"):
+    with pytest.raises(ParseError, match="more than 1024 terms when it is multiplied out"):
         ir.parse(function(f"  input %x : size(n)\n  %0 = sym.add(%x, 1)\n{squares}", before="symbol n in [0, 64] hint 5\n"))
 
 
@@ -673,6 +673,59 @@ def test_limits_name_what_is_too_large() -> None:
 def test_only_the_closed_vocabulary_can_be_called(name: str) -> None:
     with pytest.raises(ParseError, match="unknown operation"):
         ir.parse(call(f"{name}(%x)"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (call("aten.split.Tensor(%x, 1)", argument="f32[1000000000000]"), "it gives 1000000000000 tensors, more than the limit of 16384"),
+        (call("aten.unbind.int(%x, 0)", argument="f32[100000000]"), "it gives 100000000 tensors"),
+        (call("aten.chunk.default(%x, 100000000)", argument="f32[100000000]"), "it gives 100000000 tensors"),
+        (call("aten.tensor_split.sections(%x, 1000000000)"), "it gives 1000000000 tensors"),
+        (HEAD + "schedule s = [" + "0, " * 600_000, "have more than 524288 items"),
+        (HEAD + "".join(f"symbol n{n} in [0, 9] hint 2\n" for n in range(1025)), "more than 1024 symbols"),
+        (HEAD + "(" * 10**8, "expected a section"),
+        (HEAD + '"' + "a" * 10**8 + '"', "expected a section"),
+        (HEAD + "weight @w : f32[" + "9223372036854775807*" * 200_000 + "0]", "a size does not fit in 64 bits"),
+        (HEAD + "weight @w : f32[" + "1+" * 200_000 + "0]", "a size has more than 256 terms"),
+        (HEAD + "schedule s = 1\nschedule s = 2", "schedule s is given twice"),
+        (HEAD + 'schedule s = {"a": 1, "a": 2}', 'the key "a" is given twice'),
+        (HEAD + 'weight @"a\\nb\\u202e" : f32[1] buffer "?"\n' * 2, r"weight a\\nb\\u202e is declared twice"),
+        (call("aten.add.Scalar(%x, \u0663)"), "unexpected character '\\\\u0663'"),
+    ],
+    ids=range(14),
+)
+def test_a_short_or_early_refusal_takes_no_time_or_memory(text: str, message: str) -> None:
+    """Each of these took minutes or gigabytes, or was read as something else."""
+    with pytest.raises(ParseError, match=message) as refused:
+        ir.parse(text)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("hints", [(0, 0), (0, 1), (5, 5)])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["%s = sym.add(%a, %b)", *(f"%{n} = sym.mul(%{n - 1 if n else 's'}, %{n - 1 if n else 's'})" for n in range(60))],
+        ["%s = sym.add(%a, 1)", *(f"%{n} = sym.mul(%{n - 1 if n else 's'}, %a)" for n in range(100)), "%z = sym.mul(%99, %99)"],
+        ["%s = sym.add(%a, %b)", "%0 = sym.pow(%s, 64)"],
+        ["%s = sym.add(%a, %b)", f"%0 = aten.zeros.default([{', '.join(['%s'] * 20)}])"],
+    ],
+    ids=["squares", "powers", "a power", "a shape"],
+)
+def test_a_size_that_is_small_at_capture_does_not_grow_without_bound_either(hints: tuple[int, int], lines: list[str]) -> None:
+    body = "".join(f"  {line}\n" for line in lines)
+    symbols = "".join(f"symbol {name} in [0, 64] hint {hint}\n" for name, hint in zip("nm", hints, strict=True))
+    text = function(f"  input %a : size(n)\n  input %b : size(m)\n{body.rstrip()}", before=symbols, takes="((*, *), {})")
+    with pytest.raises(ParseError, match="more than 1024 terms|does not fit in 64 bits"):
+        ir.parse(text)
+
+
+@pytest.mark.parametrize("origin", ["9" * 5000, "1," * 10])
+def test_a_comment_of_no_provenance_is_a_comment(origin: str) -> None:
+    text = call("aten.relu.default(%x)").replace("relu.default(%x)", f"relu.default(%x)  # [{origin}] model.py:{'9' * 5000} mix")
+    (node,) = ir.parse(text).main.calls
+    assert node.meta["origin"] == () and node.meta["where"].line == 0
 
 
 # --- weights ---

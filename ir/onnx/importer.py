@@ -1,6 +1,7 @@
 """From an ONNX model to a Program: its inputs, initializers and outputs; what is between them is read by `nodes.py`."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,5 @@ class _Importer:
 
 def _check_names(names: list[str]) -> None:
     if len(set(names)) != len(names):
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))
+        twice = next(name for name, count in Counter(names).items() if count > 1)
         raise ArtifactError(f"{shown(twice)} names two inputs or two initializers")

@@ -22,6 +22,7 @@ from .scope import Scope, domain_of, shown
 from .standard import body_of, known_attributes, misfit
 
 _MOST_NESTED = 64
+_MOST_SAID = 500  # characters of a reason, which may have names of the file in it
 # Nodes of functions and graphs inside others, read once for each call: a file of 64 functions that call the next one twice has 2^64.
 _LEAST_EXPANDED, _EXPANDED_A_NODE = 2**14, 64
 # Elements of a tensor of functions that are compared with what they say they are; more in files of large weights, of 4 bits each perhaps.
@@ -97,7 +98,8 @@ class Nodes:
             )
         except Unsupported as reason:
             reasons = reasons or [str(reason)]
-        raise CaptureError(f"{_plain(domain or 'ai.onnx')}.{_plain(node.op_type)} at {self.builder.where.module} has no form in a program: {' '.join(reasons[0].split())}")
+        name, said = f"{_plain(domain or 'ai.onnx')}.{_plain(node.op_type)}", " ".join(reasons[0].split())[:_MOST_SAID]
+        raise CaptureError(f"{name} at {self.builder.where.module} has no form in a program: {said}")
 
     def _call_of_ours(self, node: Any, local: Any, inputs: list[Value]) -> tuple[Value, ...] | None:
         """The call of a dialect operator that the node is; None where it is none, or where its function's body says what it is."""

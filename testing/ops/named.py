@@ -12,6 +12,7 @@ _NUMBERS: dict[str, tuple[Any, ...]] = {
     "number": (2, 1, 0.5, 0, -1.0),
     "bool": (False, True),
 }
+_FACTORS = (2, 1, 0.5, -1.0, 7.0)
 
 
 def maker_of(target: Any) -> Callable[[Builder], object]:
@@ -34,6 +35,8 @@ def maker_of(target: Any) -> Callable[[Builder], object]:
 
 def _drawn(b: Builder, argument: Any, others: list[Value]) -> Any:
     kind = str(argument.real_type if hasattr(argument, "real_type") else argument.type)
+    if kind == "Tensor" and others and argument.name == "other" and b.choices.chance(30):
+        return b.choices.pick(_FACTORS)  # torch.export writes x / 7.0 so
     if kind == "Tensor":
         return b.partner(others[0]) if others else b.operand()
     if kind == "List[Tensor]":
