@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..ir.errors import ArtifactError
+from ..ir.errors import ArtifactError, GraphwrightError
 from .cases import save_case
 from .coverage import rule_counts, untested
+from .ops import makers_of
 from .trials import Record, make_trial, run_trial
 
 FAILING = ("wrong", "unstable", "crashed", "timeout")
@@ -34,9 +35,22 @@ _MOST_REASONS = 8  # of one rule
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for; 1 when a trial fails, or a rule was tested less often than required."""
+    """Runs what the command line asks for; 1 when a trial fails, or a rule was tested less often than required, 2 for a mistake in what
+    was asked for, 130 when it was stopped."""
     options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except GraphwrightError as error:
+        print(f"fuzz: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fuzz: stopped; what is in {options.out} stays, and the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     families = tuple(options.ops.split(",")) if options.ops else None
+    makers_of(families)  # what is none of ours is no crash of each trial
     if options.only is not None:
         return _show_one(options.seed, options.only, options.max_nodes, families)
     out = Path(options.out)
@@ -98,6 +112,9 @@ def _run_in_pool(
                     yield record
         except BrokenProcessPool:
             lost += under_way.values()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _start_worker() -> None:

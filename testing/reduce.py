@@ -36,30 +36,41 @@ class Smallest:
 
 
 def reduce(program: Program, passes: Pipeline, inputs: Sequence[Any]) -> Smallest:
-    """A part of `program` and of `passes`, with inputs, that fails as the whole does on `inputs` (flat, a value for each leaf).
+    """A part of `program` and of `passes`, with inputs, that fails as the whole does on `inputs` (flat, a value for each leaf): by the same
+    kind of verdict, about the same (numbers, shared memory, a rule of the IR, ..).
 
     Raises:
         ValueError: it does not fail.
     """
     pipeline = parse_pipeline(passes)
-    kind = try_passes(program, pipeline, [inputs]).verdict.kind
-    if kind not in ("wrong", "unstable", "crashed"):
-        raise ValueError(f"the trial is {kind}, so that there is nothing to reduce")
+    verdict = try_passes(program, pipeline, [inputs]).verdict
+    if not verdict.fails:
+        raise ValueError(f"the trial is {verdict.kind}, so that there is nothing to reduce")
+    symptom = _symptom(verdict)
 
     def fails(part: Program, values: Sequence[Any]) -> bool:
-        return try_passes(part, pipeline, [values]).verdict.kind == kind
+        return _symptom(try_passes(part, pipeline, [values]).verdict) == symptom
 
     small, values = reduced(program, inputs, fails)
     for each in reversed(pipeline):
         fewer = tuple(other for other in pipeline if other is not each)
-        if _ends_as(kind, small, fewer, values):
+        if _ends_as(symptom, small, fewer, values):
             pipeline = fewer
     return Smallest(small, pipeline, values, try_passes(small, pipeline, [values]).verdict)
 
 
-def _ends_as(kind: str, program: Program, passes: tuple[Pass, ...], inputs: Sequence[Any]) -> bool:
+def _symptom(verdict: Verdict) -> tuple[str, str]:
+    """The kind of a verdict and what it is about, so that a part which fails for another reason is not taken for the fault: where a call
+    is the last one left, a pass that drops it gives an input back as the output, whatever was wrong with it before."""
+    if verdict.worst is not None:
+        return verdict.kind, "numbers"
+    said = ("shares memory", "breaks a rule of the IR", "its text", "fails to run", " failed: ")
+    return verdict.kind, next((each for each in said if each in verdict.reason), "")
+
+
+def _ends_as(symptom: tuple[str, str], program: Program, passes: tuple[Pass, ...], inputs: Sequence[Any]) -> bool:
     try:
-        return try_passes(program, passes, [inputs]).verdict.kind == kind
+        return _symptom(try_passes(program, passes, [inputs]).verdict) == symptom
     except PassError:  # one needs another before it
         return False
 

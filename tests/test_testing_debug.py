@@ -123,6 +123,29 @@ def test_all_that_a_fault_needs_is_left(program: gw.Program) -> None:
     assert targets.count("aten.add.Tensor") == 3 and set(targets) <= {"aten.add.Tensor", "aten.mul.Tensor"}  # which joins them
 
 
+def test_what_is_left_fails_for_the_reason_for_which_the_whole_did() -> None:
+    """Of the addition alone a pass that drops it gives the input back, which is wrong too, and not what was found."""
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x / (x.abs().sum(-1, keepdim=True) + 1e-15)).softmax(-1)
+
+    @dataclass(frozen=True)
+    class DropsTiny(Pass):
+        name, contract = "drops-tiny", Contract.EXACT
+
+        def run(self, rewriter: Rewriter) -> Outcome:
+            for node in rewriter.nodes():
+                if node.target is torch.ops.aten.add.Tensor and node.args[1] == 1e-15:
+                    with rewriter.step("drop"):
+                        rewriter.replace(node, node.args[0])
+            return Outcome()
+
+    small = reduce(gw.capture(Net(), (torch.zeros(2, 4),)), [DropsTiny()], [torch.zeros(2, 4)])
+    assert small.verdict.worst is not None and "shares memory" not in small.verdict.reason
+    assert 2 <= len(small.program.main.calls) <= 3
+
+
 def test_what_does_not_fail_is_not_reduced(program: gw.Program) -> None:
     with pytest.raises(ValueError, match="the trial is right, so that there is nothing to reduce"):
         reduce(program, gw.CLEANUPS, random_inputs(program))

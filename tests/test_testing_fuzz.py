@@ -114,6 +114,26 @@ def test_a_file_that_is_no_run_is_an_error(tmp_path: Path) -> None:
         fuzz.fuzz(0, 1, tmp_path)
 
 
+def test_what_is_asked_for_by_mistake_is_one_line_and_no_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz.main(["--ops", "elementwise,nosuch", "--programs", "3", "--out", str(tmp_path / "run")]) == 2
+    (tmp_path / "results.jsonl").write_text("no record\n")
+    assert fuzz.main(["--programs", "3", "--out", str(tmp_path)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("fuzz: nosuch is neither an operation") and "is no record of a fuzzing run" in second
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fuzz, "fuzz", stopped)
+    assert fuzz.main(["--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == f"fuzz: stopped; what is in {tmp_path} stays, and the same command goes on from there\n"
+
+
 def test_another_run_does_not_mix_with_the_one_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps({"seed": 1, "max_nodes": 12, "ops": ""}))
     with pytest.raises(SystemExit, match="holds a run with"):
