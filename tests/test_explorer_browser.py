@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import time
+from importlib import resources
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import graphwright as gw
 from graphwright.explorer import Story, document, page
+from graphwright.ir.liveness import format_bytes
 from graphwright.passes import Contract
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -100,6 +102,11 @@ class Page:
         return [entry["message"] for entry in self.browser.get_log("browser") if entry["source"] != "rendering"]  # advice on speed
 
 
+def script(name):
+    """What a script of the page defines, in front of a script that asks it."""
+    return (resources.files("graphwright.explorer") / "page" / name).read_text() + "\n"
+
+
 @pytest.fixture(scope="module")
 def unet(browser, tmp_path_factory):
     module, args, kwargs = gw.models.load("video_unet", "tiny", frames=16, height=16, width=16)
@@ -160,6 +167,33 @@ def test_stages_show_what_changed(page_of_unet, unet):
     opened.click("#stages button:first-child")
     assert opened.js("return document.querySelector('[data-mode=text]').getAttribute('aria-checked')") == "true"
     assert opened.js("return document.querySelectorAll('#text .row.add').length") == 0
+
+
+def test_a_stage_without_a_difference_to_the_captured_program_shows_that_to_the_stage_before(page_of_unet):
+    page_of_unet.click('[data-mode="captured"]')
+    page_of_unet.keys("[")
+    page_of_unet.wait("document.querySelector('[data-mode=captured]').hidden")
+    assert page_of_unet.js("return document.querySelector('[data-mode=previous]').getAttribute('aria-checked')") == "true"
+
+
+def test_the_captured_curve_keeps_all_its_calls_over_the_width_of_the_other(page_of_unet):
+    axis, captured, live = page_of_unet.js(script("memory.js") + "return curves([5, 7], [1, 9, 2, 3, 4, 8])")
+    assert axis == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert captured == [1, 9, 2, 3, 4, 8, 8] and live == [5, 5, 5, 7, 7, 7, 7]
+
+
+def test_bytes_are_rounded_as_the_report_in_words_rounds_them(page_of_unet):
+    counts = [0, 1023, 1024, 1152, 1408, 1664, 1920, 9 * 2**17, 11 * 2**17, 13 * 2**17, 5 * 2**30 + 2**27]
+    assert page_of_unet.js(f"{script('report.js')} return {counts}.map(bytes)") == [format_bytes(count) for count in counts]
+
+
+def test_keys_are_the_pages_again_once_a_colour_is_chosen_with_the_pointer(page_of_unet):
+    page_of_unet.js(
+        "const c = document.querySelector('#colour'); c.focus(); c.dispatchEvent(new Event('pointerdown'));"
+        "c.value = 'bytes'; c.dispatchEvent(new Event('change'))"
+    )
+    page_of_unet.keys("4")
+    assert page_of_unet.js("return document.querySelector('#tab-left').getAttribute('aria-selected')") == "true"
 
 
 def test_a_line_stays_selected_from_stage_to_stage(page_of_unet):

@@ -141,3 +141,11 @@ class Table {
   }
   refresh() { if (this.list) this.list.refresh(); }
 }
+
+// Once something is chosen with the pointer, keys are the page's again; those who walk a chooser by keys stay in it.
+function releaseAfterPointer(chooser) {
+  let pressed = false;
+  chooser.addEventListener("pointerdown", () => { pressed = true; });
+  chooser.addEventListener("keydown", () => { pressed = false; });
+  chooser.addEventListener("change", () => { if (pressed) chooser.blur(); });
+}

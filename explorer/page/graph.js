@@ -21,6 +21,7 @@ function startGraph() {
   if (report.data.kernels.some((each) => each.seconds !== null)) ways.push("time");
   if (report.data.errors.length) ways.push("error");
   chooser.append(...ways.map((way) => make("option", { value: way }, way)));
+  releaseAfterPointer(chooser);
   chooser.addEventListener("change", () => { graphPane.colour = chooser.value; heat(); drawGraph(); });
   byId("fold").addEventListener("click", foldAll);
   byId("unfold").addEventListener("click", openSelected);

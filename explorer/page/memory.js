@@ -25,15 +25,18 @@ const plotSize = () => ({ width: Math.max(memoryPane.box.clientWidth - 12, 80), 
 function capturedMemory() {
   const { name } = nowFunction();
   const fn = report.data.programs[0].functions.find((each) => each.name === name);
-  return nowProgram() === 0 || !fn ? null : fn.memory;
+  return nowProgram() === 0 || !fn || !fn.memory.live.length ? null : fn.memory;
 }
 
-// The captured program's curve over as many places as the other has: each the largest of those that fall on it.
-function stretched(live, length) {
-  return Array.from({ length }, (_, at) => {
-    const first = Math.floor((at * live.length) / length), end = Math.max(Math.floor(((at + 1) * live.length) / length), first + 1);
-    return Math.max(...live.slice(first, end));
-  });
+// Both curves over one axis, the calls of the program in sight: the captured one is stretched to its width, and keeps all its calls.
+function curves(live, captured) {
+  const width = live.length, stretch = captured ? width / captured.length : 1;
+  const places = new Set(Array.from({ length: width + 1 }, (_, at) => at));
+  if (captured) captured.forEach((_, at) => places.add(at * stretch));
+  const axis = [...places].sort((a, b) => a - b);
+  // A step is drawn from each call to the next, so the last is there twice.
+  const over = (values, scale) => axis.map((place) => values[Math.min(Math.floor(place / scale + 1e-6), values.length - 1)]);
+  return captured ? [axis, over(captured, stretch), over(live, 1)] : [axis, over(live, 1)];
 }
 
 function fillMemory() {
@@ -47,15 +50,9 @@ function drawMemory() {
   const { memory } = nowFunction(), before = capturedMemory(), { colours } = graphPane;
   if (!memory.live.length) return;
   const count = memory.live.length;
-  // A step is drawn from each call to the next, so the last is there twice.
-  const data = [Array.from({ length: count + 1 }, (_, at) => at), [...memory.live, memory.live[count - 1]]];
   const steps = uPlot.paths.stepped({ align: 1 });
   const series = [{}, { stroke: colours.curve, fill: colours["curve-soft"], width: 1.4, paths: steps, points: { show: false } }];
-  if (before) {
-    const other = stretched(before.live, count);
-    data.splice(1, 0, [...other, other[count - 1]]);
-    series.splice(1, 0, { stroke: colours.before, fill: colours["before-soft"], width: 1, paths: steps, points: { show: false } });
-  }
+  if (before) series.splice(1, 0, { stroke: colours.before, fill: colours["before-soft"], width: 1, paths: steps, points: { show: false } });
   const axis = { stroke: colours.quiet, grid: { stroke: colours.line, width: 1 }, ticks: { show: false }, font: `11px ${graphPane.sans}` };
   memoryPane.plot = new uPlot(
     {
@@ -67,7 +64,7 @@ function drawMemory() {
       series,
       hooks: { draw: [markMemory] },
     },
-    data,
+    curves(memory.live, before?.live),
     memoryPane.box,
   );
   const { over } = memoryPane.plot;

@@ -114,7 +114,13 @@ function bytes(count) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let value = count, unit = 0;
   while (Math.abs(value) >= 1024 && unit < units.length - 1) { value /= 1024; unit++; }
-  return unit ? `${value.toFixed(2)} ${units[unit]}` : `${value} B`;
+  return unit ? `${twoPlaces(value)} ${units[unit]}` : `${value} B`;
+}
+
+// As Python rounds, so that the report in words says the same: of two that are as near, the even one.
+function twoPlaces(value) {
+  const hundredths = value * 100, below = Math.floor(hundredths);
+  return (hundredths - below === 0.5 ? (below + (below % 2)) / 100 : value).toFixed(2);
 }
 
 function seconds(value) {

@@ -17,13 +17,17 @@ const nowProgram = () => programOf(state.stage);
 const nowLines = () => linesOf(nowProgram());
 const nowFunction = () => report.data.programs[nowProgram()].functions[state.fn];
 
+// What changed since capture is known of the last program alone, and the captured one has no change at all.
+const hasCaptured = (stage) => isLast(programOf(stage)) && report.data.programs.length > 2;
+const modeAt = (stage) => (stage === 0 ? "text" : state.mode === "captured" && !hasCaptured(stage) ? "previous" : state.mode);
+
 function selectStage(stage) {
   stage = Math.min(Math.max(stage, 0), report.data.stages.length - 1);
   const from = nowProgram(), to = programOf(stage);
   const selected = state.selected < 0 ? -1 : sameLine(from, state.selected, to);
   const name = nowFunction().name;
   const fn = Math.max(report.data.programs[to].functions.findIndex((each) => each.name === name), 0);
-  change({ stage, selected, fn, lit: new Set(), mode: stage === 0 ? "text" : state.mode, ...found(state.query, to) });
+  change({ stage, selected, fn, lit: new Set(), mode: modeAt(stage), ...found(state.query, to) });
 }
 
 // Selects a line of `program`, in the first stage that has it where the present one has another.
@@ -31,7 +35,7 @@ function selectLine(place, program = nowProgram(), lit = new Set()) {
   if (place < 0) return;
   const stage = program === nowProgram() ? state.stage : report.data.stages.findIndex((each) => each.program === program);
   const others = stage === state.stage ? {} : found(state.query, program);
-  change({ stage, mode: stage === 0 ? "text" : state.mode, selected: place, fn: functionAt(program, place), lit, below: state.below, ...others });
+  change({ stage, mode: modeAt(stage), selected: place, fn: functionAt(program, place), lit, below: state.below, ...others });
 }
 
 // A line of the user's: all that came from it is lit, and the first of it selected.

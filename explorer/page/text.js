@@ -29,6 +29,7 @@ function startText() {
   textPane.list = new Rows(box, drawRow);
   box.addEventListener("keydown", textKey);
   for (const button of document.querySelectorAll("[data-mode]")) button.addEventListener("click", () => change({ mode: button.dataset.mode }));
+  releaseAfterPointer(byId("function"));
   byId("function").addEventListener("change", (event) => {
     const fn = Number(event.target.value);
     change({ fn, selected: nowProgramFunctions()[fn].first, lit: new Set() });
@@ -69,7 +70,7 @@ function nowDifference() {
   const after = nowProgram();
   const before = state.mode === "captured" ? 0 : Math.max(programOf(Math.max(state.stage - 1, 0)), 0);
   if (before === after) return { rows: linesOf(after).map((line, place) => [" ", place, place, 1, null]), before, after, said: "nothing changed", changed: [] };
-  return differenceOf(before, after) || differenceOf(after - 1, after);
+  return differenceOf(before, after);
 }
 
 // The rows around changes; what lies between is one row that opens it.
@@ -100,8 +101,7 @@ function fillTextBar() {
     button.setAttribute("aria-checked", String(button.dataset.mode === state.mode));
     button.disabled = state.stage === 0 && button.dataset.mode !== "text";
   }
-  const captured = document.querySelector('[data-mode="captured"]');
-  captured.hidden = !isLast(nowProgram()) || report.data.programs.length < 3;
+  document.querySelector('[data-mode="captured"]').hidden = !hasCaptured(state.stage);
   const chooser = byId("function"), functions = nowProgramFunctions();
   chooser.replaceChildren(...functions.map((each, number) => make("option", { value: String(number), selected: number === state.fn }, each.name)));
   chooser.hidden = functions.length < 2;

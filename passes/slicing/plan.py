@@ -392,7 +392,8 @@ class Planner:
             last = max(users, key=lambda u: layout.at(u))
             stop = next((self.stops[u] for u in (*users, *views) if u in self.stops), None)
             why = f"; {stop.reason}: {stop.detail}" if stop is not None else ""
-            return f"kept for {last.target} at {last.meta.get('where') or '?'}, {layout.at(last) - at} calls later{why}"
+            later = layout.at(last) - at
+            return f"kept for {last.target} at {last.meta.get('where') or '?'}, {later} call{'s' if later > 1 else ''} later{why}"
         stop = next((self.stops[u] for u in (node, *here, *views) if u in self.stops), None)
         if isinstance(layout.items[at], PlannedRegion):
             why = f"; {stop.reason}: {stop.detail}" if stop is not None else ""
