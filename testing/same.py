@@ -13,7 +13,7 @@ from ..ir.region import Region
 
 def difference(a: Program, b: Program) -> str:
     """What differs first between two programs, in a sentence; "" where they agree: operations, operands, numbers to the last bit, types
-    with the strides of dims longer than 1, nesting, inputs, states and weights."""
+    with the strides of dims longer than 1 where all sizes are numbers, nesting, inputs, states and weights."""
     if list(a.functions) != list(b.functions):
         return f"functions are {list(b.functions)}, not {list(a.functions)}"
     if a.weights.keys() != b.weights.keys():
@@ -61,8 +61,10 @@ def _spelled(value: Any, places: dict[Node, int]) -> Any:
     if isinstance(value, Node):
         return ("weight", value.target) if value.op == "get_attr" else ("node", places[value])
     if isinstance(value, torch.Tensor):
-        strides = [str(stride) for size, stride in zip(value.shape, value.stride()) if not isinstance(size, int) or size > 1]
-        return str(value.dtype), str(value.device), [str(size) for size in value.shape], strides if value.numel() != 0 else []
+        sizes, is_static = [str(size) for size in value.shape], all(isinstance(each, int) for each in (*value.shape, *value.stride()))
+        # One stride of symbols has several spellings, such as 32 * Max(1, n) for n of at least 2.
+        strides = [stride for size, stride in zip(value.shape, value.stride()) if size > 1] if is_static and value.numel() else []
+        return str(value.dtype), str(value.device), sizes, strides
     if isinstance(value, dict):
         return [(name, _spelled(item, places)) for name, item in value.items()]
     if isinstance(value, tuple | list):

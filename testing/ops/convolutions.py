@@ -54,7 +54,10 @@ def transposed(b: Builder) -> Value:
     inner, dims = b.static(x.shape[1]), x.rank - 2
     kernel, stride = b.choices.pick((2, 3)), b.choices.pick((1, 2))
     weight = b.weight((inner, b.choices.pick((4, 2)), *[kernel] * dims), x.dtype)
-    return b.call(_TRANSPOSED[x.rank], fitting(b, x, inner * kernel**dims), weight, None, [stride] * dims, [b.choices.pick((0, 1))] * dims)
+    small, padding = fitting(b, x, inner * kernel**dims), b.choices.pick((0, 1))
+    if any(isinstance(size, int) and (size - 1) * stride + kernel <= 2 * padding for size in x.shape[2:]):
+        raise Rejected  # nothing is left, which ATen refuses at the call and not where types are inferred
+    return b.call(_TRANSPOSED[x.rank], small, weight, None, [stride] * dims, [padding] * dims)
 
 
 @maker("convolutions", weight=2)
