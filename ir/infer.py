@@ -86,11 +86,8 @@ class ResultType:
             return None
         if source is not None and (read[source].dtype != result.dtype or read[source].is_conj() or read[source].is_neg()):
             return None
-        sizes = [tuple(map(_expression, each)) for each in (result.shape, result.stride())]
-        return cls(result.dtype, *sizes, _expression(result.storage_offset()), result.device, source)
-
-    def symbols(self) -> set[Any]:
-        return _symbols_of((*self.shape, *self.stride, self.offset))
+        shape, stride = (tuple(map(_expression, each)) for each in (result.shape, result.stride()))
+        return cls(result.dtype, shape, stride, _expression(result.storage_offset()), result.device, source)
 
     def anew(self, symbols: SymbolTable, read: list[torch.Tensor]) -> torch.Tensor:
         shape, stride = ([symbols.sized(size) for size in each] for each in (self.shape, self.stride))
