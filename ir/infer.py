@@ -34,7 +34,7 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
         _check_numbers((*operands, *keywords.values()))
     if target is GETITEM and not (operands and isinstance(operands[0], tuple)):
         raise InferenceError("it takes a result out of a call that has several")
-    key = _key_of(target, operands, keywords)
+    key = _key_of(symbols, target, operands, keywords)
     known = _find(symbols, key, (operands, keywords)) if key is not None else None
     if known is not None:
         return known.anew(symbols, (operands, keywords))
@@ -111,13 +111,15 @@ class Inferred:
         results, read = tensors_of(value), _tensors_in(operands)
         if not results or (isinstance(value, tuple | list) and len(results) < len(value)):
             return None
+        if not _symbols_of(_sizes_in(results)) <= _symbols_of(_sizes_in(operands)):  # a size that depends on data, which is not asked
+            return None
         types = [ResultType.of(each, read) for each in results]
         known = tuple(each for each in types if each is not None)
         own = [storage_key(result) for result, each in zip(results, types, strict=True) if each is not None and each.source is None]
         if len(known) < len(types) or len(set(own)) < len(own):
             return None
         sizes = [size for each in known for size in (*each.shape, *each.stride, each.offset) if not isinstance(size, int)]
-        if not all(size.free_symbols for size in sizes) or not _symbols_of(sizes) <= _symbols_of(_sizes_in(operands)):
+        if not all(size.free_symbols for size in sizes):
             return None
         return cls(known, isinstance(value, torch.Tensor))
 
@@ -130,31 +132,28 @@ class Inferred:
 def _find(symbols: SymbolTable, key: Any, operands: Any) -> "Inferred | None":
     """What a call of that key is known to give, in this program or in another."""
     known = symbols.inferred.get(key)
-    if known is None and (shared := _shared_key(symbols, key, operands)) is not None and shared in _KNOWN:
+    if known is None and (shared := _shared_key(symbols, key, operands)) in _KNOWN:
         known = symbols.inferred[key] = _KNOWN[shared]
     return known
 
 
 def _note(symbols: SymbolTable, key: Any, operands: Any, inferred: "Inferred") -> None:
-    symbols.inferred[key] = inferred
-    shared = _shared_key(symbols, key, operands)
-    if shared is None:
-        return
     if len(_KNOWN) >= MOST_KNOWN:
         _KNOWN.clear()
-    _KNOWN[shared] = inferred
+    symbols.inferred[key] = _KNOWN[_shared_key(symbols, key, operands)] = inferred
 
 
 def _shared_key(symbols: SymbolTable, key: Any, operands: Any) -> Any:
-    """The key and what else the types follow from between programs; None where a size depends on data."""
-    declared = symbols.declared(_symbols_of(_sizes_in(operands)))
-    return None if declared is None else (key, declared, len(symbols) > 0, torch.get_default_dtype())
+    """The key and what else the types follow from between programs."""
+    return (key, symbols.declared(_symbols_of(_sizes_in(operands))), len(symbols) > 0, torch.get_default_dtype())
 
 
-def _key_of(target: Callable[..., Any], operands: Any, keywords: Any) -> Any:
+def _key_of(symbols: SymbolTable, target: Callable[..., Any], operands: Any, keywords: Any) -> Any:
     """What the types of an operator's results follow from in one program; None for other targets, for calls that read no tensor, whose
-    device may be a default, and for operands of other kinds than these."""
+    device may be a default, where a size depends on data, of which nothing may be asked, and for operands of other kinds than these."""
     if getattr(target, "namespace", "") not in ("gw", "aten") or not _tensors_in((operands, keywords)):
+        return None
+    if symbols.declared(_symbols_of(_sizes_in((operands, keywords)))) is None:
         return None
     try:
         return (target, _key(operands), tuple((name, _key(keywords[name])) for name in sorted(keywords)))

@@ -145,6 +145,18 @@ def test_the_default_float_is_part_of_what_types_follow_from():
     assert results == [torch.float32, torch.float64]
 
 
+def test_nothing_is_kept_of_sizes_that_depend_on_data():
+    symbols = SymbolTable()
+    graph, (x,) = graph_of(symbols, (5, 3))
+    index = add_call(graph, symbols, ATEN.select.int, (places(graph, symbols, "index", 1), 0, 0))
+    place = add_call(graph, symbols, ATEN.item.default, (index,))
+    known = len(symbols.inferred)
+    row = add_call(graph, symbols, ATEN.select.int, (x, 0, place))
+    add_call(graph, symbols, ATEN.view.default, (row, [3, 1]))
+    add_call(graph, symbols, ATEN.nonzero.default, (x,))
+    assert len(symbols.inferred) == known == 1
+
+
 def test_what_is_known_of_programs_is_bounded(monkeypatch):
     monkeypatch.setattr(infer, "MOST_KNOWN", 4)
     monkeypatch.setattr(infer, "_KNOWN", {})
