@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch.utils._mode_utils import no_dispatch
 
 from .calls import GETITEM, is_size_function
 from .errors import first_line
@@ -34,10 +36,10 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     _check_terms(target, (*operands, *keywords.values()))
     if target is GETITEM and not (operands and isinstance(operands[0], tuple)):
         raise InferenceError("it takes a result out of a call that has several")
-    key = _body_key(target, operands, keywords)
-    known = symbols.inferred.get(key) if key is not None else None
+    key = _key_of(symbols, target, operands, keywords)
+    known = _find(symbols, key, (operands, keywords)) if key is not None else None
     if known is not None:
-        return known.anew(symbols)
+        return known.anew(symbols, (operands, keywords))
     _check_dim(target, operands, keywords)
     try:
         with symbols.inference(), torch.amp.autocast("cpu", enabled=False):
@@ -45,7 +47,7 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     except Exception as error:
         raise InferenceError(first_line(error)) from error
     if key is not None and (inferred := Inferred.of(value, (operands, keywords))) is not None:
-        symbols.inferred[key] = inferred
+        _note(symbols, key, (operands, keywords), inferred)
     for tensor in tensors_of(value):
         if tensor.layout != torch.strided:
             kind = str(tensor.layout).removeprefix("torch.")
@@ -55,41 +57,112 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     return tuple(value) if isinstance(value, list) else value
 
 
-# --- the bodies of dialect operators -------------------------------------------------------------------------------------------
+# --- what calls are known to give ----------------------------------------------------------------------------------------------
 
-# They are some hundred calls, which the layers of a network would repeat on equal types.
+# Types of symbolic sizes cost milliseconds a call, and the body of a dialect operator is some hundred calls. The layers of a network
+# repeat both on equal types, and so do programs of the same sizes.
+
+MOST_KNOWN = 2**14
+_KNOWN: "dict[Any, Inferred]" = {}  # of every program, by what they follow from, the declarations of symbols among it
+
+
+@dataclass(frozen=True)
+class ResultType:
+    """The type of a call's result; sizes are numbers or sympy expressions. `source` is the place, among the tensors that the call reads,
+    of the one whose memory it is a view of; None where its memory is its own."""
+
+    dtype: torch.dtype
+    shape: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    offset: Any
+    device: torch.device
+    source: int | None
+
+    @classmethod
+    def of(cls, result: torch.Tensor, read: list[torch.Tensor]) -> "ResultType | None":
+        """None where the result cannot be made anew from its type."""
+        if result.layout != torch.strided or result.is_conj() or result.is_neg() or any(result is each for each in read):
+            return None
+        sources = [place for place, each in enumerate(read) if storage_key(each) == storage_key(result)]
+        source = sources[0] if sources else None
+        if len(sources) > 1 or (source is None and result.storage_offset() != 0):
+            return None
+        if source is not None and (read[source].dtype != result.dtype or read[source].is_conj() or read[source].is_neg()):
+            return None
+        shape, stride = (tuple(map(_expression, each)) for each in (result.shape, result.stride()))
+        return cls(result.dtype, shape, stride, _expression(result.storage_offset()), result.device, source)
+
+    def anew(self, symbols: SymbolTable, read: list[torch.Tensor]) -> torch.Tensor:
+        shape, stride = ([symbols.sized(size) for size in each] for each in (self.shape, self.stride))
+        if self.source is None:
+            return fake_like(symbols, self.dtype, shape, stride, self.device)
+        with in_kernel_invocation_manager(symbols.mode), symbols.env.suppress_guards(), torch.no_grad():
+            view = read[self.source].as_strided(shape, stride, symbols.sized(self.offset))
+        return FakeTensor(symbols.mode, view, self.device)
 
 
 @dataclass(frozen=True)
 class Inferred:
-    """The types of a call's results, which share no memory with its operands or with each other."""
+    """The types of a call's results, no two of which share memory unless it is an operand's."""
 
-    tensors: tuple[tuple[torch.dtype, tuple[Any, ...], tuple[Any, ...], torch.device], ...]
+    results: tuple[ResultType, ...]
     is_single: bool
 
     @classmethod
     def of(cls, value: Any, operands: Any) -> "Inferred | None":
         """None where results cannot be made anew from their types."""
-        results = tensors_of(value)
-        read = [each for each in _leaves(operands) if isinstance(each, torch.Tensor)]
+        results, read = tensors_of(value), _tensors_in(operands)
         if not results or (isinstance(value, tuple | list) and len(results) < len(value)):
             return None
-        if len({storage_key(each) for each in (*results, *read)}) < len(results) + len({storage_key(each) for each in read}):
+        if not _symbols_of(_sizes_in(results)) <= _symbols_of(_sizes_in(operands)):  # a size that depends on data, which is not asked
             return None
-        plain = all(each.layout == torch.strided and each.storage_offset() == 0 and not each.is_conj() for each in results)
-        if not plain or not _symbols_of(results) <= _symbols_of(_leaves(operands)):
+        types = [ResultType.of(each, read) for each in results]
+        known = tuple(each for each in types if each is not None)
+        own = [storage_key(result) for result, each in zip(results, types, strict=True) if each is not None and each.source is None]
+        if len(known) < len(types) or len(set(own)) < len(own):
             return None
-        types = tuple((each.dtype, tuple(each.shape), tuple(each.stride()), each.device) for each in results)
-        return cls(types, isinstance(value, torch.Tensor))
+        sizes = [size for each in known for size in (*each.shape, *each.stride, each.offset) if not isinstance(size, int)]
+        if not all(size.free_symbols for size in sizes):
+            return None
+        return cls(known, isinstance(value, torch.Tensor))
 
-    def anew(self, symbols: SymbolTable) -> Any:
-        results = tuple(fake_like(symbols, dtype, shape, stride, device) for dtype, shape, stride, device in self.tensors)
+    def anew(self, symbols: SymbolTable, operands: Any) -> Any:
+        read = _tensors_in(operands)
+        results = tuple(each.anew(symbols, read) for each in self.results)
         return results[0] if self.is_single else results
 
 
-def _body_key(target: Callable[..., Any], operands: Any, keywords: Any) -> Any:
-    """What the types of a dialect operator's results follow from; None for other targets, and for operands of other kinds than these."""
-    if getattr(target, "namespace", "") != "gw":
+def _find(symbols: SymbolTable, key: Any, operands: Any) -> "Inferred | None":
+    """What a call of that key is known to give, in this program or in another."""
+    known = symbols.inferred.get(key)
+    if known is None and (known := _KNOWN.get(_shared_key(symbols, key, operands))) is not None:
+        symbols.inferred[key] = known
+    return known
+
+
+def _note(symbols: SymbolTable, key: Any, operands: Any, inferred: "Inferred") -> None:
+    if len(_KNOWN) >= MOST_KNOWN:
+        _KNOWN.clear()
+    symbols.inferred[key] = _KNOWN[_shared_key(symbols, key, operands)] = inferred
+
+
+def forget() -> None:
+    """Nothing is known of other programs any more: for those who change what an operator is, as planted mistakes do."""
+    _KNOWN.clear()
+
+
+def _shared_key(symbols: SymbolTable, key: Any, operands: Any) -> Any:
+    """The key and what else the types follow from between programs."""
+    libraries = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled  # by which a convolution lays its result out
+    return (key, symbols.declared(_symbols_of(_sizes_in(operands))), len(symbols) > 0, torch.get_default_dtype(), *libraries)
+
+
+def _key_of(symbols: SymbolTable, target: Callable[..., Any], operands: Any, keywords: Any) -> Any:
+    """What the types of an operator's results follow from in one program; None for other targets, for calls that read no tensor, whose
+    device may be a default, where a size depends on data, of which nothing may be asked, and for operands of other kinds than these."""
+    if getattr(target, "namespace", "") not in ("gw", "aten") or not _tensors_in((operands, keywords)):
+        return None
+    if symbols.declared(_symbols_of(_sizes_in((operands, keywords)))) is None:
         return None
     try:
         return (target, _key(operands), tuple((name, _key(keywords[name])) for name in sorted(keywords)))
@@ -99,15 +172,21 @@ def _body_key(target: Callable[..., Any], operands: Any, keywords: Any) -> Any:
 
 def _key(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        sizes = tuple(_key(each) for each in (*value.shape, *value.stride()))
-        return ("tensor", value.dtype, value.device, value.layout, value.is_conj(), value.is_neg(), sizes)
+        sizes = tuple(map(_key, (*value.shape, *value.stride(), value.storage_offset())))
+        return ("tensor", value.dtype, value.device, value.layout, value.is_conj(), value.is_neg(), value.dim(), sizes)
     if isinstance(value, torch.SymInt):
         return ("size", value.node.expr)
     if isinstance(value, tuple | list):
-        return tuple(_key(each) for each in value)
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        return tuple(map(_key, value))
+    if type(value) is int:
+        return value
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device | torch.memory_format | torch.layout):
         return (type(value), repr(value))  # which tells -0.0 from 0.0
     raise TypeError(f"a {type(value).__name__} is no key")
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -116,13 +195,23 @@ def _leaves(value: Any) -> list[Any]:
     return [leaf for each in value for leaf in _leaves(each)] if isinstance(value, tuple | list) else [value]
 
 
-def _symbols_of(values: Iterable[Any]) -> set[Any]:
-    found: set[Any] = set()
-    for value in values:
-        for size in (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,):
-            if isinstance(size, torch.SymInt):
-                found |= size.node.expr.free_symbols
+def _tensors_in(operands: Any) -> list[torch.Tensor]:
+    return [each for each in _leaves(operands) if isinstance(each, torch.Tensor)]
+
+
+def _sizes_in(operands: Any) -> list[Any]:
+    """Sizes among operands and of their tensors, as numbers or sympy expressions."""
+    found: list[Any] = []
+    for value in _leaves(operands):
+        if isinstance(value, torch.Tensor):
+            found += map(_expression, (*value.shape, *value.stride(), value.storage_offset()))
+        elif isinstance(value, torch.SymInt):
+            found.append(_expression(value))
     return found
+
+
+def _symbols_of(sizes: Iterable[Any]) -> set[Any]:
+    return set().union(*(size.free_symbols for size in sizes if not isinstance(size, int)))
 
 
 MAX_RESULTS = 2**14  # of one call
@@ -193,8 +282,9 @@ def _check_numbers(operands: Iterable[Any]) -> None:
 
 def fake_like(symbols: SymbolTable, dtype: torch.dtype, shape: Any, stride: Any, device: torch.device) -> torch.Tensor:
     """A tensor of that type in the program's mode, with a storage of its own."""
-    with symbols.inference():
-        return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+    with no_dispatch(), symbols.env.suppress_guards():
+        elements = torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="meta")
+    return FakeTensor(symbols.mode, elements, device)
 
 
 def contiguous_stride(shape: Any) -> tuple[Any, ...]:

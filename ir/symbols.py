@@ -71,6 +71,7 @@ class SymbolTable:
         self._symbols: dict[str, Symbol] = {}
         self._sizes: dict[str, torch.SymInt] = {}
         self._names: dict[sympy.Symbol, str] = {}
+        self._expressions: dict[sympy.Basic, torch.SymInt] = {}
 
     def __iter__(self) -> Iterator[Symbol]:
         return iter(self._symbols.values())
@@ -104,6 +105,21 @@ class SymbolTable:
     def symbol(self, name: str) -> Symbol:
         """The declaration of `name`. Raises KeyError for an unknown name."""
         return self._symbols[name]
+
+    def declared(self, symbols: Iterable[sympy.Symbol]) -> frozenset[tuple[sympy.Symbol, Symbol]] | None:
+        """The declarations of `symbols` of expressions; None where one is not declared, as a size that depends on data."""
+        names = {each: self._names.get(each) for each in symbols}
+        known = {(each, self._symbols[name]) for each, name in names.items() if name is not None}
+        return frozenset(known) if len(known) == len(names) else None
+
+    def sized(self, size: "int | sympy.Basic") -> Any:
+        """An expression of this program's symbols as a size; numbers are sizes already."""
+        if isinstance(size, int):
+            return size
+        if size not in self._expressions:
+            made: Any = self.env.create_symintnode(size, hint=None)
+            self._expressions[size] = made
+        return self._expressions[size]
 
     def highest(self, size: "int | torch.SymInt") -> int:
         """The most that a size can be that is a number or a symbol; UNBOUNDED for others, which are computed of several."""

@@ -29,6 +29,16 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
+def same_threads():
+    """A test leaves as many threads as it found: one more made every test behind it take up to twenty times as long, on one core each."""
+    threads = torch.get_num_threads()
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert left == threads, f"{left} threads are left, where {threads} were found"
+
+
+@pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
     """Each test has an empty cache: one that patches a pass would otherwise find results of the pass that it patched."""
     monkeypatch.setenv("GRAPHWRIGHT_CACHE_DIR", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))

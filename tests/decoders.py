@@ -1,10 +1,14 @@
 """Language models at toy size with random weights, by family: name -> a factory of a module. `LAYERS` each in those whose layers tests
 leave out or tell apart, `DEEPER`; two in the others."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+import graphwright as gw
+from graphwright.ir.decoder_example import decoder_example
 
 LAYERS = 3
 VOCABULARY = 64
@@ -64,3 +68,17 @@ FAMILIES: dict[str, Callable[[], torch.nn.Module]] = {
     "gptj": _gptj,
     "opt": _opt,
 }
+
+
+@functools.cache
+def captured(family: str, dtype: torch.dtype = torch.float32) -> gw.Program:
+    """The whole forward, captured as `compile_decoder` does. Programs are never written to, so that tests share what takes seconds."""
+    module = FAMILIES[family]().to(dtype)
+    example = decoder_example(module)
+    return gw.capture(module, (), example.kwargs, dynamic_shapes=example.dynamic_shapes)
+
+
+@functools.cache
+def compiled(family: str, dtype: torch.dtype = torch.float32) -> gw.CompiledModel:
+    """A decoder over caches, and no other passes."""
+    return gw.compile_decoder(FAMILIES[family]().to(dtype), backend="aten", cache=False)

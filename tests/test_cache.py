@@ -33,7 +33,8 @@ def only_file(cache):
 
 def in_a_process(code, *arguments):
     source = "import sys\nfrom pathlib import Path\nfrom graphwright.runtime.cache import Cache\ncache = Cache(Path(sys.argv[1]))\n"
-    return subprocess.Popen([sys.executable, "-c", source + textwrap.dedent(code), *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", source + textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 # --- keys and values -------------------------------------------------------------------------------------------------------
@@ -244,32 +245,41 @@ def test_the_problem_says_why_nothing_is_kept(tmp_path):
 
 
 def test_a_writer_killed_at_any_point_leaves_the_old_entry_or_the_new_one(cache):
-    """Stops the writer before each system call that it makes through `os`, and kills it there."""
+    """Stops the writer before each system call that it makes through `os`, and kills it there. Writers are forks of one process, which
+    imports once."""
     code = """
     import itertools, os, signal
-    calls = itertools.count()
-    def stopping(function):
+    def stopping(function, calls, last):
         def stop(*arguments, **keywords):
-            if next(calls) == int(sys.argv[2]):
+            if next(calls) == last:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **keywords)
         return stop
-    for name in ("open", "fsync", "replace", "fdopen", "fchmod"):
-        setattr(os, name, stopping(getattr(os, name)))
-    cache.put("tuning", {"n": "1"}, b"new")
+    def write(last):
+        calls = itertools.count()
+        for name in ("open", "fsync", "replace", "fdopen", "fchmod"):
+            setattr(os, name, stopping(getattr(os, name), calls, last))
+        cache.put("tuning", {"n": "1"}, b"new")
+    for line in sys.stdin:
+        writer = os.fork()
+        if writer == 0:
+            write(int(line))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]), flush=True)
     """
     key = {"n": "1"}
     seen, at = set(), 0
-    while True:
-        cache.put("tuning", key, b"old")
-        writer = in_a_process(code, cache.folder, at)
-        writer.communicate()
-        assert cache.get("tuning", key) in (b"old", b"new")
-        seen.add(cache.get("tuning", key))
-        if writer.returncode == 0:
-            break
-        assert writer.returncode == -signal.SIGKILL
-        at += 1
+    with in_a_process(code, cache.folder) as writers:
+        while True:
+            cache.put("tuning", key, b"old")
+            print(at, file=writers.stdin, flush=True)
+            ended = int(writers.stdout.readline())
+            assert cache.get("tuning", key) in (b"old", b"new")
+            seen.add(cache.get("tuning", key))
+            if ended == 0:
+                break
+            assert ended == -signal.SIGKILL
+            at += 1
     assert at >= 5 and seen == {b"old", b"new"}
     assert len(files(cache)) == 1, "what killed writers left is removed"
 

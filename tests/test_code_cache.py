@@ -335,9 +335,16 @@ SETTERS = {
 }
 
 
-@pytest.mark.parametrize(("now", "change", "other"), SETTERS.values(), ids=SETTERS)
-def test_a_setting_that_changes_numbers_is_in_the_key(now, change, other):
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("now", "change", "other"), SETTERS.values(), ids=SETTERS)
+def test_a_setting_that_changes_numbers_is_in_the_key(now, change, other, two_threads):
     before, old = environment(), now()
     change(other)
     try:

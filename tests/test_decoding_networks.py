@@ -32,7 +32,7 @@ FAMILIES = ["zoo", "llama", "gemma2", "gpt2", "mixtral"]
 def program_of(family, passes=""):
     if passes:
         return gw.PassManager(gw.passes.parse_pipeline(passes)).run(program_of(family)).program
-    return gw.compile_decoder(decoders.FAMILIES[family]().double(), backend="aten", cache=False).program
+    return decoders.compiled(family, torch.float64).program
 
 
 def decoder_of(family, passes="", backend="aten"):

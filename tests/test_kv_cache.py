@@ -25,13 +25,8 @@ ops = torch.ops.gw
 
 
 @functools.cache
-def compiled(family: str) -> gw.CompiledModel:
-    return gw.compile_decoder(decoders.FAMILIES[family](), backend="aten", cache=False)
-
-
-@functools.cache
 def wide(family: str) -> gw.Program:
-    return to_float64(compiled(family).program)
+    return to_float64(decoders.compiled(family).program)
 
 
 def step(program: gw.Program, function: str, held: dict[str, torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -72,7 +67,7 @@ def test_every_split_of_a_sequence_is_the_whole_forward_in_float64(family: str) 
 
 @pytest.mark.parametrize("family", decoders.FAMILIES)
 def test_every_family_in_steps_is_its_whole_forward(family: str) -> None:
-    program = compiled(family).program
+    program = decoders.compiled(family).program
     assert list(program.functions) == ["main", "prefill", "decode", "verify"]
     assert str(gw.parse(str(program))) == str(program)
     for prompt in (1, 4, 6):
@@ -88,7 +83,7 @@ def test_every_family_in_steps_is_its_whole_forward(family: str) -> None:
 
 @pytest.mark.parametrize("family", decoders.FAMILIES)
 def test_experts_are_found_in_the_family_that_has_some_and_in_no_other(family: str) -> None:
-    blocks, failures = find_blocks(compiled(family).program.main)
+    blocks, failures = find_blocks(decoders.compiled(family).program.main)
     assert (len(blocks), failures) == (2 if family == "mixtral" else 0, [])
 
 
@@ -104,12 +99,12 @@ def _worst_of_split(program: gw.Program, tokens: torch.Tensor, prompt: int) -> f
 
 
 def test_layers_that_attend_to_windows_and_to_all_are_of_two_kinds() -> None:
-    main = compiled("gemma2").program.main
+    main = decoders.compiled("gemma2").program.main
     assert [layer.kind for layer in find_layers(main, main.placeholders[0]).layers] == [0, 1, 0]
 
 
 def test_the_functions_of_a_decoder_read_one_weight_table() -> None:
-    program, captured = compiled("llama").program, compiled("llama").history[0]
+    program, captured = decoders.compiled("llama").program, decoders.compiled("llama").history[0]
     assert {w.name: w.digest for w in program.weights.values()} == {w.name: w.digest for w in captured.weights.values()}
 
 
@@ -194,7 +189,7 @@ def test_a_decode_step_as_text() -> None:
 
 
 def test_prefill_computes_what_is_behind_the_last_attention_for_one_token_of_each_row() -> None:
-    program = compiled("llama").program
+    program = decoders.compiled("llama").program
     heads = [node for node in program.functions["prefill"].calls if node.target is torch.ops.aten.linear.default][-3:]
     assert [str(node.meta["val"].shape[1]) for node in heads] == ["1", "1", "1"], "up, down and the head"
 
@@ -324,7 +319,7 @@ def test_a_state_is_named() -> None:
 
 
 def test_a_second_kv_cache_finds_the_functions_there() -> None:
-    program = compiled("llama").program
+    program = decoders.compiled("llama").program
     again = gw.PassManager("kv-cache").run(program)
     assert again.program.functions.keys() == program.functions.keys()
     assert "its functions of one step are there already" in str(again)

@@ -454,7 +454,7 @@ def test_every_backend_calls_the_kernels_and_copies_no_cache(calls, backend):
 
 @functools.cache
 def zoo():
-    return gw.compile_decoder(decoders.FAMILIES["zoo"](), backend="aten", cache=False).program
+    return decoders.compiled("zoo").program
 
 
 def step_of(tokens, position, capacity=48):

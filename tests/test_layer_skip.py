@@ -1,7 +1,6 @@
 """`layer-skip`: schedules are nested data, each level is the model with layers removed, cached decoding is what the schedule means, and what
 cannot be skipped is refused by name."""
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +26,8 @@ from graphwright.tests import decoders
 LAYERS = decoders.LAYERS
 
 
-@functools.cache
 def cached(family: str = "llama", dtype: torch.dtype = torch.float32) -> gw.Program:
-    return gw.compile_decoder(decoders.FAMILIES[family]().to(dtype), backend="aten", cache=False).program
+    return decoders.compiled(family, dtype).program
 
 
 def skipped(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> gw.Program:

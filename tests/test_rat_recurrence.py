@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import graphwright as gw
 from graphwright import models
 from graphwright.ir.caches import cache_types
-from graphwright.ir.decoder_example import decoder_example
 from graphwright.ir.float64 import to_float64
 from graphwright.ir.pattern import named_arguments
 from graphwright.ir.rewriter import Rewriter
@@ -41,9 +40,7 @@ def tokens_of(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 @functools.cache
 def captured(family: str) -> gw.Program:
-    module = decoders.FAMILIES[family]()
-    example = decoder_example(module)
-    return gw.PassManager(gw.CLEANUPS).run(gw.capture(module, (), example.kwargs, dynamic_shapes=example.dynamic_shapes)).program
+    return gw.PassManager(gw.CLEANUPS).run(decoders.captured(family)).program
 
 
 @functools.cache
@@ -617,8 +614,8 @@ def test_what_looks_up_no_tokens_is_no_decoder() -> None:
 def compiled(family: str, **options: Any) -> gw.CompiledModel:
     if family in ("tiny", "plus"):
         return gw.compile_decoder(models.load("rat", family)[0], backend="aten", cache=False)
-    passes = [gw.RatRecurrence(**(SMALL | options))]
-    return gw.compile_decoder(decoders.FAMILIES[family](), passes, backend="aten", cache=False)
+    passes = [gw.RatRecurrence(**(SMALL | options)), gw.KVCache()]
+    return gw.compile(decoders.captured(family), passes, backend="aten", cache=False)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType
 
+from ...ir.infer import forget
 from ...ir.where import PACKAGE_ROOT
 from .hunts import Hunt
 
@@ -65,10 +66,12 @@ def planted(mutant: Mutant) -> Iterator[frozenset[CodeType]]:
     try:
         for function, other in changes:
             function.__code__ = other
+        forget()  # types that right code inferred
         yield frozenset(code for _, other in changes for code in _nested(other))
     finally:
         for (function, _), code in zip(changes, before, strict=True):
             function.__code__ = code
+        forget()
 
 
 def _changed(mutant: Mutant) -> list[tuple[CodeType, CodeType]]:
