@@ -86,6 +86,7 @@ class SymbolTable:
         """Adds `symbol` and returns it as a size."""
         from torch._dynamo.source import ConstantSource  # loads all of dynamo, a second, which programs without symbols never need
 
+        self.mode.cache_enabled = False  # torch's, of calls: with symbols an entry costs more than the calls that find it save
         source = ConstantSource(f"graphwright_{symbol.name}")
         positive = True if symbol.low > 0 else None
         expr = self.env.create_symbol(
