@@ -50,7 +50,7 @@ SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
 _SIZE_FUNCTION_NAMES = {function: name for name, function in SIZE_FUNCTIONS.items()}
 
 _NAMESPACES = ("aten", "gw", "prims", "quantized_decomposed")
-_FORBIDDEN = {"from_file", "save", "set_", "set", "_from_file", "resize_", "_resize_output_", "data"}
+_FORBIDDEN = {"from_file", "save", "set_", "set", "_from_file", "resize_", "_resize_output_", "data", "_print"}
 # torch's own types of these are wrong: plain float32 for a tensor of quantised elements.
 _FORBIDDEN |= {"quantize_per_tensor", "quantize_per_channel", "quantize_per_tensor_dynamic"}
 

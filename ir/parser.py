@@ -580,7 +580,9 @@ class _Body:
             parser.expect("{")
             origin, where = self._provenance()
             region_at = parser.token
+            parser._enter()
             args = (Region(_Body(parser, self).read()), *args)
+            parser._leave()
         else:
             origin, where = self._provenance()
         if name.text == "sym.pow" and not (len(args) == 2 and isinstance(args[1], int) and abs(args[1]) <= MAX_EXPONENT):

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..ir.errors import ArtifactError, GraphwrightError
+from ..ir.errors import ArtifactError, GraphwrightError, InputError
 from .cases import save_case
 from .coverage import rule_counts, untested
 from .ops import makers_of
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
-    except GraphwrightError as error:
+    except (GraphwrightError, OSError) as error:  # an OSError names the file
         print(f"fuzz: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     families = tuple(options.ops.split(",")) if options.ops else None
     makers_of(families)  # what is none of ours is no crash of each trial
+    for name, least in (("programs", 0), ("jobs", 1), ("max_nodes", 1), ("only", 0)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise InputError(f"--{name.replace('_', '-')} is {given}, but must be at least {least}")
     if options.only is not None:
         return _show_one(options.seed, options.only, options.max_nodes, families)
     out = Path(options.out)

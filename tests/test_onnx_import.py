@@ -1,7 +1,9 @@
 """ONNX models as programs: operators mean what the standard says, sizes stay symbols, what is not ATen runs in onnxruntime, and no file
 leads out of its folder."""
 
+import base64
 import os
+import zlib
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from onnx import TensorProto, helper
 
 import graphwright as gw
+from graphwright.ir.ops.onnx_node import session
 from graphwright.ir.run import run
 from graphwright.passes.check import Reference
 from graphwright.tests.onnx_cases import Verdict, cases, judge, operators, passes_onnxruntime
@@ -442,6 +445,45 @@ def test_external_data_is_mapped(tmp_path):
     data = np.arange(4, dtype=np.float32).tobytes()
     path = with_external(tmp_path, b"\0" * 8 + data, offset=8, length=16)
     torch.testing.assert_close(run(gw.from_onnx(path), [torch.zeros(4)])[0][0], torch.arange(4.0))
+
+
+@pytest.mark.parametrize("inside", ["initializer", "constant", "function"])
+def test_external_data_of_what_onnxruntime_runs_lies_beside_the_model_and_not_in_the_current_folder(tmp_path, monkeypatch, inside):
+    """A branch that data choose, with a weight of its own, of a name that the current folder has a file of, too."""
+    weight = onnx.load(with_external(tmp_path, np.arange(4, dtype=np.float32).tobytes()), load_external_data=False).graph.initializer[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.bin").write_bytes(np.full(4, 9, np.float32).tobytes())
+    made = [] if inside == "initializer" else [helper.make_node("Constant", [], ["w"], value=weight)]
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
+    shift = helper.make_function("mine", "Shift", ["x"], ["a"], [*made, helper.make_node("Add", ["x", "w"], ["a"])], imports[:1])
+    body = (
+        [helper.make_node("Shift", ["x"], ["a"], domain="mine")]
+        if inside == "function"
+        else [*made, helper.make_node("Add", ["x", "w"], ["a"])]
+    )
+    infos = {name: helper.make_tensor_value_info(name, F, [4]) for name in "abxy"}
+    then = helper.make_graph(body, "then", [], [infos["a"]], [weight] if inside == "initializer" else [])
+    other = helper.make_graph([helper.make_node("Neg", ["x"], ["b"])], "else", [], [infos["b"]])
+    branch = helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other)
+    condition = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
+    graph = helper.make_graph([branch], "g", [infos["x"], condition], [infos["y"]])
+    functions = [shift] if inside == "function" else []
+    path = tmp_path / "model" / "m.onnx"
+    path.write_bytes(helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=10).SerializeToString())
+    program = gw.from_onnx(path)
+    path.with_name("w.bin").unlink()  # what was read is held
+    torch.testing.assert_close(run(program, [torch.zeros(4), torch.tensor(True)])[0][0], torch.arange(4.0))
+
+
+def test_an_operator_that_onnxruntime_runs_opens_no_file_and_is_of_bounded_size(tmp_path, monkeypatch):
+    """As a program's text may have it."""
+    model = onnx.load(with_external(tmp_path), load_external_data=False)
+    monkeypatch.chdir(tmp_path / "model")
+    zeros = zlib.compressobj(9)
+    bomb = b"".join([*(zeros.compress(bytes(2**24)) for _ in range(65)), zeros.flush()])
+    for content, reason in ((zlib.compress(model.SerializeToString()), "refuses"), (bomb, "has more than")):
+        with pytest.raises(gw.TargetError, match=reason):
+            session(base64.b85encode(content).decode())
 
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../secret", "", ".", "a//b", "a\\b", "missing", "x\0y"])

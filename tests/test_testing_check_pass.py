@@ -232,6 +232,30 @@ def test_a_pass_that_changes_nothing_was_not_tested() -> None:
         check_pass(SquareByProduct(), ops=["creation"], examples=10)
 
 
+TRIED: list[bool] = []
+
+
+@dataclass(frozen=True)
+class ChangesOne(Pass):
+    """relu(x) -> clamp_min(x, 0), in the first program that has one."""
+
+    name, contract = "changes-one", Contract.EXACT
+
+    def run(self, rewriter: Rewriter) -> Outcome:
+        found = next((node for node in rewriter.nodes() if node.target is aten.relu.default), None)
+        if found is not None and not any(TRIED):
+            with rewriter.step("clamp"):
+                rewriter.replace(found, rewriter.insert(aten.clamp_min.default, (found.args[0], 0), before=found, origin=found))
+        TRIED.append(found is not None)
+        return Outcome()
+
+
+def test_one_program_that_a_pass_changed_is_not_enough() -> None:
+    TRIED.clear()
+    check_pass(ChangesOne(), ops=["aten.relu.default"], max_nodes=2, examples=10)
+    assert len(TRIED) > 20
+
+
 @dataclass(frozen=True)
 class Refusing(Pass):
     name, contract = "refusing", Contract.EXACT

@@ -123,6 +123,15 @@ def test_what_is_asked_for_by_mistake_is_one_line_and_no_trial(tmp_path: Path, c
     assert not (tmp_path / "run" / "results.jsonl").exists()
 
 
+@pytest.mark.parametrize("asked", [["--jobs", "0"], ["--programs", "-3"], ["--max-nodes", "0"], ["--only", "-1"], ["--out", __file__]])
+def test_numbers_that_count_nothing_and_a_file_for_a_folder_are_one_line(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fuzz.main(["--programs", "1", "--out", str(tmp_path / "run"), *asked]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("fuzz: ") and asked[1] in said
+
+
 def test_a_run_that_is_stopped_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from ..errors import ArtifactError, CaptureError
@@ -92,10 +92,9 @@ class Nodes:
                 if not reasons:
                     reasons.append(str(reason))
             self._forget_after(mark)
+        held, opsets = self.tensors.held(node), {**scope.opsets, domain: version}
         try:
-            return opaque(
-                self.builder, node, inputs, {**scope.opsets, domain: version}, scope, list(self.functions.values()), self.declared
-            )
+            return opaque(self.builder, held, inputs, opsets, scope, self._held_functions, self.declared)
         except Unsupported as reason:
             reasons = reasons or [str(reason)]
         name, said = f"{_plain(domain or 'ai.onnx')}.{_plain(node.op_type)}", " ".join(reasons[0].split())[:_MOST_SAID]
@@ -205,6 +204,10 @@ class Nodes:
         if proto.type in (kinds.FLOATS, kinds.INTS):
             return list(proto.floats if proto.type == kinds.FLOATS else proto.ints)
         return proto
+
+    @cached_property
+    def _held_functions(self) -> list[Any]:
+        return [self.tensors.held(each) for each in self.functions.values()]
 
     # --- graphs inside ------------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Rules: specs/trust.md, section 5 (.onnx).
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import ArtifactError, CaptureError
+from ..ops.onnx_node import MOST_BYTES as MOST_HELD
 from ..plain_file import read_plain
 from .dtypes import torch_dtype
 from .scope import shown
@@ -76,6 +78,30 @@ class Tensors:
             return self.tensor(inside)
         return _inside(proto, name, dtype, dims, count)
 
+    def held(self, message: Any) -> Any:
+        """A node or function as it is, or where tensors of it or of graphs in it lie outside, a copy that holds them itself: whoever else
+        opened their files might look in another folder, and would follow links.
+
+        Raises:
+            ArtifactError: as for `tensor`.
+            CaptureError: so too, or they are too large to be held.
+        """
+        if not any(each.data_location == 1 for each in _tensors_in(message)):
+            return message
+        copy, left = type(message)(), MOST_HELD
+        copy.CopyFrom(message)
+        for each in _tensors_in(copy):
+            if each.data_location == 1:
+                name, dtype = each.name or "a constant", _SMALL_CODES.get(each.data_type) or torch_dtype(each.data_type)
+                size = -(-_count(name, list(each.dims)) * _BITS.get(each.data_type, 8 * dtype.itemsize) // 8)
+                left -= size
+                if left < 0:
+                    raise CaptureError(f"tensor {name}: what onnxruntime runs holds at most {MOST_HELD} bytes of its own")
+                each.raw_data = self._external(each, name, size).tobytes()
+                each.ClearField("external_data")
+                each.ClearField("data_location")
+        return copy
+
     def _external(self, proto: Any, name: str, size: int) -> np.ndarray:
         entries = [(entry.key, entry.value) for entry in proto.external_data]
         given = dict(entries)
@@ -130,6 +156,21 @@ def _opened(folder: Path | None, location: str, name: str) -> int:
         os.close(descriptor)
         raise ArtifactError(f"tensor {name}: {shown(location)} is no plain file of its own: a link or a device may lead out of the folder")
     return descriptor
+
+
+def _tensors_in(message: Any) -> Iterator[Any]:
+    """The TensorProtos of a node, graph or function, those of graphs inside included."""
+    yield from getattr(message, "initializer", ())
+    sparse = list(getattr(message, "sparse_initializer", ()))
+    for node in getattr(message, "node", ()):
+        yield from _tensors_in(node)
+    for attribute in (*getattr(message, "attribute_proto", ()), *(message.attribute if hasattr(message, "op_type") else ())):
+        yield from ([attribute.t] if attribute.HasField("t") else []) + list(attribute.tensors)
+        sparse += ([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []) + list(attribute.sparse_tensors)
+        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            yield from _tensors_in(graph)
+    for pair in sparse:
+        yield from (pair.values, pair.indices)
 
 
 def _number(name: str, text: str | None) -> int | None:

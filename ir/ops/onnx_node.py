@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import os
 import zlib
 from typing import Any
 
@@ -82,6 +83,7 @@ def _check_sizes(op: str, shapes: list[list[int]], sizes: list[int], ranks: list
 
 
 _LOCK = new_lock()
+MOST_BYTES = 2**30  # of a model, which is a few hundred times smaller as text where it is zeros
 
 
 @functools.lru_cache(maxsize=256)
@@ -92,12 +94,22 @@ def _new_session(model: str) -> Any:
         raise TargetError("an operator of this program runs in onnxruntime: pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # A model holds its tensors itself. Of one that names a file, onnxruntime would look for that below the current folder.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", f"{os.devnull}/none")
     try:
-        content = zlib.decompress(base64.b85decode(model))
+        content = _decompressed(base64.b85decode(model))
         # Folding would compute at once, of what size ever, what a branch that no data choose may never need.
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"])
     except Exception as error:
         raise TargetError(f"onnxruntime refuses an operator of this program: {first_line(error)}") from error
+
+
+def _decompressed(data: bytes) -> bytes:
+    stream = zlib.decompressobj()
+    content = stream.decompress(data, MOST_BYTES)
+    if not stream.eof:
+        raise ValueError(f"its model is cut off, or has more than {MOST_BYTES} bytes")
+    return content
 
 
 def session(model: str) -> Any:
