@@ -17,7 +17,7 @@ from torch.utils._mode_utils import no_dispatch
 from .calls import GETITEM, is_size_function
 from .errors import first_line
 from .region import Region
-from .symbols import MAX_TERMS, SymbolTable, fits, hint, is_short_product, same_size
+from .symbols import MAX_TERMS, SymbolTable, fits, hint, is_short_product, is_tractable, same_size
 
 
 class InferenceError(Exception):
@@ -49,11 +49,16 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     if key is not None and (inferred := Inferred.of(value, (operands, keywords))) is not None:
         _note(symbols, key, (operands, keywords), inferred)
     for tensor in tensors_of(value):
+        if not all(map(is_tractable, tensor.shape)):
+            raise InferenceError("a size of what it gives has too many products inside quotients")
         if tensor.layout != torch.strided:
             kind = str(tensor.layout).removeprefix("torch.")
             raise InferenceError(f"it gives a {kind} tensor, and the IR has strided ones: convert it inside the model")
-    if isinstance(value, int | torch.SymInt) and not fits(value):
-        raise InferenceError("the size that it gives does not fit in 64 bits")
+    if isinstance(value, int | torch.SymInt):
+        if not fits(value):
+            raise InferenceError("the size that it gives does not fit in 64 bits")
+        if not is_tractable(value):
+            raise InferenceError("the size that it gives has too many products inside quotients")
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -33,7 +33,7 @@ from .infer import InferenceError, contiguous_stride, fake_like
 from .printer import VERSION
 from .program import Function, Program, Stage, Weight, Where
 from .region import Region, sliced
-from .symbols import MAX_EXPONENT, UNBOUNDED, Symbol, SymbolTable, fits, is_short_product
+from .symbols import MAX_EXPONENT, UNBOUNDED, Symbol, SymbolTable, fits, is_short_product, is_tractable
 from .tree import LEAF, Tree, is_call
 from .types import DTYPES, type_text
 
@@ -402,6 +402,8 @@ class _Parser:
             self.fail(f"a size has more than {MAX_TERMS} terms", operation)
         if not fits(value):
             self.fail("a size does not fit in 64 bits", operation)
+        if not is_tractable(value):
+            self.fail("a size has too many products inside quotients", operation)
         return value
 
     def _atom(self) -> Any:

@@ -4,6 +4,7 @@ torch names a symbol after a hash of its source; users see the names they gave (
 appearance, so equal programs print equal bytes.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -198,6 +199,18 @@ def fits(size: "int | torch.SymInt") -> bool:
         if any(power.exp.is_Integer and power.exp > MAX_EXPONENT for power in size.node.expr.atoms(sympy.Pow)):
             return False
     return all(-(2**63) <= int(number) < 2**63 for number in numbers)
+
+
+def is_tractable(size: "int | torch.SymInt") -> bool:
+    """Whether questions about a size are answered in time. sympy takes twice as long with each product of symbols in a quotient or a
+    remainder in which the one before lies: a second for seven of them, a minute for twenty."""
+    return isinstance(size, int) or _work(size.node.expr) <= MAX_TERMS
+
+
+@functools.lru_cache(maxsize=2**12)
+def _work(expr: sympy.Basic) -> int:
+    factor = 2 if isinstance(expr, sympy.Mul) and sum(not each.is_number for each in expr.args) > 1 else 1
+    return min(factor * sum(map(_work, expr.args)), MAX_TERMS + 1) if expr.args else 1
 
 
 def ceil_div(a: Any, n: Any) -> Any:
