@@ -117,6 +117,16 @@ def test_a_silent_channel_changes_nothing_but_its_own_factor():
     assert factors()[5] == 1 and torch.equal(factors()[others], before[others])
 
 
+def test_a_weight_that_is_too_large_once_smoothed_stays():
+    module = torch.nn.Linear(64, 64).half()
+    torch.nn.init.uniform_(module.weight, 50, 100)
+    calibration = [(torch.randn(8, 64).half() * 1000,)]
+    passes = [gw.Smooth(calibration=calibration, min_numel=0, alpha=1.0)]
+    model = gw.compile(module, passes, example_inputs=calibration[0], backend="aten", cache=False)
+    assert [left.reason for left in report_of(model).left] == ["weight: smoothed its weight is too large for float16"]
+    assert not report_of(model).records
+
+
 def test_smoothing_needs_examples():
     with pytest.raises(gw.PassError, match="pass smooth needs example inputs"):
         gw.Smooth()
@@ -632,12 +642,19 @@ def test_an_adapter_fits_a_layer_that_was_left_alone():
         ({"fc": (torch.ones(2, 31), torch.ones(24, 2))}, r"fc takes A \[r, 32\] and B \[24, r\], not A \[2, 31\]"),
         ({"fc": torch.ones(2, 32)}, r"the adapter of fc is no pair of tensors"),
         ({"fc": (torch.full((2, 32), float("nan")), torch.ones(24, 2))}, "the adapter of fc holds NaN"),
+        ({"fc": (torch.ones(2, 32) * 1j, torch.ones(24, 2))}, "the adapter of fc holds complex numbers"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(adapters, message):
     module, example, _ = nets.made(nets.AfterRMSNorm)
     with pytest.raises(gw.PassError, match=message):
         gw.compile(module, [gw.AppendLoRA(adapters=adapters)], example_inputs=example, backend="aten", cache=False)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_the_scale_of_an_adapter_is_a_finite_number(scale):
+    with pytest.raises(gw.PassError, match="option scale is (nan|inf), but must be a finite number"):
+        gw.AppendLoRA(scale=scale)
 
 
 def test_auto_takes_the_format_of_least_noise():
