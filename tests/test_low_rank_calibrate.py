@@ -248,6 +248,13 @@ def test_no_items_are_refused(kept, tmp_path):
         collect(program, taps_of(program), [], resume=tmp_path if kept else None)
 
 
+def test_an_iterator_that_was_used_up_is_said_to_be_one():
+    program, given = captured(), iter(items(2))
+    collect(program, taps_of(program), given)
+    with pytest.raises(gw.InputError, match="calibration is an iterator that has no items, or none left after an earlier run"):
+        collect(program, taps_of(program), given)
+
+
 def test_an_item_on_which_the_model_fails_is_named():
     program = captured(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), (torch.zeros(3, dtype=torch.int64),))
     with pytest.raises(gw.InputError, match="calibration item 1 fails in the model .IndexError"):
@@ -351,7 +358,9 @@ def test_an_iterator_serves_one_wave_and_is_refused_for_two():
 
 def test_too_little_memory_for_one_site_is_refused_with_what_it_needs():
     program = captured()
-    with pytest.raises(gw.InputError, match="site second.weight needs 240 bytes for 16 rows of 6 numbers, more than max_bytes=239"):
+    with pytest.raises(
+        gw.InputError, match="site second.weight needs 240 bytes for 16 rows of 6 numbers, more than the 239 of max_calib_bytes"
+    ):
         collect(program, taps_of(program), items(1), max_rows=16, max_bytes=ONE_SITE - 1)
 
 

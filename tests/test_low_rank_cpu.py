@@ -471,6 +471,16 @@ def test_what_only_broadcasts_to_the_shapes_of_the_kernel_runs_the_body():
     assert torch.equal(y, op(x, codes, scale, None, None, None, weight_format="int4-g64"))
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_sums_that_pass_32_bits_are_the_body_s(rows):
+    k = 140_032
+    quantized = quantize(torch.ones(3, k), "int8-channel")
+    y = linear.lowrank_linear(
+        torch.ones(rows, k), quantized.codes, quantized.scale, None, None, None, weight_format="int8-channel", act_format="int8-token"
+    )
+    assert torch.allclose(y, torch.full((rows, 3), float(k)), rtol=1e-5)
+
+
 @pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setattr(native_library, "compiler", lambda: None)

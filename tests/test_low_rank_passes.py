@@ -117,6 +117,16 @@ def test_a_silent_channel_changes_nothing_but_its_own_factor():
     assert factors()[5] == 1 and torch.equal(factors()[others], before[others])
 
 
+def test_a_weight_that_is_too_large_once_smoothed_stays():
+    module = torch.nn.Linear(64, 64).half()
+    torch.nn.init.uniform_(module.weight, 50, 100)
+    calibration = [(torch.randn(8, 64).half() * 1000,)]
+    passes = [gw.Smooth(calibration=calibration, min_numel=0, alpha=1.0)]
+    model = gw.compile(module, passes, example_inputs=calibration[0], backend="aten", cache=False)
+    assert [left.reason for left in report_of(model).left] == ["weight: smoothed its weight is too large for float16"]
+    assert not report_of(model).records
+
+
 def test_smoothing_needs_examples():
     with pytest.raises(gw.PassError, match="pass smooth needs example inputs"):
         gw.Smooth()
@@ -233,6 +243,71 @@ def test_outliers_are_absorbed():
     model, _, _ = compiled(nets.AfterRMSNorm, [absorb(act="int4-g16")])
     [site] = report_of(model).data["sites"]
     assert "smoothing folded" in site["setting"] or "rank" in site["setting"]
+
+
+class Called(torch.nn.Module):
+    """One product with a weight of that name, [N, K] or [K, N]."""
+
+    def __init__(self, name, transposed):
+        super().__init__()
+        weight = torch.randn(24, nets.K, generator=torch.Generator().manual_seed(0)) / 6
+        self.register_parameter(name, torch.nn.Parameter(weight.T.contiguous() if transposed else weight))
+        self.name, self.transposed = name, transposed
+
+    def forward(self, x):
+        weight = getattr(self, self.name)
+        return x @ weight if self.transposed else torch.nn.functional.linear(x, weight)
+
+
+NAMES = ("weight", "kernel", "in_proj_weight", "weight_1", "codes", "T_2")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_output_is_as_near_as_its_site_says_whatever_its_weight_is_called(name, transposed, before):
+    """With factors that are multiplied in, another smoothing before these, and a branch, which reads what is before its own factors."""
+    _, example, calibration = nets.made(nets.AfterRMSNorm)
+    network = Called(name, transposed)
+    options = {"weight": "int8-channel", "smooth": 0.75, "fold": False, "min_gain": 0.0, "budget": 1.0}
+    passes = [*[smooth(fold=False, alpha=0.25)(calibration)] * before, absorb(**options)(calibration)]
+    model = gw.compile(network, passes, example_inputs=example, backend="aten", cache=False)
+    [site] = report_of(model).data["sites"]
+    assert site["setting"] == "smoothing, rank 2" and site["layers"] == (name,)
+    with torch.no_grad():
+        expected = network(*example)
+        # The site's error is that of other rows of the same kind.
+        assert (model(*example) - expected).norm() <= 2 * site["error"] * expected.norm()
+        a, b = torch.randn(3, nets.K).bfloat16(), torch.randn(24, 3).bfloat16()
+        adapted = gw.compile(model.program, [gw.AppendLoRA(adapters={name: (a, b)})], backend="aten", cache=False)
+        moved = (example[0] @ a.float().T) @ b.float().T
+        assert (adapted(*example) - model(*example) - moved).norm() <= 0.01 * moved.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_finds_a_smoothed_layer_whatever_its_weight_is_called(name):
+    _, example, calibration = nets.made(nets.AfterRMSNorm)
+    a, b = torch.randn(3, nets.K).bfloat16(), torch.randn(24, 3).bfloat16()
+    passes = [smooth()(calibration), smooth()(calibration), gw.AppendLoRA(adapters={name: (a, b)})]
+    network = Called(name, transposed=False)
+    model = gw.compile(network, passes, example_inputs=example, backend="aten", cache=False)
+    with torch.no_grad():
+        moved = (example[0] @ a.float().T) @ b.float().T
+        assert (model(*example) - network(*example) - moved).norm() <= 0.01 * moved.norm()
+
+
+def test_attention_of_torch_is_as_near_as_its_sites_say(monkeypatch):
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    torch.manual_seed(0)
+    network = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    calibration = [(torch.randn(4, 16, 64) * torch.where(torch.arange(64) == 3, 30, 1),) for _ in range(6)]
+    passes = [absorb(act="int8-token", weight="int8-channel", rank=4, min_gain=0.0)(calibration[1:])]
+    model = gw.compile(network, passes, example_inputs=calibration[0], backend="aten", cache=False)
+    sites = {site["layers"]: site["setting"] for site in report_of(model).data["sites"]}
+    assert sites[("self_attn.in_proj_weight",)] == "smoothing, rank 4"
+    with torch.no_grad():
+        expected = network(*calibration[0])
+        assert (model(*calibration[0]) - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_the_plan_is_the_same_twice_and_whatever_the_batches():
@@ -567,12 +642,19 @@ def test_an_adapter_fits_a_layer_that_was_left_alone():
         ({"fc": (torch.ones(2, 31), torch.ones(24, 2))}, r"fc takes A \[r, 32\] and B \[24, r\], not A \[2, 31\]"),
         ({"fc": torch.ones(2, 32)}, r"the adapter of fc is no pair of tensors"),
         ({"fc": (torch.full((2, 32), float("nan")), torch.ones(24, 2))}, "the adapter of fc holds NaN"),
+        ({"fc": (torch.ones(2, 32) * 1j, torch.ones(24, 2))}, "the adapter of fc holds complex numbers"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(adapters, message):
     module, example, _ = nets.made(nets.AfterRMSNorm)
     with pytest.raises(gw.PassError, match=message):
         gw.compile(module, [gw.AppendLoRA(adapters=adapters)], example_inputs=example, backend="aten", cache=False)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_the_scale_of_an_adapter_is_a_finite_number(scale):
+    with pytest.raises(gw.PassError, match="option scale is (nan|inf), but must be a finite number"):
+        gw.AppendLoRA(scale=scale)
 
 
 def test_auto_takes_the_format_of_least_noise():

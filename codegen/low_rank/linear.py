@@ -25,6 +25,7 @@ _WEIGHTS = {name: form for name, form in FORMATS.items() if form.weight and (for
 # Activations that the kernel quantizes itself, to codes that meet those of integer weights: sums are exact.
 _ACTIVATIONS = {name: FORMATS[name] for name in ("int8-token", "int4-g16", "int4-g32", "int4-g64", "int4-g128", "uint4-g64")}
 _body = torch.ops.gw.lowrank_linear.default
+_MOST_CODES = (2**31 - 1) // 127**2  # of a block: their products are summed in 32 bits
 _LINE = 64  # bytes of a line of the cache, where scratch begins
 
 
@@ -66,6 +67,8 @@ def is_fit(
     k, n = x.size(-1), weight_q.size(0)
     group = form.group_of(k)
     if weight_q.shape != (n, k // 2 if form.is_packed else k) or weight_scale.shape != (n, k // group) or k % group:
+        return False
+    if group > _MOST_CODES:
         return False
     if weight_q.element_size() != 1 or weight_scale.dtype not in _TYPES:
         return False

@@ -16,7 +16,7 @@ from .folds import Fold
 from .layers import computed
 from .recipe import Recipe, Setting
 from .report import SiteReport
-from .rewrite import Product, product_of, quantize_product, split
+from .rewrite import Product, product_behind, product_of, quantize_product, split
 from .sites import Site
 from .smoothing import Moved, apply_smoothing
 from .statistics import Statistics
@@ -130,9 +130,11 @@ def _problem_now(program: Program, moved: Moved, plan: Plan, statistics: Statist
 
 
 def _product(program: Program, moved: Moved, plan: Plan, index: int) -> Product:
-    layer = plan.site.layers[index]
-    product = product_of(moved.now(layer.node), program)
-    assert product is not None
+    layer, smooth = plan.site.layers[index], plan.setting.smooth
+    node = moved.now(layer.node)
+    is_multiplied = smooth is not None and not plan.setting.folded
+    product = product_behind(node, program, smooth) if is_multiplied else product_of(node, program)
+    assert product is not None and (product.smooth is not None or not is_multiplied), "the branch reads what is before the factors"
     return replace(product, name=layer.name)
 
 

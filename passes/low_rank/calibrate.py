@@ -82,7 +82,7 @@ def collect_waves(
     if len(waves) > 1 and examples.is_one_pass:
         raise InputError(
             f"calibration is an iterator, which gives its items once, and {len(waves)} runs over them are needed: "
-            "give a list, or another iterable that starts anew, or raise max_bytes"
+            "give a list, or another iterable that starts anew, or raise max_calib_bytes"
         )
     folder = None
     if resume is not None:
@@ -114,8 +114,8 @@ def _planned_waves(names: Mapping[Node, str], widths: Mapping[Node, int], max_ro
         needed = max_rows * k * 2 + 8 * k
         if needed > max_bytes:
             raise InputError(
-                f"site {names[node]} needs {needed} bytes for {max_rows} rows of {k} numbers, more than max_bytes={max_bytes}: "
-                "raise max_bytes or lower max_rows"
+                f"site {names[node]} needs {needed} bytes for {max_rows} rows of {k} numbers, "
+                f"more than the {max_bytes} of max_calib_bytes: raise it or lower max_rows"
             )
         if taken + needed > max_bytes:
             waves.append([])
@@ -150,11 +150,11 @@ class _Run:
             progress.step(time.monotonic() - began)
             if self._folder is not None:
                 self._folder.save_when_due(self._sites)
-        self._finish(count, progress)
+        self._finish(examples, count, progress)
 
-    def _finish(self, count: int, progress: "_Progress") -> None:
+    def _finish(self, examples: Examples, count: int, progress: "_Progress") -> None:
         if count == 0:
-            raise Examples.none()
+            raise examples.none()
         seen = max(watch.items for watch in self._watches.values())
         if seen > count:
             raise InputError(

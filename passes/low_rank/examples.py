@@ -74,6 +74,8 @@ class Examples:
         except InputError as error:
             raise InputError(f"calibration item {number} does not fit the model: {error}") from error
 
-    @staticmethod
-    def none() -> InputError:
+    def none(self) -> InputError:
+        """The error where there is no item."""
+        if self.is_one_pass:
+            return InputError("calibration is an iterator that has no items, or none left after an earlier run over it: give a list")
         return InputError(f"calibration has no items: give at least one, {_EXPECTED}")

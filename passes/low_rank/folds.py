@@ -9,7 +9,6 @@
 A fold is possible where the site's layers are all that read the value. Query heads that share a head of keys share its factors.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +20,9 @@ from ...ir import Node, Program, Rewriter, Weight
 from ...ir.float64 import exact_value
 from ...ir.pattern import named_arguments
 from .channels import Path, Untraceable, path_to
-from .layers import Layer, aten, computed, count_uses, layer_of
+from .layers import Layer, aten, computed, count_uses, layer_of, smoothed_name
 from .sites import Site, source_of
 
-_NUMBER = re.compile(r"(?<=\.smoothed\.weight)_\d+$|(?<=\.smoothed\.bias)_\d+$")
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
@@ -268,9 +266,3 @@ def relinked(layer: Layer, weight: Node, bias: Node | None) -> Sequence[Any]:
     if layer.node.target is aten.addmm.default:
         return [bias, layer.x, weight]
     return [layer.x, weight]
-
-
-def smoothed_name(name: str) -> str:
-    """`a.weight` and `a.smoothed.weight_1` -> `a.smoothed.weight`."""
-    stem, _, last = _NUMBER.sub("", name).rpartition(".")
-    return f"{stem}.{last}" if stem.endswith(".smoothed") else ".".join(part for part in (stem, "smoothed", last) if part)

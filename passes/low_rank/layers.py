@@ -21,7 +21,8 @@ from ..base import LeftAlone
 aten, gw = torch.ops.aten, torch.ops.gw
 
 _PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
-_WEIGHT_ENDING = re.compile(r"(\.smoothed)?\.(weight|residual|codes)(_\d+)?$")
+_SMOOTHED = re.compile(r"\.smoothed(\.(?:weight|bias))?(_\d+)?$")
+_WEIGHT_ENDING = re.compile(r"\.weight$|\.(residual|codes)(_\d+)?$")
 _PART = re.compile(r"\.part_\d+$")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -123,8 +124,15 @@ def count_uses(program: Program, weight: str) -> int:
 
 
 def layer_name(weight: str) -> str:
-    """`blocks.0.attn.qkv.weight` -> `blocks.0.attn.qkv`."""
-    return _WEIGHT_ENDING.sub("", weight)
+    """`blocks.0.attn.qkv.weight` -> `blocks.0.attn.qkv`; the same for what passes make of a weight, however that is called."""
+    return _WEIGHT_ENDING.sub("", _SMOOTHED.sub(r"\1", weight))
+
+
+def smoothed_name(name: str) -> str:
+    """`a.weight` and `a.smoothed.weight_1` -> `a.smoothed.weight`; `in_proj` -> `in_proj.smoothed`. The layer's name stays."""
+    plain = _SMOOTHED.sub(r"\1", name)
+    stem, _, last = plain.rpartition(".")
+    return f"{stem}.smoothed.{last}" if stem and last in ("weight", "bias") else f"{plain}.smoothed"
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -6,6 +6,7 @@ The rank is padded with zeros to a multiple of 16, as kernels take it. Where the
 them. Other layers on the same down-projection get columns of zeros. Source: SVDQuant (arXiv 2411.05007), section 4.3.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class AppendLoRA(Pass):
     after = frozenset({"smooth", "split-low-rank", "quantize", "absorb-outliers"})
 
     adapters: Any = option(None, "a mapping of layer names to (A, B)", lambda v: v is None or isinstance(v, Mapping), spelled=False)
-    scale: float = option(1.0, "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool))
+    scale: float = option(1.0, "a finite number", lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v))
 
     def run(self, rewriter: Rewriter) -> Outcome:
         adapters: Mapping[str, Any] = self.adapters or {}
@@ -62,6 +63,8 @@ class AppendLoRA(Pass):
         n, k = node.meta["val"].shape[-1], _input(node, program).meta["val"].shape[-1]
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, torch.Tensor) for each in pair)):
             raise PassError(f"pass {self.name}: the adapter of {name} is no pair of tensors (A, B)")
+        if any(each.is_complex() for each in pair):
+            raise PassError(f"pass {self.name}: the adapter of {name} holds complex numbers, and its layer real ones")
         a, b = (each.detach().to(torch.float64) for each in pair)
         if a.dim() != 2 or b.dim() != 2 or a.size(1) != k or b.size(0) != n or a.size(0) != b.size(1):
             shapes = f"A {list(a.shape)} and B {list(b.shape)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...ir import Node, Program, Rewriter
+from ...ir import Node, Program, Rewriter, Weight
 from ...ir.float64 import exact_value
 from ...ir.low_bit import Quantized, dequantize
 from ...ir.pattern import named_arguments
@@ -68,10 +68,25 @@ def product_of(node: Node, program: Program) -> Product | None:
     return Product(node, x, layer.weight, layer.transposed, layer.bias, smooth, None, None, layer.name)
 
 
+def product_behind(node: Node, program: Program, factors: torch.Tensor) -> Product | None:
+    """`node` as a layer whose input was multiplied by these `factors`, and by no other that is taken to it."""
+    layer = layer_of(node, program)
+    if not isinstance(layer, Layer):
+        return product_of(node, program)
+    x, smooth = _without(layer, program, factors)
+    return Product(node, x, layer.weight, layer.transposed, layer.bias, smooth, None, None, layer.name)
+
+
 def _without_factor(layer: Layer, program: Program) -> tuple[Node, Node | None]:
     """The layer's input before smoothing multiplied it, and the factors: a product that is the smoothing on record, and no other."""
-    x, record = layer.x, program.weights.get(folded_factors_name(layer.name))
-    if record is None or x.target is not aten.mul.Tensor or x.kwargs or len(x.all_input_nodes) != 2:
+    record = program.weights.get(folded_factors_name(layer.name))
+    return (layer.x, None) if record is None else _without(layer, program, exact_value(record))
+
+
+def _without(layer: Layer, program: Program, record: torch.Tensor) -> tuple[Node, Node | None]:
+    """The layer's input without the factors `record`, and these; the input and None where it is no product by them."""
+    x = layer.x
+    if x.target is not aten.mul.Tensor or x.kwargs or len(x.all_input_nodes) != 2:
         return x, None
     inner, vector = x.args
     if not isinstance(vector, Node) or vector.op != "get_attr" or not isinstance(inner, Node):
@@ -79,14 +94,20 @@ def _without_factor(layer: Layer, program: Program) -> tuple[Node, Node | None]:
     if inner.meta["val"].dtype != x.meta["val"].dtype or inner.meta["val"].shape != x.meta["val"].shape:
         return x, None
     factors = program.weights[str(vector.target)]
-    is_it = factors.shape == record.shape and torch.equal(exact_value(factors), exact_value(record))
+    is_it = factors.shape == record.shape and torch.equal(exact_value(factors), record.to(torch.float64))
     return (inner, vector) if is_it else (x, None)
 
 
 def forget_factors(rewriter: Rewriter, product: Product) -> None:
-    """Once the factors are an operand of the layer its input carries none."""
-    if product.smooth is not None:
-        rewriter.forget(folded_factors_name(product.name))
+    """Once the factors are an operand of the layer its input carries them no more: none, or those of a smoothing before."""
+    if product.smooth is None or product.node.target is LOWRANK:
+        return
+    name, table = folded_factors_name(product.name), rewriter.program.weights
+    record = table.get(name)
+    rest = None if record is None else exact_value(record) / exact_value(table[str(product.smooth.target)])
+    rewriter.forget(name)
+    if record is not None and rest is not None and not bool((rest == 1).all()):
+        rewriter.record(Weight.of(name, rest.to(record.dtype), "record"))
 
 
 def split(rewriter: Rewriter, product: Product, up: torch.Tensor, down: Node) -> Node:

@@ -76,7 +76,16 @@ class Smooth(Pass):
             amax_w = torch.cat([layer.matrix(program) for layer in site.layers]).abs().amax(0)
             dtype = site.layers[0].dtype
             a = factors(tied(seen.amax, ties), tied(amax_w, ties), self.alpha, 1 - self.alpha, dtype, pow2=self.pow2)
+            if not all(_is_held(layer.matrix(program) / a.to(torch.float64), layer.dtype) for layer in site.layers):
+                held = str(dtype).removeprefix("torch.")
+                left += [LeftAlone.at(layer.node, f"{layer.name}: smoothed its weight is too large for {held}") for layer in site.layers]
+                continue
             apply_smoothing(rewriter, moved, site, a, fold if isinstance(fold, Fold) else None)
             where = f"folded into {fold.producer}" if isinstance(fold, Fold) else f"multiplied in: {fold}"
             lines.append(f"{', '.join(layer.name for layer in site.layers)}: {where}")
         return Outcome(tuple(left), tuple(lines), declined=tuple(declined))
+
+
+def _is_held(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dtype` holds what is finite in `weight`."""
+    return bool((weight.to(dtype).isfinite() | ~weight.isfinite()).all())

@@ -10,8 +10,8 @@ import torch
 
 from ...ir import Node, Program, Rewriter
 from ...ir.float64 import exact_value
-from .folds import Fold, apply_edit, folded_factors_name, record_factors, relinked, smoothed_name
-from .layers import Layer, aten, computed, layer_of
+from .folds import Fold, apply_edit, folded_factors_name, record_factors, relinked
+from .layers import Layer, aten, computed, layer_of, smoothed_name
 from .sites import Site
 
 
