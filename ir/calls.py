@@ -51,6 +51,8 @@ _SIZE_FUNCTION_NAMES = {function: name for name, function in SIZE_FUNCTIONS.item
 
 _NAMESPACES = ("aten", "gw", "prims", "quantized_decomposed")
 _FORBIDDEN = {"from_file", "save", "set_", "set", "_from_file", "resize_", "_resize_output_", "data", "_print"}
+# Of the type of these torch makes the numbers themselves, gigabytes where a short text asks for them.
+_FORBIDDEN |= {"histogramdd", "_histogramdd_bin_edges", "_histogramdd_from_bin_cts", "_histogramdd_from_bin_tensors"}
 # torch's own types of these are wrong: plain float32 for a tensor of quantised elements.
 _FORBIDDEN |= {"quantize_per_tensor", "quantize_per_channel", "quantize_per_tensor_dynamic"}
 

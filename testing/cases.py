@@ -6,6 +6,7 @@ folder/case.json              {"pipeline": .., "verdict": .., "note": ..}
 folder/reproduce.py           runs it
 """
 
+import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from ..ir import Program, parse
 from ..ir.errors import ArtifactError
@@ -63,6 +64,21 @@ def _spelled(each: Pass) -> str:
     if not calibrates(each) or next(f for f in fields(each) if f.name == "calibration").metadata.get("spelled", True):
         return text
     return f"{text[:-1]},calibration=[]}}" if text.endswith("}") else f"{text}{{calibration=[]}}"
+
+
+def quoted(text: str) -> str:
+    """The text as a literal, over several lines where nothing in it could end one."""
+    return repr(text) if '"""' in text or "\\" in text or not text.isascii() else f'"""\\\n{text.rstrip()}\n"""'
+
+
+def packed(tensor: torch.Tensor) -> str:
+    """The numbers, dtype and shape in printable characters, for `unpacked`; not the strides."""
+    return base64.b85encode(save({"": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)})).decode()
+
+
+def unpacked(text: str) -> torch.Tensor:
+    """The tensor of which `packed` made `text`."""
+    return load(base64.b85decode(text))[""]
 
 
 def save_case(folder: Path, case: Case, verdict: str = "") -> None:

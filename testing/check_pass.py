@@ -11,6 +11,7 @@
 And of each: every rule of the IR behind the pass, and a text that parses back. A typed error of the pass is a refusal, and none of these.
 """
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,13 @@ from hypothesis import strategies as st
 from ..ir import Program
 from ..ir.torch_log import silenced
 from ..passes import Contract, Pass
+from .cases import packed, quoted
 from .inputs import input_sets
 from .pipelines import calibrated
 from .programs import programs as any_programs
 from .verdict import TrialResult, try_passes
 
-_MOST_NUMBERS = 2000  # that a ready-made test spells out
+_MOST_NUMBERS = 2000  # of a tensor that a ready-made test spells out
 _MOST_SEARCHES = 4  # until enough programs are found that the pass changes
 _ENOUGH = 10  # of one or two that it changed, all may be where nothing shows: in calls that nobody reads, or on operands that happen to fit
 
@@ -56,6 +58,9 @@ def check_pass(
 
     A pass that calibrates is given inputs of each program. The pass must change some programs: while it changed fewer than 10, as many
     again are tried, a few times over; one that none of them concerns was not tested, so name operations that it looks for.
+
+    Warns:
+        UserWarning: the pass changed fewer than 10 programs, which is a weak test.
 
     Raises:
         AssertionError: with the smallest program that breaks the contract as text, the verdict, and a test that reproduces it; or that
@@ -88,6 +93,9 @@ def check_pass(
         why = f"; it refused: {next(iter(reasons))}" if reasons else ""
         advice = "name operations that it looks for, as in check_pass(.., ops=['aten.relu.default'])"
         raise AssertionError(f"{each.name} changed none of {len(changed)} programs, so nothing was tested{why}: {advice}")
+    if sum(changed) < _ENOUGH:
+        text = f"{each.name} changed {sum(changed)} of {len(changed)} programs, few to be sure of: name operations that it looks for"
+        warnings.warn(text, stacklevel=2)
 
 
 def _searching(number: int, examples: int) -> Any:
@@ -120,28 +128,34 @@ def _story(failure: _Failure) -> str:
 
 def _test_of(failure: _Failure) -> str:
     each, cls = failure.each, type(failure.each)
-    weights = {name: weight.tensor for name, weight in failure.program.weights.items()}
-    inputs = [] if failure.inputs is None else [failure.inputs]
-    spelled_weights = ", ".join(f"{name!r}: {_literal(tensor)}" for name, tensor in weights.items())
-    spelled_inputs = ", ".join(f"[{', '.join(map(_literal, leaves))}]" for leaves in inputs)
+    leaves = failure.inputs or ()
+    first = [next(n for n, other in enumerate(leaves) if other is leaf) for leaf in leaves]  # one tensor may be passed twice
+    weights = ", ".join(f"{name!r}: {_literal(weight.tensor)}" for name, weight in failure.program.weights.items())
+    body = [
+        f"    program = parse(PROGRAM, weights={{{weights}}})",
+        *(f"    x{n} = {_literal(leaf)}" for n, leaf in enumerate(leaves) if first[n] == n),
+        f"    result = try_passes(program, [{construction(each)}], [{'' if failure.inputs is None else _names(first)}])",
+        '    assert result.verdict.kind in ("right", "refused"), result.verdict',
+    ]
     lines = [
         "import torch",
         "from graphwright import parse",
-        *(["from graphwright.ir.strides import laid_out"] if "laid_out(" in spelled_weights + spelled_inputs else []),
+        *(["from graphwright.ir.strides import laid_out"] if any("laid_out(" in line for line in body) else []),
         "from graphwright.testing import try_passes",
+        *(["from graphwright.testing.cases import unpacked"] if any("unpacked(" in line for line in body) else []),
         f"from {cls.__module__} import {cls.__name__}",
         "",
-        'PROGRAM = """',
-        str(failure.program).rstrip(),
-        '"""',
+        f"PROGRAM = {quoted(str(failure.program))}",
         "",
         "",
         f"def test_{each.name.replace('-', '_')}_keeps_its_contract() -> None:",
-        f"    program = parse(PROGRAM.lstrip(), weights={{{spelled_weights}}})",
-        f"    result = try_passes(program, [{construction(each)}], [{spelled_inputs}])",
-        '    assert result.verdict.kind in ("right", "refused"), result.verdict',
+        *body,
     ]
     return "\n".join(lines)
+
+
+def _names(first: Sequence[int]) -> str:
+    return f"[{', '.join(f'x{n}' for n in first)}]"
 
 
 def construction(each: Pass) -> str:
@@ -153,16 +167,14 @@ def construction(each: Pass) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A value as code: a tensor with its numbers and strides; one with too many is drawn anew."""
+    """A value as code: a tensor with its numbers and strides, packed where they are many."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
-    if value.numel() > _MOST_NUMBERS:
-        return f"torch.randn({list(value.shape)}).to({value.dtype})"
     if value.numel() == 0:
         return f"torch.empty({list(value.shape)}, dtype={value.dtype})"
-    numbers = value.tolist()
-    text = repr(numbers).replace("nan", "float('nan')").replace("inf", "float('inf')")
-    literal = f"torch.tensor({text}, dtype={value.dtype})"
-    if value.is_contiguous():
-        return literal
-    return f"laid_out({literal}, {list(value.stride())})"
+    if value.numel() > _MOST_NUMBERS:
+        literal = f"unpacked({packed(value)!r})"
+    else:
+        text = repr(value.tolist()).replace("nan", "float('nan')").replace("inf", "float('inf')")
+        literal = f"torch.tensor({text}, dtype={value.dtype})"
+    return literal if value.is_contiguous() else f"laid_out({literal}, {list(value.stride())})"

@@ -146,14 +146,14 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """A folder holds one run.
 
     Raises:
-        SystemExit: it holds another.
+        InputError: it holds another.
     """
     file = out / _SETTINGS
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings) + "\n")
-    elif json.loads(file.read_text()) != settings:
-        sys.exit(f"{out} holds a run with {file.read_text().strip()}: give another --out, or the same settings to go on")
+    elif (found := file.read_text().strip()) != json.dumps(settings):
+        raise InputError(f"{out} holds a run with {found[:200]}: give another --out, or the same settings to go on")
 
 
 def _save(out: Path, seed: int, record: Record, max_nodes: int, families: Sequence[str] | None) -> None:

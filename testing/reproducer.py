@@ -16,6 +16,7 @@ from ..ir import Program
 from ..ir.errors import InputError
 from ..passes import Pass, Verdict
 from ..runtime.atomic import atomic_write
+from .cases import quoted
 from .check_pass import construction
 
 _MOST_EMBEDDED = 2**20  # bytes of numbers in the file itself; more lie beside it
@@ -103,7 +104,7 @@ def _text(
         title=_one_line(str(verdict)),
         name=name,
         imports="\n".join([*imports, *(f"from {module} import {cls}" for module, cls in modules)]),
-        program=_quoted(str(program)),
+        program=quoted(str(program)),
         values=stored,
         weights="".join(weights),
         inputs="".join(f"    {_input(inputs, place)},\n" for place in range(len(inputs))),
@@ -114,11 +115,6 @@ def _text(
 def _input(inputs: Sequence[Any], place: int) -> str:
     value = inputs[place]
     return f"laid_out(VALUES['input {place}'], {list(value.stride())})" if isinstance(value, torch.Tensor) else repr(value)
-
-
-def _quoted(text: str) -> str:
-    """The text as a literal, over several lines where nothing in it could end one."""
-    return repr(text) if '"""' in text or "\\" in text or not text.isascii() else f'"""\\\n{text.rstrip()}\n"""'
 
 
 def _one_line(text: str) -> str:

@@ -143,10 +143,12 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     assert capsys.readouterr().err == f"fuzz: stopped; what is in {tmp_path} stays, and the same command goes on from there\n"
 
 
-def test_another_run_does_not_mix_with_the_one_in_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text(json.dumps({"seed": 1, "max_nodes": 12, "ops": ""}))
-    with pytest.raises(SystemExit, match="holds a run with"):
-        fuzz.main(["--seed", "2", "--out", str(tmp_path)])
+@pytest.mark.parametrize("settings", [json.dumps({"seed": 1, "max_nodes": 12, "ops": ""}), "{"])
+def test_another_run_does_not_mix_with_the_one_in_its_folder(settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "settings.json").write_text(settings)
+    assert fuzz.main(["--seed", "2", "--out", str(tmp_path)]) == 2
+    assert f"fuzz: {tmp_path} holds a run with {settings}: give another --out" in capsys.readouterr().err
+    assert (tmp_path / "settings.json").read_text() == settings
 
 
 def test_one_trial_is_shown_alone(capsys: pytest.CaptureFixture[str]) -> None:
