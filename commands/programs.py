@@ -158,22 +158,19 @@ def verify(options: argparse.Namespace) -> Result:
     unjudged = [each.spelling for each in result.reports if each.verdict is not None and each.verdict.kind != "right"]
     lines = ["program: structure right", *map(_verdict_line, result.reports)]
     judged = any(each.verdict is not None and each.verdict.reason != UNCHANGED for each in result.reports)
-    verified = "verified"
+    verdict, said, verified = "right", "", "verified"
     if options.numeric and not judged:
         advice = "" if options.passes else "; give --passes P, or a network as written (a zoo name or module:factory)"
         verified += f"; nothing was judged numerically, as no pass changed the program{advice}"
-    lines.append(f"not verified: inconclusive after {', '.join(unjudged)}" if unjudged else verified)
-    data = {
-        "verdict": "inconclusive" if unjudged else "right",
-        "numeric": judged,
-        "passes": [_report_data(each) for each in result.reports],
-    }
-    code = FOUND if unjudged else OK
+    data: dict[str, Any] = {"numeric": judged, "passes": [_report_data(each) for each in result.reports]}
     if options.per_layer or plot is not None:
         said, data["layers"], diverged = per_layer(options.model, program, result.program, inputs, plot)
-        lines += ["", said]
-        code = FOUND if diverged and result.contract in (Contract.EXACT, Contract.POLICY) else code
-    return Result("\n".join(lines), data, code)
+        if diverged and result.contract in (Contract.EXACT, Contract.POLICY):
+            verdict, verified = "diverges", "not verified: calls diverge (below)"
+    if unjudged:
+        verdict, verified = "inconclusive", f"not verified: inconclusive after {', '.join(unjudged)}"
+    lines += [verified] + (["", said] if said else [])
+    return Result("\n".join(lines), {"verdict": verdict, **data}, OK if verdict == "right" else FOUND)
 
 
 def _verdict_line(report: PassReport) -> str:

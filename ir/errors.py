@@ -14,6 +14,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: str) -> str:
+    """`text`, of which nothing can colour, turn around or overwrite what a terminal shows; lines stay."""
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
+
+
 class CaptureError(GraphwrightError):
     """A model could not be turned into a program; the message lists every blocker found."""
 

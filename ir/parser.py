@@ -28,7 +28,7 @@ from torch import fx
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
 from .calls import target_of
-from .errors import ParseError, first_line
+from .errors import ParseError, first_line, printable
 from .infer import InferenceError, contiguous_stride, fake_like
 from .printer import VERSION
 from .program import Function, Program, Stage, Weight, Where
@@ -767,5 +767,5 @@ def _shown(token: _Token) -> str:
 
 def _in_a_line(message: str) -> str:
     """A message that nothing in the text can end, colour, turn around or lengthen."""
-    plain = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message[: 2 * _MOST_SHOWN])
+    plain = printable(message[: 2 * _MOST_SHOWN]).replace("\n", "\\n")
     return plain if len(plain) <= 2 * _MOST_SHOWN else f"{plain[: 2 * _MOST_SHOWN]} .."

@@ -206,8 +206,8 @@ def _checked_manifest(content: torch.Tensor, members: Mapping[str, tuple[int, in
     if end - begin > _MAX_MANIFEST:
         raise ArtifactError(f"its manifest is larger than {_MAX_MANIFEST} bytes")
     manifest = strict_json(bytes(content[begin:end].numpy()))
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        version = manifest.get("format") if isinstance(manifest, dict) else None
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(version) is not int or version != FORMAT:
         raise ArtifactError(f"it has format {version!r}, and this graphwright reads format {FORMAT}")
     manifest = {"training": False, "other_mode": None} | manifest  # the first ones did not say
     if set(manifest) != {"format", "members", "parameters", "contract", "reports", "training", "other_mode", "tied"}:

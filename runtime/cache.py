@@ -206,9 +206,11 @@ def _entry(path: Path) -> Entry:
     with _opened(path) as file:
         first, header = file.readline(_MAX_HEADER), strict_json(file.readline(_MAX_HEADER))
         found = os.fstat(file.fileno())
-    if not first.startswith(_MAGIC) or not isinstance(header, dict) or set(header) != {"kind", "key"}:
-        raise ArtifactError(f"{path} is no entry of a cache")
-    return Entry(header["kind"], header["key"], found.st_size, found.st_mtime)
+    match header:
+        case {"kind": str(kind), "key": dict(key)} if len(header) == 2 and all(isinstance(part, str) for part in key.values()):
+            if first.startswith(_MAGIC):
+                return Entry(kind, key, found.st_size, found.st_mtime)
+    raise ArtifactError(f"{path} is no entry of a cache")
 
 
 def _scan(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ from .cache_key import digest, environment
 from .tensor_file import read_tensors, tensor_member
 
 KIND = "passes"
+_MOST_TEXT = 2**28  # characters of a result without its tensors
 
 
 class NotKept(Exception):
@@ -141,7 +142,7 @@ def _found(value: bytes | None, replay: "_Replay") -> PipelineResult | None:
     program = replay.program
     with suppress(Exception):
         end = 8 + int.from_bytes(value[:8], "little")
-        data = json.loads(zlib.decompress(value[8:end]))
+        data = json.loads(zlib.decompressobj().decompress(value[8:end], _MOST_TEXT))
         tensors = read_tensors(torch.frombuffer(bytearray(value[end:]), dtype=torch.uint8))
         weights = {name: _weight(name, made, tensors, replay) if made else program.weights[name] for name, made in data["weights"]}
         after = rebuild(data["program"], weights, program.symbols)

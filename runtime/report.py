@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ir import Program
+from ..ir.errors import printable
 from ..ir.liveness import format_bytes, profile
 from ..ir.workspace import NOMINAL_THREADS
 from ..passes import Contract
@@ -104,7 +105,8 @@ class Report:
         if self.training:
             head += "\ncaptured in train mode: dropout draws on each call, and this model keeps running statistics of its own"
         passes = [_pass_text(report) for report in self.passes]
-        return "\n".join([head, *passes, *self._kernel_lines(), *self._memory_lines(), *self._time_lines(), *self._routing_lines()]) + "\n"
+        rest = [*self._kernel_lines(), *self._memory_lines(), *self._time_lines(), *self._routing_lines()]
+        return printable("\n".join([head, *passes, *rest]) + "\n")  # it quotes names and reasons, which a file may have brought
 
     def _kernel_lines(self) -> list[str]:
         """Bytes that the groups move, before and after, and for each kernel how often it runs and its roofline."""

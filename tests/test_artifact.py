@@ -264,6 +264,8 @@ def with_manifest(content, **changes):
     [
         ({"format": 2}, "it has format 2, and this graphwright reads format 1"),
         ({"format": None}, "it has format None"),
+        ({"format": True}, "it has format True"),
+        ({"format": 1.0}, "it has format 1.0"),
         ({"surprise": 1}, "other keys than format 1"),
         ({"contract": "certain"}, "unknown contract"),
         ({"parameters": [3]}, "a list of dict"),
@@ -279,6 +281,11 @@ def with_manifest(content, **changes):
 def test_a_manifest_that_says_something_else_is_refused(changes, message, content, tmp_path):
     with pytest.raises(gw.ArtifactError, match=message):
         load_bytes(with_manifest(content, **changes), tmp_path)
+
+
+def test_a_report_that_a_file_brought_writes_nothing_to_a_terminal_but_text(content, tmp_path):
+    said = str(load_bytes(with_manifest(content, reports=["\x1b[2J\u202e"]), tmp_path).report())
+    assert r"\x1b[2J\u202e" in said and said.replace("\n", "").isprintable()
 
 
 def test_a_model_whose_manifest_does_not_say_its_mode_is_in_eval_mode(content, tmp_path):

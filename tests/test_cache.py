@@ -1,6 +1,7 @@
 """The store on disk: what was put is what is got, or a miss; whatever happens to its files and its folder."""
 
 import errno
+import hashlib
 import os
 import signal
 import subprocess
@@ -92,6 +93,16 @@ def test_an_entry_cut_off_anywhere_or_with_bytes_added_is_a_miss(cache):
         assert cache.get("tuning", KEY) is None, f"{length} bytes"
     path.write_bytes(whole + b"\0")
     assert cache.get("tuning", KEY) is None
+
+
+@pytest.mark.parametrize("header", [b"5", b"[]", b'{"kind": "passes"}', b'{"kind": "passes", "key": 5}', b'{"kind": 5, "key": {}}',
+                                    b'{"kind": "passes", "key": {"n": [1]}}'])  # fmt: skip
+def test_an_entry_that_its_digest_fits_and_whose_header_is_none_is_not_listed(cache, header):
+    cache.put("passes", {"n": "1"}, b"value")
+    path = only_file(cache)
+    body = header + b"\n" + b"value"
+    path.write_bytes(b"graphwright cache 1 " + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    assert cache.entries() == [] and cache.nearest("passes", {"n": "2"}) is None and cache.get("passes", {"n": "1"}) is None
 
 
 def test_an_entry_in_the_place_of_another_is_a_miss(cache):

@@ -501,7 +501,7 @@ def test_a_mistake_says_its_line_and_column(text: str, line: int, column: int, m
     assert str(caught.value).startswith(f"line {line}, column {column}: ")
 
 
-REGION = "  %r{0} = gw.sliced(%x{0}) in_dims=[0] out_dims=[0] count=2 {{\n  input %x{1} : f32[4]\n"
+OPENING = "  %r{0} = gw.sliced(%x{0}) in_dims=[0] out_dims=[0] count=2 {{\n  input %x{1} : f32[4]\n"
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ REGION = "  %r{0} = gw.sliced(%x{0}) in_dims=[0] out_dims=[0] count=2 {{\n  inpu
         call(f"aten.cat.default({'[' * 5000})"),
         call("aten.relu.default(%x)", f"f32[{'(' * 5000}1{')' * 5000}]"),
         function("  input %x : f32[2]", returns="%x") + "schedule s = " + "[" * 5000,
-        function("  input %x0 : f32[4]\n" + "".join(map(REGION.format, range(5000), range(1, 5001))), returns="%x0"),
+        function("  input %x0 : f32[4]\n" + "".join(map(OPENING.format, range(5000), range(1, 5001))), returns="%x0"),
     ],
     ids=["tuple", "list", "dict", "argument", "size", "json", "region"],
 )
@@ -679,6 +679,10 @@ def test_only_the_closed_vocabulary_can_be_called(name: str) -> None:
         ir.parse(call(f"{name}(%x)"))
 
 
+MANY = "".join(f"symbol s{n} in [2, 1000] hint {n + 3}\n" for n in range(8))
+NESTED = "(" * 60 + "s0" + "".join(f" * s{n % 8} + {n}) {{0}} (s{(n + 1) % 8} + {n + 1})" for n in range(60))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -696,8 +700,11 @@ def test_only_the_closed_vocabulary_can_be_called(name: str) -> None:
         (HEAD + 'schedule s = {"a": 1, "a": 2}', 'the key "a" is given twice'),
         (HEAD + 'weight @"a\\nb\\u202e" : f32[1] buffer "?"\n' * 2, r"weight a\\nb\\u202e is declared twice"),
         (call("aten.add.Scalar(%x, \u0663)"), "unexpected character '\\\\u0663'"),
+        (HEAD + MANY + f"weight @w : f32[{NESTED.format('//')}]", "too many products inside quotients"),
+        (HEAD + MANY + f"weight @w : f32[{NESTED.format('%')}]", "too many products inside quotients"),
+        (call("aten.histogramdd.default(%x, [1000000000, 4])", argument="f32[4, 2]"), "unknown operation aten.histogramdd.default"),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_a_short_or_early_refusal_takes_no_time_or_memory(text: str, message: str) -> None:
     """Each of these took minutes or gigabytes, or was read as something else."""
@@ -723,6 +730,14 @@ def test_a_size_that_is_small_at_capture_does_not_grow_without_bound_either(hint
     text = function(f"  input %a : size(n)\n  input %b : size(m)\n{body.rstrip()}", before=symbols, takes="((*, *), {})")
     with pytest.raises(ParseError, match="more than 1024 terms|does not fit in 64 bits"):
         ir.parse(text)
+
+
+def test_sizes_of_deep_stacks_of_strided_convolutions_are_read() -> None:
+    """The bound on quotients is none on these: 30 nested ones, of one symbol or with another added at each."""
+    for inner in ("s0", "(s0 + s1)"):
+        size = "(" * 30 + inner + "".join(f" + {n % 3}) // {2 + n % 2} + s{n % 8}" for n in range(30))
+        program = ir.parse(function(f"  input %x : f32[{size}]\n  %0 = aten.relu.default(%x)", before=MANY, takes="((*), {})"))
+        assert str(ir.parse(str(program))) == str(program)
 
 
 @pytest.mark.parametrize("origin", ["9" * 5000, "1," * 10])

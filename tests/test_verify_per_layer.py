@@ -96,16 +96,20 @@ def test_verify_prints_and_draws_the_errors(tmp_path: Path, capsys: pytest.Captu
     arguments = ["verify", "graphwright.tests.residual_net:make", "--passes", passes, "--per-layer"]
     assert main([*arguments, "--plot", str(plot)]) == 1  # it says that it is exact
     said = capsys.readouterr().out
+    assert "\nnot verified: calls diverge (below)\n\n" in said and "\nverified" not in said
     assert "first aten.gelu.default" in said and " diverges  " in said and plot.read_text().startswith("<svg")
     assert main([*arguments, "--json"]) == 1
-    layers = json.loads(capsys.readouterr().out)["layers"]
+    data = json.loads(capsys.readouterr().out)
+    layers = data["layers"]
+    assert data["verdict"] == "diverges"
     assert [each["call"] for each in layers if each["diverges"]][0] == "aten.gelu.default"
 
 
 def test_what_a_bounded_pass_changes_is_no_fault(capsys: pytest.CaptureFixture) -> None:
     arguments = ["verify", "graphwright.tests.residual_net:make", "--per-layer", "--passes", "quantize{weight=int8-channel,min_numel=1}"]
     assert main(arguments) == 0
-    assert "diverge, first aten.linear.default" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "diverge, first aten.linear.default" in said and "\nverified\n" in said
 
 
 def drawing() -> tuple[torch.nn.Module, tuple[torch.Tensor]]:
