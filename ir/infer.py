@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, UnsupportedOperatorException, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 
 from .calls import GETITEM, is_size_function
@@ -44,6 +44,8 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     try:
         with symbols.inference(), torch.amp.autocast("cpu", enabled=False):
             value = target(*operands, **keywords)
+    except UnsupportedOperatorException as error:
+        raise InferenceError("torch cannot tell what it gives without running it") from error
     except Exception as error:
         raise InferenceError(first_line(error)) from error
     if key is not None and (inferred := Inferred.of(value, (operands, keywords))) is not None:

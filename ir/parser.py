@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from .build import add_call, add_placeholder, add_weight, set_outputs
-from .calls import target_of
+from .calls import is_mutating, target_of
 from .errors import ParseError, first_line, printable
 from .infer import InferenceError, contiguous_stride, fake_like
 from .printer import VERSION
@@ -573,6 +573,8 @@ class _Body:
             target = target_of(name.text)
         except KeyError:
             parser.fail(f"unknown operation {name.text}", name)
+        if is_mutating(target):
+            parser.fail(f"{name.text} writes to an operand: programs are functional", name)
         args, kwargs = self._arguments()
         region_at = None
         if target is sliced:

@@ -67,7 +67,8 @@ class SymbolTable:
     def __init__(self) -> None:
         # duck_shape would merge two symbols with one hint; specialize_zero_one would turn a hint of 1 into a constant.
         self.env = _Sizes(duck_shape=False, specialize_zero_one=False)
-        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=False)
+        # Of an operator without a type of its own torch would run the kernel on zeros of that size: gigabytes, and some kernels crash.
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=False, allow_fallback_kernels=False)
         self.inferred: dict[Any, Any] = {}  # the types that calls were found to give, by what they follow from (ir/infer.py)
         self._symbols: dict[str, Symbol] = {}
         self._sizes: dict[str, torch.SymInt] = {}
