@@ -53,8 +53,15 @@ _NAMESPACES = ("aten", "gw", "prims", "quantized_decomposed")
 _FORBIDDEN = {"from_file", "save", "set_", "set", "_from_file", "resize_", "_resize_output_", "data", "_print"}
 # Of the type of these torch makes the numbers themselves, gigabytes where a short text asks for them.
 _FORBIDDEN |= {"histogramdd", "_histogramdd_bin_edges", "_histogramdd_from_bin_cts", "_histogramdd_from_bin_tensors"}
+# C++ that crashes the process on operands that do not fit together, and what belongs to torch.vmap.
+_FORBIDDEN |= {"_thnn_differentiable_gru_cell_backward", "_thnn_differentiable_lstm_cell_backward", "_add_batch_dim", "_remove_batch_dim"}
+_FORBIDDEN |= {"_foreach_copy", "_nnpack_spatial_convolution", "fractional_max_pool2d_backward", "fractional_max_pool3d_backward"}
 # torch's own types of these are wrong: plain float32 for a tensor of quantised elements.
 _FORBIDDEN |= {"quantize_per_tensor", "quantize_per_channel", "quantize_per_tensor_dynamic"}
+
+
+def _is_forbidden(packet: str) -> bool:
+    return packet in _FORBIDDEN or packet.startswith(("sparse_", "_sparse_", "quantized_"))  # of tensors that the IR does not have
 
 
 @functools.cache
@@ -63,7 +70,7 @@ def _operator_names() -> frozenset[str]:
     for qualified in torch._C._dispatch_get_all_op_names():
         namespace, _, rest = qualified.partition("::")
         packet, _, overload = rest.partition(".")
-        if namespace in _NAMESPACES and packet not in _FORBIDDEN:
+        if namespace in _NAMESPACES and not _is_forbidden(packet):
             names.add(f"{namespace}.{packet}.{overload or 'default'}")
     return frozenset(names)
 
@@ -76,7 +83,7 @@ def name_of(target: Callable[..., Any]) -> str:
     """
     if isinstance(target, torch._ops.OpOverload):
         namespace, _, packet = target._schema.name.partition("::")
-        if namespace not in _NAMESPACES or packet in _FORBIDDEN:
+        if namespace not in _NAMESPACES or _is_forbidden(packet):
             raise KeyError(str(target))
         return str(target)
     if isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "sliced":

@@ -48,14 +48,14 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
         raise InferenceError("torch cannot tell what it gives without running it") from error
     except Exception as error:
         raise InferenceError(first_line(error)) from error
-    if key is not None and (inferred := Inferred.of(value, (operands, keywords))) is not None:
-        _note(symbols, key, (operands, keywords), inferred)
     for tensor in tensors_of(value):
-        if not all(map(is_tractable, tensor.shape)):
-            raise InferenceError("a size of what it gives has too many products inside quotients")
         if tensor.layout != torch.strided:
             kind = str(tensor.layout).removeprefix("torch.")
             raise InferenceError(f"it gives a {kind} tensor, and the IR has strided ones: convert it inside the model")
+        if not all(map(is_tractable, tensor.shape)):
+            raise InferenceError("a size of what it gives has too many products inside quotients")
+    if key is not None and (inferred := Inferred.of(value, (operands, keywords))) is not None:
+        _note(symbols, key, (operands, keywords), inferred)
     if isinstance(value, int | torch.SymInt):
         if not fits(value):
             raise InferenceError("the size that it gives does not fit in 64 bits")
@@ -233,6 +233,8 @@ def _check_dim(target: Any, operands: Sequence[Any], keywords: Mapping[str, Any]
         return
     name = target._schema.name.removeprefix("aten::")
     named = dict(zip((each.name for each in target._schema.arguments), operands, strict=False)) | dict(keywords)
+    if name in ("matrix_power", "linalg_matrix_power") and named.get("n") == -(2**63):
+        raise InferenceError(f"{-(2**63)} has no opposite in 64 bits")  # torch multiplies without end
     whole, dim = named.get("self"), named.get("dim", 0)
     if not isinstance(whole, torch.Tensor) or type(dim) is not int or name in _NEW_DIM:
         return

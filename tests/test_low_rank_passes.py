@@ -1,6 +1,7 @@
 """The passes `smooth`, `split-low-rank`, `quantize`, `append-lora` and `absorb-outliers`: exact parts, contracts, refusals."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from graphwright.ir.float64 import to_float64
 from graphwright.ir.pattern import named_arguments
 from graphwright.ir.run import run
 from graphwright.passes import parse_pipeline
-from graphwright.passes.low_rank.rewrite import LOWRANK
+from graphwright.passes.low_rank.rewrite import LOWRANK, quantize_product
 from graphwright.tests import low_rank_models as nets
 
 aten = torch.ops.aten
@@ -308,6 +309,27 @@ def test_attention_of_torch_is_as_near_as_its_sites_say(monkeypatch):
     with torch.no_grad():
         expected = network(*calibration[0])
         assert (model(*calibration[0]) - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [gw.Quantize, gw.AbsorbOutliers])
+def test_a_layer_that_gives_more_error_than_was_measured_is_a_mistake_and_no_result(which, dtype, is_calibrated, monkeypatch):
+    """Errors are measured on matrices; codes of twice the size have the same error there, and are seen when the call itself runs."""
+    from graphwright.passes.low_rank import apply, quantize
+
+    def doubled(rewriter, product, quantized, *rest):
+        return quantize_product(rewriter, product, replace(quantized, scale=2 * quantized.scale), *rest)
+
+    network, example, calibration = nets.made(nets.AfterRMSNorm)
+    calibration = [(x.to(dtype),) for (x,) in calibration] if is_calibrated else None
+    each = which(weight="int8-channel", act="int8-token", min_numel=0, calibration=calibration)
+    program = gw.capture(network.to(dtype), (example[0].to(dtype),))
+    assert gw.PassManager([each]).run(program).reports[0].records
+    for module in (apply, quantize):
+        monkeypatch.setattr(module, "quantize_product", doubled)
+    with pytest.raises(gw.PassError, match=r"off by [01][.0-9]* where 0.0[0-9]* was measured, which is a mistake of this pass: report it"):
+        gw.PassManager([each]).run(program)
 
 
 def test_the_plan_is_the_same_twice_and_whatever_the_batches():

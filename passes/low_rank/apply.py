@@ -13,6 +13,7 @@ from ...ir import Node, Program, Rewriter
 from .choose import Choice
 from .fit import Fit, Problem, fit
 from .folds import Fold
+from .held import Original, hold
 from .layers import computed
 from .recipe import Recipe, Setting
 from .report import SiteReport
@@ -101,6 +102,7 @@ def _quantized(rewriter: Rewriter, moved: Moved, plan: Plan, statistics: Statist
     if not fitted.error <= plan.recipe.limit:
         return f"its error of {fitted.error:.3g} is over the budget of {plan.recipe.limit:.3g}, once other sites were smoothed"
     layers = plan.site.layers
+    source, originals = moved.now(plan.site.source), [_original(rewriter.program, moved, plan, problem, i) for i in range(len(layers))]
     for members, branch in zip(problem.branches, fitted.branches, strict=True):
         if branch is None:
             continue
@@ -115,6 +117,8 @@ def _quantized(rewriter: Rewriter, moved: Moved, plan: Plan, statistics: Statist
             product = _product(rewriter.program, moved, plan, i)
             new = quantize_product(rewriter, product, quantized, plan.recipe.weight, _activations(fitted), fitted.setting.rotate)
             moved.put(layers[i].node, new)
+    calls = [(moved.now(layer.node), original) for layer, original in zip(layers, originals, strict=True)]
+    hold(rewriter, source, calls, problem.selection, fitted.error, fitted.setting.act)
     shown = fitted if fitted is simple else replace(fitted, setting=plan.setting)
     return SiteReport.of(plan.site, plan.recipe, plan.choice, shown, plan.fold)
 
@@ -127,6 +131,11 @@ def _problem_now(program: Program, moved: Moved, plan: Plan, statistics: Statist
         weights = [weight * a.to(torch.float64) for weight in weights]
     problem = problem_of(plan.site, plan.recipe, statistics, weights)
     return problem, plan.setting if not plan.setting.folded else replace(plan.setting, smooth=None, folded=False)
+
+
+def _original(program: Program, moved: Moved, plan: Plan, problem: Problem, index: int) -> Original:
+    bias = moved.layer(plan.site.layers[index].node, program).bias
+    return Original.of(problem.weights[index], bias, program)
 
 
 def _product(program: Program, moved: Moved, plan: Plan, index: int) -> Product:

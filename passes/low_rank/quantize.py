@@ -26,6 +26,7 @@ from ..verdict import Verdict
 from .calibrate import collect
 from .fit import is_static, relative_norm, static_scale
 from .formats import ACTIVATIONS, WEIGHTS
+from .held import Original, hold
 from .layers import find_layers, matches
 from .quality import judge_outputs
 from .recipe import Recipe, stored_dtype
@@ -119,8 +120,11 @@ class Quantize(Pass):
         limit = Recipe(weight=self.weight, act=self.act, budget=self.budget).limit
         if not measured.error <= limit:
             return f"its error of {measured.error:.3g} is over the budget of {limit:.3g}"
+        original = Original.of(measured.original, product.bias, rewriter.program)
         with rewriter.step("quantize"):
-            quantize_product(rewriter, product, quantized, self.weight, measured.activations, 0)
+            new = quantize_product(rewriter, product, quantized, self.weight, measured.activations, 0)
+        rows = None if statistics is None else statistics.selection
+        hold(rewriter, product.x, [(new, original)], rows, measured.error, self.act)
         return ""
 
 
@@ -133,6 +137,7 @@ class _Measured:
         values = dequantize(quantized.codes, quantized.scale, quantized.scale2, options.weight, torch.float32)
         smooth, down, up = (self._value(node) for node in (product.smooth, product.down, product.up))
         whole = matrix if up is None or down is None else matrix + up @ (down if smooth is None else down / smooth)
+        self.original = whole if smooth is None else whole * smooth
         if seen is None:
             self.error = relative_norm(matrix - values, whole)
             return
