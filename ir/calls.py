@@ -55,7 +55,8 @@ _FORBIDDEN = {"from_file", "save", "set_", "set", "_from_file", "resize_", "_res
 _FORBIDDEN |= {"histogramdd", "_histogramdd_bin_edges", "_histogramdd_from_bin_cts", "_histogramdd_from_bin_tensors"}
 # C++ that crashes the process on operands that do not fit together, and what belongs to torch.vmap.
 _FORBIDDEN |= {"_thnn_differentiable_gru_cell_backward", "_thnn_differentiable_lstm_cell_backward", "_add_batch_dim", "_remove_batch_dim"}
-_FORBIDDEN |= {"_foreach_copy", "_nnpack_spatial_convolution", "fractional_max_pool2d_backward", "fractional_max_pool3d_backward"}
+_FORBIDDEN |= {"_foreach_copy", "_nnpack_spatial_convolution", "_stack"}
+_FORBIDDEN |= {"fractional_max_pool2d_backward", "fractional_max_pool3d_backward"}
 # torch's own types of these are wrong: plain float32 for a tensor of quantised elements.
 _FORBIDDEN |= {"quantize_per_tensor", "quantize_per_channel", "quantize_per_tensor_dynamic"}
 

@@ -61,9 +61,10 @@ def _spelled(value: Any, places: dict[Node, int]) -> Any:
     if isinstance(value, Node):
         return ("weight", value.target) if value.op == "get_attr" else ("node", places[value])
     if isinstance(value, torch.Tensor):
-        sizes, is_static = [str(size) for size in value.shape], all(isinstance(each, int) for each in (*value.shape, *value.stride()))
-        # One stride of symbols has several spellings, such as 32 * Max(1, n) for n of at least 2.
-        strides = [stride for size, stride in zip(value.shape, value.stride()) if size > 1] if is_static and value.numel() else []
+        sizes, is_empty = [str(size) for size in value.shape], any(isinstance(size, int) and size == 0 for size in value.shape)
+        # One stride of symbols has several spellings, such as 32 * Max(1, n) for n of at least 2; that of a size of 1 addresses nothing.
+        told = [stride for size, stride in zip(value.shape, value.stride()) if not (isinstance(size, int) and size == 1)]
+        strides = [] if is_empty else [stride if isinstance(stride, int) else None for stride in told]
         return str(value.dtype), str(value.device), sizes, strides
     if isinstance(value, dict):
         return [(name, _spelled(item, places)) for name, item in value.items()]

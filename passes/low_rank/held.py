@@ -61,8 +61,8 @@ def hold(
     found = relative_norm(torch.cat(differences, 1), torch.cat(wholes, 1))
     if not found <= 1.1 * limit + _ROUNDING.get(dtype, _FINER):
         raise PassError(
-            f"pass {rewriter.pass_name}: the layer at {where} gives outputs that are off by {found:.3g} where {error:.3g} was measured, which is a "
-            "mistake of this pass: report it, and go on without the layer by skip="
+            f"pass {rewriter.pass_name}: the layer at {where} gives outputs that are off by {found:.3g} where {error:.3g} was measured, "
+            "which is a mistake of this pass: report it, and go on without the layer by skip="
         )
 
 
