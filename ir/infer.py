@@ -329,12 +329,12 @@ def has_gaps(shape: Iterable[int], stride: Iterable[int]) -> bool:
 
 
 def same_type(a: Any, b: Any) -> bool:
-    """Whether two metadata values are one type: dtype, device, shape, lazy conjugation, the strides of dims larger than 1, and whether
-    operations lay out what they make of it with channels last."""
+    """Whether two metadata values are one type: dtype, device, shape, lazy conjugation, strides. Those of dims of size 1 too: they address
+    nothing, but by them operations tell how to lay out what they make, channels last for one, and so what the next operation reads."""
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(same_type(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return same_tensor_type(a, b) and same_strides(a, b) and _lead_to_channels_last(a) == _lead_to_channels_last(b)
+        return same_tensor_type(a, b) and _same_steps(a, b)
     if isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt):
         return same_size(a, b, exact=True)
     if isinstance(a, torch.SymFloat | torch.SymBool) and isinstance(b, torch.SymFloat | torch.SymBool):
@@ -342,8 +342,10 @@ def same_type(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a == b or a != a)
 
 
-def _lead_to_channels_last(value: torch.Tensor) -> bool:
-    return value.layout == torch.strided and is_channels_last(value.shape, value.stride())
+def _same_steps(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.layout != torch.strided or b.layout != torch.strided or any(isinstance(n, int) and n == 0 for n in a.shape):
+        return a.layout == b.layout
+    return all(same_size(x, y) for x, y in zip(a.stride(), b.stride(), strict=True))
 
 
 def same_tensor_type(a: torch.Tensor, b: torch.Tensor) -> bool:

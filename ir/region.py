@@ -137,7 +137,9 @@ def sliced_reference(body, in_dims, out_dims, count, *operands, units=None, orde
     outputs = []
     for j, dim in enumerate(out_dims):
         joined = torch.cat([part[j] for part in parts], dim)
-        whole = empty_whole(parts[0][j], list(joined.shape), orders[j] if orders else None)
+        # As its type says, which was inferred: kernels lay out a part with a dim of size 1 in other ways.
+        order = orders[j] if orders else memory_order(body.outputs[j].meta.get("val", parts[0][j]))
+        whole = empty_whole(parts[0][j], list(joined.shape), order)
         outputs.append(joined if joined.stride() == whole.stride() else whole.copy_(joined))
     return outputs
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .infer import contiguous_stride, is_channels_last, same_size
+from .infer import contiguous_stride, same_size
 from .symbols import SymbolTable
 
 DTYPES: dict[str, torch.dtype] = {
@@ -52,9 +52,8 @@ def type_text(value: Any, symbols: SymbolTable) -> str:
 
 def tensor_type_text(dtype: torch.dtype, shape: Any, stride: Any, device: torch.device, symbols: SymbolTable) -> str:
     text = f"{DTYPE_NAMES[dtype]}[{', '.join(symbols.text(size) for size in shape)}]"
-    settled = _settled(shape, stride)
-    if not _row_major(shape, settled):
-        text += f" strides [{', '.join(map(symbols.stride_text, settled))}]"
+    if not _row_major(shape, stride):
+        text += f" strides [{', '.join(map(symbols.stride_text, stride))}]"
     if device.type != "cpu":
         text += f" on {device}"
     return text
@@ -64,19 +63,3 @@ def _row_major(shape: Any, stride: Any) -> bool:
     if any(isinstance(size, int) and size == 0 for size in shape):
         return True
     return all(same_size(a, b) for a, b in zip(stride, contiguous_stride(shape), strict=True))
-
-
-def _settled(shape: Any, stride: Any) -> tuple[Any, ...]:
-    """`stride` with the steps of dims of size 1 that a dense tensor would have there. They address nothing, so programs that differ
-    in them are equal, but they may tell channels last, by which operations lay their results out."""
-    ones = [dim for dim, size in enumerate(shape) if isinstance(size, int) and size == 1]
-    if not ones:
-        return tuple(stride)
-    result, step = list(stride), 1
-    channels_last = is_channels_last(shape, stride)
-    outermost_first = (0, *range(2, len(shape)), 1) if channels_last else range(len(shape))
-    for dim in reversed(outermost_first):
-        if dim in ones:
-            result[dim] = step
-        step = result[dim] * shape[dim]
-    return tuple(result) if is_channels_last(shape, result) == channels_last else tuple(stride)
