@@ -44,6 +44,8 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     try:
         with symbols.inference(), torch.amp.autocast("cpu", enabled=False):
             value = target(*operands, **keywords)
+            if _gives_its_operand(target, operands, keywords):
+                value = operands[0]
     except UnsupportedOperatorException as error:
         raise InferenceError("torch cannot tell what it gives without running it") from error
     except Exception as error:
@@ -219,6 +221,14 @@ def _sizes_in(operands: Any) -> list[Any]:
 
 def _symbols_of(sizes: Iterable[Any]) -> set[Any]:
     return set().union(*(size.free_symbols for size in sizes if not isinstance(size, int)))
+
+
+def _gives_its_operand(target: Any, operands: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
+    """Whether it is dropout that draws nothing: torch gives back what it was given, of which its decomposition for symbols makes a copy."""
+    if target is not torch.ops.aten.dropout.default or not operands:
+        return False
+    p, train = (*operands[1:], *(keywords[name] for name in ("p", "train")[len(operands) - 1 :]))
+    return not train or p == 0
 
 
 MAX_RESULTS = 2**14  # of one call

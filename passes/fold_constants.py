@@ -45,6 +45,9 @@ class FoldConstants(Pass):
             return Outcome((*left, LeftAlone("constants", "the program was read from text and its weights have no values")))
         named = _named(chosen, rewriter)
         folded, failed = _computed(rewriter.program, named)
+        torn = [node for node, weight in folded.items() if not _is_laid_out_as(node, weight)]
+        failed = (*failed, *(LeftAlone.at(node, "torch lays it out in another way than its type says") for node in torn))
+        folded = {node: weight for node, weight in folded.items() if node not in torn}
         left, added = (*left, *failed), list(folded.values())
         for node, weight in folded.items():
             with rewriter.step("fold"):
@@ -63,6 +66,11 @@ def _computed(program: Program, named: Mapping[str, Node]) -> tuple[dict[Node, R
             return {}, (LeftAlone.at(node, f"it cannot be computed here: {first_line(error)}"),)
     parts = [_computed(program, {name: node}) for name, node in named.items()]
     return {node: weight for folded, _ in parts for node, weight in folded.items()}, tuple(each for _, failed in parts for each in failed)
+
+
+def _is_laid_out_as(node: Node, weight: RoundedWeight) -> bool:
+    value = node.meta["val"]
+    return tuple(weight.stride) == tuple(value.stride()) or value.numel() == 0
 
 
 class _Constants:

@@ -52,7 +52,8 @@ class OperandSlot:
 class Refusal:
     """Why a tag goes no further. `operand` is the culprit; `retry_units` (reason `unit`) the N' with which the axis would pass.
 
-    Reasons: mixed reduced inner unit halo position barrier mutates rng data-dependent no-row sym-unproved.
+    Reasons: mixed reduced inner unit halo position barrier mutates rng data-dependent no-row sym-unproved
+    alias.
     """
 
     reason: str

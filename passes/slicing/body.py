@@ -104,6 +104,22 @@ def unwritable(prepared: Prepared, region: PlannedRegion) -> Stop | None:
     return None
 
 
+def parted(prepared: Prepared, region: PlannedRegion) -> Stop | None:
+    """Why `region` cannot be outlined: the caller receives two of its values, or views of them, in one memory, and what a region gives lies
+    in memories of its own."""
+    leaves = [leaf for leaf in prepared.program.functions[prepared.rewriter.function.name].outputs if isinstance(leaf, Node)]
+    received = Counter(key for leaf in set(leaves) for key in _storages(leaf))
+    inside, seen = set(region.members), set[int]()
+    for member in region.members:
+        if all(user in inside for user in member.users):
+            continue
+        keys = {key for key in _storages(member) if received[key] > 1}
+        if keys & seen:
+            return Stop(member, Refusal("alias", f"the caller receives {member.target} and what it is a view of in one memory", member))
+        seen |= keys
+    return None
+
+
 def _views_that_stay(members: Sequence[Node], inside: dict[Node, Any]) -> set[Node]:
     """Views of outside values that are used outside too, and the views that these are made from: they cost nothing there."""
     staying: set[Node] = set()

@@ -10,7 +10,6 @@ operator grouping. Its released code takes GroupNorm statistics per slice; this 
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from ...ir.symbols import hint
 from ..base import LeftAlone, Outcome, Pass
 from ..contract import Contract
 from ..options import at_least, is_share, is_size, option, share, size_in_bytes
-from .body import unwritable
+from .body import parted, unwritable
+from .candidate import Stop
 from .emit import emit
 from .plan import Plan, PlannedRegion, Planner
 from .prepare import Prepared, prepare
@@ -94,7 +94,9 @@ class SliceGroups(Pass):
         kinds = frozenset(axis for axis in self.axes if axis in KINDS) or frozenset({"rows", "query"})
         scene = Scene.of(spelled_out)
         places = self._places(rewriter, prepared)
-        refused = partial(unwritable, prepared) if len(rewriter.symbols) else lambda region: None
+
+        def refused(region: PlannedRegion) -> Stop | None:
+            return parted(prepared, region) or (unwritable(prepared, region) if len(rewriter.symbols) else None)
 
         def planned(target: int) -> Plan:
             return Planner(scene, target, self.max_slices, kinds, places, not self._is_share, refused).plan()
