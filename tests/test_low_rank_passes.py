@@ -691,3 +691,20 @@ def test_auto_takes_the_format_of_least_noise():
 def test_none_is_written_alike_in_text_and_in_python():
     for text, each in (("absorb-outliers{act=none,smooth=none}", gw.AbsorbOutliers(smooth="none")), ("quantize{act=none}", gw.Quantize())):
         assert parse_pipeline(text) == (each,) and parse_pipeline(each.spelling) == (each,)
+
+
+@pytest.mark.parametrize("gptq", [False, True])
+def test_codes_do_not_depend_on_how_many_threads_there_are(gptq):
+    """LAPACK's results do, in their last bits; a layer of these sizes had other codes with two threads than with one."""
+    module, args, kwargs = gw.models.load("decoder", "tiny", seed=0)
+    program = gw.capture(module, args, kwargs)
+    calibration = [(args, kwargs)] if gptq else None
+    each = gw.AbsorbOutliers(weight="int8-channel", act="int8-token", min_numel=256, rank=4, gptq=gptq, calibration=calibration)
+    threads, texts = torch.get_num_threads(), set()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            texts.add(str(gw.PassManager([each]).run(program).program))
+        finally:
+            torch.set_num_threads(threads)
+    assert len(texts) == 1

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .alone import one_thread
+
 OVERSAMPLE, POWER_STEPS = 10, 4  # of the range finder
 EXACT_UP_TO = 1024  # the smaller dim
 TOLERANCE = 0.02  # by how much a residual may be larger than the least possible
@@ -55,10 +57,13 @@ def _exact(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     wide = w.to(torch.float64)
     tall = wide if w.size(0) >= w.size(1) else wide.T
-    basis = torch.linalg.eigh(tall.T @ tall)[1].flip(1)[:, :rank]
+    gram = tall.T @ tall
+    with one_thread():
+        basis = torch.linalg.eigh(gram)[1].flip(1)[:, :rank]
     image = tall @ basis  # its columns are orthogonal, S_i long
     if (tall - image @ basis.T).norm() < _GRAM_RESIDUAL * wide.norm():
-        left, lengths, right = torch.linalg.svd(wide, full_matrices=False)
+        with one_thread():
+            left, lengths, right = torch.linalg.svd(wide, full_matrices=False)
         return left[:, :rank] * lengths[:rank], right[:rank]
     if tall is wide:
         return image, basis.T
@@ -69,12 +74,19 @@ def _exact(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _randomized(w: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The factors of the projection of w on a basis Q of what w makes of random vectors, sharpened by power steps."""
     columns = min(rank + OVERSAMPLE, *w.shape)
-    q = torch.linalg.qr(w @ _normal(w, columns, generator)).Q
+    q = _orthonormal(w @ _normal(w, columns, generator))
     for _ in range(POWER_STEPS):
-        q = torch.linalg.qr(w.T @ q).Q
-        q = torch.linalg.qr(w @ q).Q
-    left, lengths, right = torch.linalg.svd(q.T @ w, full_matrices=False)
+        q = _orthonormal(w.T @ q)
+        q = _orthonormal(w @ q)
+    projected = q.T @ w
+    with one_thread():
+        left, lengths, right = torch.linalg.svd(projected, full_matrices=False)
     return (q @ left[:, :rank]) * lengths[:rank], right[:rank]
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    with one_thread():
+        return torch.linalg.qr(columns).Q
 
 
 def _is_near_best(w: Tensor, up: Tensor, down: Tensor, generator: torch.Generator) -> bool:

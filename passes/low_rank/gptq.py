@@ -12,6 +12,7 @@ from torch import Tensor
 from ...ir.low_bit.elements import encode, pack, round_to_values
 from ...ir.low_bit.formats import Format, format_of
 from ...ir.low_bit.quantize import step_of
+from .alone import one_thread
 
 FIRST_DAMPING, MORE_DAMPING, ATTEMPTS = 0.01, 0.001, 250  # of the mean of H's diagonal
 _ROWS_AT_ONCE = 1024
@@ -62,7 +63,8 @@ def _inverse_factor(hessian: Tensor, order: Tensor) -> Tensor | None:
     backwards = hessian[last_first.unsqueeze(1), last_first]
     backwards.diagonal().add_(FIRST_DAMPING * mean)
     for _ in range(ATTEMPTS):
-        lower, failed = torch.linalg.cholesky_ex(backwards)
+        with one_thread():
+            lower, failed = torch.linalg.cholesky_ex(backwards)
         if not failed and lower.isfinite().all():
             inverse = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
             return torch.linalg.solve_triangular(lower.flip(0, 1), inverse, upper=True, out=inverse)
