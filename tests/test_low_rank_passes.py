@@ -374,9 +374,10 @@ def test_one_row_of_calibration_is_too_few_to_judge_on():
         assert "calibration gave 1 row there, too few to choose by and to judge on" in report_of(model).left[0].reason
 
 
-def test_quantized_activations_of_one_row_are_refused():
+@pytest.mark.parametrize("which", [gw.AbsorbOutliers, gw.Quantize])
+def test_quantized_activations_of_one_row_are_refused(which):
     module, x = torch.nn.Linear(64, 64), torch.randn(1, 64)
-    passes = [gw.AbsorbOutliers(min_numel=0, calibration=[(torch.randn(1, 64),)] * 20, act="int8-token")]
+    passes = [which(min_numel=0, calibration=[(torch.randn(1, 64),)] * 20, act="int8-token")]
     model = gw.compile(module, passes, example_inputs=(x,), backend="aten", cache=False)
     assert "it has one row in every call" in report_of(model).left[0].reason
 
@@ -486,6 +487,7 @@ def test_statistics_in_several_waves_choose_the_same():
         ({"rotate": 24}, "option rotate is 24, but must be 0, 16, 32 or 64"),
         ({"smooth": 2.0}, "option smooth is 2.0"),
         ({"max_bits": 3.0}, "option max_bits is 3.0"),
+        ({"seed": 2**70}, r"option seed is \d+, but must be an integer from 0 to 2\*\*63 - 1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -92,7 +92,7 @@ class AbsorbOutliers(Pass):
     min_numel: int = option(65536, "an integer of at least 0", at_least(0))
     max_rows: int = option(4096, "an integer of at least 8", at_least(8))
     max_calib_bytes: Any = option("2GiB", "a size such as 2GiB", is_size)
-    seed: int = option(0, "an integer", lambda v: isinstance(v, int))
+    seed: int = option(0, "an integer from 0 to 2**63 - 1", between(0, 2**63 - 1))
     skip: tuple[str, ...] = option(SKIP, "a list of patterns", is_texts)
     weight_only: tuple[str, ...] = option(WEIGHT_ONLY, "a list of patterns", is_texts)
     calibration: Any = option(None, "an iterable of example inputs", lambda v: v is None or isinstance(v, Iterable), spelled=False)

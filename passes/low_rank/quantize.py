@@ -7,6 +7,7 @@
 Rounds to nearest. Without calibration the error of a layer is |W - Q(W)| / |W|, with it that of its outputs.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,8 @@ class Quantize(Pass):
             return "its name is among those to skip"
         if n * k < self.min_numel:
             return f"its weight has {n * k} elements, fewer than min_numel {self.min_numel}"
+        if self.act != "none" and math.prod(product.node.meta["val"].shape[:-1]) == 1:
+            return "it has one row in every call, and quantized activations save nothing there"
         for name in (self.weight, *(() if self.act == "none" else (self.act,))):
             if k % format_of(name).group_of(k):
                 return f"K = {k} is no multiple of the blocks of {name}"

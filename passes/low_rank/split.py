@@ -12,7 +12,7 @@ import torch
 from ...ir import Program, Rewriter
 from ..base import LeftAlone, Outcome, Pass
 from ..contract import Contract
-from ..options import at_least, is_texts, one_of, option
+from ..options import at_least, between, is_texts, one_of, option
 from .factorize import best_factors
 from .layers import computed, find_layers, matches
 from .recipe import stored_dtype
@@ -38,7 +38,7 @@ class SplitLowRank(Pass):
     share_down: bool = option(True, "true or false", one_of((True, False)))
     min_numel: int = option(65536, "an integer of at least 0", at_least(0))
     skip: tuple[str, ...] = option((), "a list of patterns", is_texts)
-    seed: int = option(0, "an integer", lambda v: isinstance(v, int))
+    seed: int = option(0, "an integer from 0 to 2**63 - 1", between(0, 2**63 - 1))
 
     def run(self, rewriter: Rewriter) -> Outcome:
         layers, left = find_layers(rewriter)
