@@ -32,6 +32,7 @@ EDITS = (
         old="    value = infer(symbols, target, args, kwargs)\n",
         new='    value = infer(symbols, target, args, kwargs) if len(origin) < 2 or target is sliced else args[0].meta["val"]\n',
         catchers=("verifier", "error", "text"),
+        hunt=Hunt("remove-no-ops", ("motifs.permutation_of_a_permutation",), 4),
     ),
     _edit(
         "dtype-of-sizes-alone",
@@ -43,8 +44,8 @@ EDITS = (
     _edit(
         "strides-are-not-compared",
         file="ir/infer.py",
-        old="return same_tensor_type(a, b) and same_strides(a, b) and",
-        new="return same_tensor_type(a, b) and",
+        old="return same_tensor_type(a, b) and _same_steps(a, b)",
+        new="return same_tensor_type(a, b)",
         hunt=Hunt("remove-no-ops", ("aten.contiguous.default", "shapes.permute"), 5),
     ),
     _edit(
@@ -113,7 +114,7 @@ TEXT = (
         new='return f"{text} output {',
         hunt=Hunt("remove-dead-code", ("state",), 4),
     ),
-    _text("strides-are-not-printed", file="ir/types.py", old="    if not _row_major(shape, settled):\n", new="    if settled is None:\n"),
+    _text("strides-are-not-printed", file="ir/types.py", old="    if not _row_major(shape, stride):\n", new="    if stride is None:\n"),
     _text(
         "orders-are-not-printed",
         file="ir/printer.py",

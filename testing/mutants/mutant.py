@@ -117,4 +117,5 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 
 def _functions(code: CodeType) -> list[FunctionType]:
+    gc.unfreeze()  # frozen objects are not listed
     return [each for each in gc.get_objects() if type(each) is FunctionType and each.__code__ == code]
