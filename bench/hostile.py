@@ -1,6 +1,7 @@
 """Hostile files other than ONNX (`bench/fuzz_onnx.py` has those): what reading each ends in (specs/trust.md, section 5).
 
     texts       programs some of whose tokens, lines or bytes are other ones: a program, or one of our errors
+    operators   calls of any operator of the vocabulary with operands that seldom fit: a program, or one of our errors
     forged      artifacts one of whose members is damaged, with digests that fit: a model, or one of our errors
     tampered    artifacts with bits flipped, cut off, or with members left out, added, swapped or doubled: refused, each
     entries     entries of the cache with bits flipped or cut off: a miss, each
@@ -25,6 +26,7 @@ from pathlib import Path
 from harness import Bench
 
 import graphwright as gw
+from graphwright.ir.calls import operator_names, target_of
 from graphwright.runtime.cache import Cache
 from graphwright.tests.forged import members_of, packed
 from graphwright.tests.onnx_mutations import outcomes, with_wrong_bytes
@@ -38,7 +40,7 @@ _ODD = ("0", "-1", "7", str(2**63 - 1), "nan", "none", "true", "[]", "[0, 0]", "
 
 def main() -> None:
     bench = Bench("hostile", {}, add_arguments=lambda parser: parser.add_argument("--only", default="", help="only such sections"))
-    for section in (texts, forged, tampered, entries, payloads):
+    for section in (texts, operators, forged, tampered, entries, payloads):
         if bench.options.only in section.__name__:
             section(bench)
             bench.save()
@@ -75,6 +77,54 @@ def _damaged_text(sources: Sequence[str], draw: random.Random) -> bytes:
         pieces[at] = draw.choice(("", draw.choice(pieces), pieces[at] * 2, *_ODD))
         text = "".join(pieces)
     return text.encode()
+
+
+_INPUTS = {
+    "x": "f32[4, 4]",
+    "i": "i64[3]",
+    "b": "bool[2, 2]",
+    "big": "f32[1073741824, 1]",
+    "e": "f32[0, 3]",
+    "s": "f32[]",
+    "y": "f32[1, 2, 8, 8]",
+}
+_ODD_VALUES = {
+    "Tensor": tuple(f"%{name}" for name in _INPUTS),
+    "int": ("0", "1", "-1", "2", "3", "1073741824", str(2**62), str(-(2**63))),
+    "float": ("0.0", "1.0", "-1.0", "1e308", "nan", "inf", "-inf", "0.5"),
+    "number": ("0", "-1", str(2**62), "0.5", "nan"),
+    "bool": ("true", "false"),
+    "str": ('"mean"', '""', '"i,j->ij"', '"%s"'),
+}
+
+
+def operators(bench: Bench) -> None:
+    names = sorted(operator_names())
+    _read(bench, "operators", ".txt", 20_000, lambda seed: _call_of(names[seed % len(names)], random.Random(seed)))
+
+
+def _call_of(name: str, draw: random.Random) -> bytes:
+    """A program of one call, whose optional operands are given half of the time."""
+    positional, keywords = [], []
+    for argument in target_of(name)._schema.arguments:
+        if argument.has_default_value() and draw.random() < 0.5:
+            if argument.kwarg_only:
+                continue
+            break
+        kind = str(argument.real_type if hasattr(argument, "real_type") else argument.type)
+        value = draw.choice(("f32", "i64", "bool")) if "dtype" in argument.name else _value_of(kind, draw)
+        (keywords if argument.kwarg_only else positional).append(f"{argument.name}={value}" if argument.kwarg_only else value)
+    inputs = "".join(f"  input %{name} : {kind}\n" for name, kind in _INPUTS.items())
+    head = f"graphwright 1\n\nfunction main {{\n  takes (({', '.join('*' * len(_INPUTS))}), {{}})\n  gives *\n{inputs}"
+    return f"{head}  %0 = {name}({', '.join([*positional, *keywords])})\n  return %0\n}}\n".encode()
+
+
+def _value_of(kind: str, draw: random.Random) -> str:
+    if kind.startswith("Optional["):
+        return "none" if draw.random() < 0.5 else _value_of(kind.removeprefix("Optional[").removesuffix("]"), draw)
+    if kind.startswith("List["):
+        return f"[{', '.join(_value_of(kind.removeprefix('List[').removesuffix(']'), draw) for _ in range(draw.randrange(5)))}]"
+    return draw.choice(_ODD_VALUES.get(kind, ("none",)))
 
 
 def artifacts() -> list[bytes]:

@@ -66,7 +66,8 @@ def _is_forbidden(packet: str) -> bool:
 
 
 @functools.cache
-def _operator_names() -> frozenset[str]:
+def operator_names() -> frozenset[str]:
+    """The operators of torch and of the dialect that a program may call, as texts name them."""
     names = set()
     for qualified in torch._C._dispatch_get_all_op_names():
         namespace, _, rest = qualified.partition("::")
@@ -104,9 +105,9 @@ def target_of(name: str) -> Callable[..., Any]:
         from .region import sliced
 
         return sliced
-    if name not in _operator_names():
-        _operator_names.cache_clear()  # an operator may have been declared since; listing all takes 2 ms
-        if name not in _operator_names():
+    if name not in operator_names():
+        operator_names.cache_clear()  # an operator may have been declared since; listing all takes 2 ms
+        if name not in operator_names():
             raise KeyError(name)
     namespace, packet, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)

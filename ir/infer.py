@@ -47,7 +47,9 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
             if _gives_its_operand(target, operands, keywords):
                 value = operands[0]
     except UnsupportedOperatorException as error:
-        raise InferenceError("torch cannot tell what it gives without running it") from error
+        is_sparse = "sparse" in str(target)
+        sparse = "it gives a sparse tensor, and the IR has strided ones: convert it inside the model"
+        raise InferenceError(sparse if is_sparse else "torch cannot tell what it gives without running it") from error
     except Exception as error:
         raise InferenceError(first_line(error)) from error
     for tensor in tensors_of(value):

@@ -883,7 +883,7 @@ def test_an_output_that_torch_does_not_know_is_a_capture_error_that_says_what_to
 @pytest.mark.parametrize(
     ("convert", "reason"),
     [
-        (lambda x: x.to_sparse(), "gives a sparse_coo tensor"),
+        (lambda x: x.to_sparse(), "gives a sparse tensor"),
         (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantize_per_tensor.default has no place in the IR"),
     ],
     ids=["sparse", "quantized"],

@@ -10,14 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch._prims_common import suggest_memory_format
 
 from graphwright import ir
-from graphwright.ir import types
 from graphwright.ir.errors import InputError, ParseError, VerifyError
 from graphwright.ir.printer import literal
 from graphwright.ir.run import run
-from graphwright.ir.types import DTYPES
+from graphwright.ir.types import DTYPES, type_text
 from graphwright.passes import PassManager
 
 HEAD = "graphwright 1\n"
@@ -814,16 +812,13 @@ def test_a_sliced_decoder_at_batch_1_parses_back(length: int) -> None:
     assert str(ir.parse(str(sliced))) == str(sliced)
 
 
-def test_settled_strides_are_those_of_one_layout() -> None:
-    """Whatever dims of size 1 have: what is written reads back as a tensor of the same layout, and is written the same again."""
+def test_strides_are_read_as_they_are_written_whatever_dims_of_size_1_have() -> None:
     rng = random.Random(0)
-    for _ in range(2000):
+    for _ in range(100):
         shape = [rng.choice([1, 1, 2, 3]) for _ in range(rng.choice([4, 5]))]
         order = rng.sample(range(len(shape)), len(shape))
         tensor = torch.empty([shape[d] + rng.choice([0, 0, 1]) for d in order])[tuple(slice(shape[d]) for d in order)]
         tensor = tensor.permute([order.index(d) for d in range(len(shape))])
-        settled = types._settled(tensor.shape, tensor.stride())
-        again = torch.empty_strided(tensor.shape, settled)
-        assert suggest_memory_format(again) == suggest_memory_format(tensor)
-        assert all(n == 1 or a == b for n, a, b in zip(shape, settled, tensor.stride(), strict=True))
-        assert types._settled(again.shape, again.stride()) == settled
+        written = type_text(tensor, ir.SymbolTable())
+        read = ir.parse(call("aten.relu.default(%x)", argument=written)).main.placeholders[0].meta["val"]
+        assert (read.shape, read.stride()) == (tensor.shape, tensor.stride())

@@ -36,6 +36,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("codegen/stored_code.py", "marshal"): "compiled code is code; runtime/cache.py gives none that another user could have written",
     ("codegen/stored_code.py", "pickle"): "the same",
     ("tests/test_docs.py", "exec"): "runs the code of our own documentation",
+    ("tests/test_testing_check_pass.py", "exec"): "runs a test that `check_pass` printed of a program of ours",
     ("tests/test_links_rules.py", "eval"): "evaluates the halo formulas that our own links print, over two integers",
 }
 

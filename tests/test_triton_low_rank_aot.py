@@ -27,9 +27,9 @@ def main():
 
     table = {}
     for name, layer in layers().items():
-        table[name] = {}
+        table[name], inputs = {}, empty_inputs(layer)
         for target in TARGETS.values():
-            binaries = [compile_for(kernel, target.name) for kernel in kernels_of(layer, empty_inputs(layer), target)]
+            binaries = [compile_for(kernel, target.name) for kernel in kernels_of(layer, inputs, target)]
             table[name][target.name] = [[b.registers, b.shared_bytes, b.spills, len(b.code), target.shared_bytes] for b in binaries]
     json.dump(table, sys.stdout)
 
