@@ -332,6 +332,36 @@ def test_a_layer_that_gives_more_error_than_was_measured_is_a_mistake_and_no_res
         gw.PassManager([each]).run(program)
 
 
+class SeenThroughViews(torch.nn.Module):
+    """Two layers of one site, each behind other views of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(nets.K)
+        self.query, self.key = torch.nn.Linear(nets.K, 24), torch.nn.Linear(nets.K, 24)
+
+    def forward(self, x):
+        h = self.norm(x)
+        heads = h.reshape(2, -1, 3, nets.K)
+        return self.query(heads).flatten(), self.key(h.contiguous().reshape(-1, nets.K)).flatten()
+
+
+def test_layers_are_held_through_views_of_fixed_sizes(monkeypatch):
+    from graphwright.passes.low_rank import apply
+
+    torch.manual_seed(0)
+    calibration = [(torch.randn(6, nets.K),) for _ in range(20)]
+    program = gw.capture(SeenThroughViews(), calibration[0])
+    each = gw.AbsorbOutliers(weight="int8-channel", act="int8-token", min_numel=0, fold=False, calibration=calibration)
+    [site] = gw.PassManager([each]).run(program).reports[0].data["sites"]
+    assert site["layers"] == ("query", "key")
+    monkeypatch.setattr(apply, "quantize_product", lambda rewriter, product, quantized, *rest: quantize_product(
+        rewriter, product, replace(quantized, scale=2 * quantized.scale) if product.name == "key" else quantized, *rest
+    ))  # fmt: skip
+    with pytest.raises(gw.PassError, match="mistake of this pass"):
+        gw.PassManager([each]).run(program)
+
+
 def test_the_plan_is_the_same_twice_and_whatever_the_batches():
     """Of a layer that reads the input itself: kernels before it may round rows of another batch in another way."""
     _, example, calibration = nets.made(nets.AfterLinear)

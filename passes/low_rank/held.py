@@ -13,6 +13,7 @@ from ...ir import Node, Program, Rewriter
 from ...ir.errors import PassError
 from ...ir.low_bit import format_of
 from .fit import relative_norm
+from .sites import shows_operand
 
 # What rounding of inputs, branch and sums in the working type may add to an error; mistakes add the size of the outputs.
 _ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -38,7 +39,8 @@ def hold(
 ) -> None:
     """Holds calls that read `source` to `error`, a share of what all of them gave without bias.
 
-    rows [m, K]: values of `source`; None where there is no calibration, and then `error` is that of the weights.
+    rows [m, K]: values of `source`; None where there is no calibration, and then `error` is that of the weights. Nothing is held where
+    what a call reads is no function of each of these rows.
 
     Raises:
         PassError: together they are further off.
@@ -67,7 +69,7 @@ def hold(
 
 
 def _value(node: Node, source: Node, rows: torch.Tensor, program: Program) -> Any:
-    """What `node` is where `source` is `rows`; None where it reads anything else that is no weight."""
+    """What `node` is where `source` is `rows`; None where rows alone do not tell, as of a value that is no function of each row."""
     if node is source:
         return rows
     if node.op == "get_attr":
@@ -77,6 +79,11 @@ def _value(node: Node, source: Node, rows: torch.Tensor, program: Program) -> An
     operands = {each: _value(each, source, rows, program) for each in node.all_input_nodes}
     if any(value is None for value in operands.values()):
         return None
+    if shows_operand(node):  # whatever sizes are before the last
+        return operands[node.all_input_nodes[0]]
     args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
-    with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    try:
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except RuntimeError:  # of sizes that it was given for all rows
+        return None

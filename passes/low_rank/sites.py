@@ -72,12 +72,13 @@ def is_attention_input(name: str) -> bool:
 
 def source_of(x: Node) -> Node:
     """The value that `x` shows: dropout in eval mode, copies to the same dtype and views that keep the last dim are looked through."""
-    while x.op == "call_function" and _shows_operand(x):
+    while x.op == "call_function" and shows_operand(x):
         x = x.all_input_nodes[0]
     return x
 
 
-def _shows_operand(node: Node) -> bool:
+def shows_operand(node: Node) -> bool:
+    """Whether each row, over the last dim, of `node` is one of its operand's."""
     if not node.all_input_nodes:
         return False
     operand = node.all_input_nodes[0].meta["val"]
