@@ -173,7 +173,10 @@ def _key_of(symbols: SymbolTable, target: Callable[..., Any], operands: Any, key
     device may be a default, where a size depends on data, of which nothing may be asked, and for operands of other kinds than these."""
     if getattr(target, "namespace", "") not in ("gw", "aten") or not _tensors_in((operands, keywords)):
         return None
-    if symbols.declared(_symbols_of(_sizes_in((operands, keywords)))) is None:
+    read = _symbols_of(_sizes_in((operands, keywords)))
+    if len(read) > MAX_SYMBOLS:
+        raise InferenceError(f"it reads {len(read)} symbols, more than the limit of {MAX_SYMBOLS}")
+    if symbols.declared(read) is None:
         return None
     try:
         return (target, _key(operands), tuple((name, _key(keywords[name])) for name in sorted(keywords)))
@@ -234,6 +237,7 @@ def _gives_its_operand(target: Any, operands: Sequence[Any], keywords: Mapping[s
 
 
 MAX_RESULTS = 2**14  # of one call
+MAX_FACTORS, MAX_SYMBOLS = 128, 256  # of one call
 _APART = ("split", "split_with_sizes", "split_copy", "unsafe_split", "unsafe_chunk", "chunk", "unbind", "unbind_copy", "tensor_split")
 _NEW_DIM = ("unsqueeze", "unsqueeze_copy")  # whose dim is one of the result
 
@@ -245,6 +249,9 @@ def _check_dim(target: Any, operands: Sequence[Any], keywords: Mapping[str, Any]
         return
     name = target._schema.name.removeprefix("aten::")
     named = dict(zip((each.name for each in target._schema.arguments), operands, strict=False)) | dict(keywords)
+    factors = named.get("matrices", named.get("tensors")) if name in ("chain_matmul", "linalg_multi_dot") else None
+    if isinstance(factors, tuple | list) and len(factors) > MAX_FACTORS:  # torch tries all orders
+        raise InferenceError(f"it multiplies {len(factors)} matrices, more than the limit of {MAX_FACTORS}")
     if name in ("matrix_power", "linalg_matrix_power") and named.get("n") == -(2**63):
         raise InferenceError(f"{-(2**63)} has no opposite in 64 bits")  # torch multiplies without end
     whole, dim = named.get("self"), named.get("dim", 0)

@@ -730,6 +730,22 @@ def test_a_size_that_is_small_at_capture_does_not_grow_without_bound_either(hint
         ir.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "operation", "message"),
+    [
+        (1000, "s{n}", "aten.cat.default([{all}])", "it reads 1000 symbols, more than the limit of 256"),
+        (2000, "4, 4", "aten.chain_matmul.default([{all}])", "it multiplies 2000 matrices, more than the limit of 128"),
+    ],
+)
+def test_a_call_reads_a_bounded_number_of_symbols_and_factors(count: int, size: str, operation: str, message: str) -> None:
+    """These took eight seconds and ten."""
+    symbols = "".join(f"symbol s{n} in [2, 9] hint 3\n" for n in range(count)) if "s{n}" in size else ""
+    inputs = "".join(f"  input %x{n} : f32[{size.format(n=n)}]\n" for n in range(count))
+    call = operation.format(all=", ".join(f"%x{n}" for n in range(count)))
+    with pytest.raises(ParseError, match=message):
+        ir.parse(function(f"{inputs}  %0 = {call}", before=symbols, takes=f"(({', '.join('*' * count)}), {{}})"))
+
+
 def test_sizes_of_deep_stacks_of_strided_convolutions_are_read() -> None:
     """The bound on quotients is none on these: 30 nested ones, of one symbol or with another added at each."""
     for inner in ("s0", "(s0 + s1)"):
