@@ -7,7 +7,7 @@ created and never edited; a stale shape is the commonest defect of compilers tha
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -37,7 +37,7 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
     if target is GETITEM and not (operands and isinstance(operands[0], tuple)):
         raise InferenceError("it takes a result out of a call that has several")
     key = _key_of(symbols, target, operands, keywords)
-    known = _find(symbols, key, (operands, keywords)) if key is not None else None
+    known = _find(symbols, key) if key is not None else None
     if known is not None:
         return known.anew(symbols, (operands, keywords))
     _check_dim(target, operands, keywords)
@@ -59,7 +59,7 @@ def infer(symbols: SymbolTable, target: Callable[..., Any], args: Any, kwargs: A
         if not all(map(is_tractable, tensor.shape)):
             raise InferenceError("a size of what it gives has too many products inside quotients")
     if key is not None and (inferred := Inferred.of(value, (operands, keywords))) is not None:
-        _note(symbols, key, (operands, keywords), inferred)
+        _note(symbols, key, inferred)
     if isinstance(value, int | torch.SymInt):
         if not fits(value):
             raise InferenceError("the size that it gives does not fit in 64 bits")
@@ -143,18 +143,18 @@ class Inferred:
         return results[0] if self.is_single else results
 
 
-def _find(symbols: SymbolTable, key: Any, operands: Any) -> "Inferred | None":
+def _find(symbols: SymbolTable, key: "_Key") -> "Inferred | None":
     """What a call of that key is known to give, in this program or in another."""
-    known = symbols.inferred.get(key)
-    if known is None and (known := _KNOWN.get(_shared_key(symbols, key, operands))) is not None:
-        symbols.inferred[key] = known
+    known = symbols.inferred.get(key.call)
+    if known is None and (known := _KNOWN.get(_shared_key(symbols, key))) is not None:
+        symbols.inferred[key.call] = known
     return known
 
 
-def _note(symbols: SymbolTable, key: Any, operands: Any, inferred: "Inferred") -> None:
+def _note(symbols: SymbolTable, key: "_Key", inferred: "Inferred") -> None:
     if len(_KNOWN) >= MOST_KNOWN:
         _KNOWN.clear()
-    symbols.inferred[key] = _KNOWN[_shared_key(symbols, key, operands)] = inferred
+    symbols.inferred[key.call] = _KNOWN[_shared_key(symbols, key)] = inferred
 
 
 def forget() -> None:
@@ -162,24 +162,32 @@ def forget() -> None:
     _KNOWN.clear()
 
 
-def _shared_key(symbols: SymbolTable, key: Any, operands: Any) -> Any:
+def _shared_key(symbols: SymbolTable, key: "_Key") -> Any:
     """The key and what else the types follow from between programs."""
     libraries = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled  # by which a convolution lays its result out
-    return (key, symbols.declared(_symbols_of(_sizes_in(operands))), len(symbols) > 0, torch.get_default_dtype(), *libraries)
+    return (*key, len(symbols) > 0, torch.get_default_dtype(), *libraries)
 
 
-def _key_of(symbols: SymbolTable, target: Callable[..., Any], operands: Any, keywords: Any) -> Any:
-    """What the types of an operator's results follow from in one program; None for other targets, for calls that read no tensor, whose
-    device may be a default, where a size depends on data, of which nothing may be asked, and for operands of other kinds than these."""
+class _Key(NamedTuple):
+    """What the types of an operator's results follow from: in one program `call`, and the declarations of the symbols that it reads."""
+
+    call: Any
+    declared: Any
+
+
+def _key_of(symbols: SymbolTable, target: Callable[..., Any], operands: Any, keywords: Any) -> _Key | None:
+    """None for other targets than operators, for calls that read no tensor, whose device may be a default, where a size depends on data, of
+    which nothing may be asked, and for operands of other kinds than these."""
     if getattr(target, "namespace", "") not in ("gw", "aten") or not _tensors_in((operands, keywords)):
         return None
     read = _symbols_of(_sizes_in((operands, keywords)))
     if len(read) > MAX_SYMBOLS:
         raise InferenceError(f"it reads {len(read)} symbols, more than the limit of {MAX_SYMBOLS}")
-    if symbols.declared(read) is None:
+    declared = symbols.declared(read)
+    if declared is None:
         return None
     try:
-        return (target, _key(operands), tuple((name, _key(keywords[name])) for name in sorted(keywords)))
+        return _Key((target, _key(operands), tuple((name, _key(keywords[name])) for name in sorted(keywords))), declared)
     except TypeError:
         return None
 
@@ -353,18 +361,12 @@ def same_type(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(same_type(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return same_tensor_type(a, b) and _same_steps(a, b)
+        return same_tensor_type(a, b) and same_strides(a, b, of_all=True)
     if isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt):
         return same_size(a, b, exact=True)
     if isinstance(a, torch.SymFloat | torch.SymBool) and isinstance(b, torch.SymFloat | torch.SymBool):
         return type(a) is type(b)
     return type(a) is type(b) and (a == b or a != a)
-
-
-def _same_steps(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.layout != torch.strided or b.layout != torch.strided or any(isinstance(n, int) and n == 0 for n in a.shape):
-        return a.layout == b.layout
-    return all(same_size(x, y) for x, y in zip(a.stride(), b.stride(), strict=True))
 
 
 def same_tensor_type(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -378,11 +380,12 @@ def same_tensor_type(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether strides agree on every dim larger than 1 (the others address nothing)."""
+def same_strides(a: torch.Tensor, b: torch.Tensor, *, of_all: bool = False) -> bool:
+    """Whether strides agree on every dim larger than 1 (the others address nothing), or on all."""
     if a.layout != torch.strided or b.layout != torch.strided or any(isinstance(n, int) and n == 0 for n in a.shape):
         return a.layout == b.layout
-    return all((isinstance(n, int) and n == 1) or same_size(x, y) for n, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all((not of_all and isinstance(n, int) and n == 1) or same_size(x, y) for n, x, y in pairs)
 
 
 def storage_key(value: torch.Tensor) -> int:

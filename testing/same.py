@@ -13,7 +13,7 @@ from ..ir.region import Region
 
 def difference(a: Program, b: Program) -> str:
     """What differs first between two programs, in a sentence; "" where they agree: operations, operands, numbers to the last bit, types
-    with the strides of dims longer than 1 where all sizes are numbers, nesting, inputs, states and weights."""
+    with the strides of dims longer than 1 where these are numbers, nesting, inputs, states and weights."""
     if list(a.functions) != list(b.functions):
         return f"functions are {list(b.functions)}, not {list(a.functions)}"
     if a.weights.keys() != b.weights.keys():

@@ -44,7 +44,7 @@ EDITS = (
     _edit(
         "strides-are-not-compared",
         file="ir/infer.py",
-        old="return same_tensor_type(a, b) and _same_steps(a, b)",
+        old="return same_tensor_type(a, b) and same_strides(a, b, of_all=True)",
         new="return same_tensor_type(a, b)",
         hunt=Hunt("remove-no-ops", ("aten.contiguous.default", "shapes.permute"), 5),
     ),
