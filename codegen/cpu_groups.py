@@ -1,12 +1,13 @@
-"""Which calls of a program one call of oneDNN stands for: a product or a convolution with a constant weight, alone or with what
-follows it.
+"""Which calls of a program one call on a packed weight stands for: a product or a convolution with a constant weight, alone or with
+what follows it.
 
     linear(x, W, b), addmm(b, x, W'), mm(x, W'), matmul(x, W')            -> a linear
     conv2d(x, W, b), conv3d(x, W, b)                                      -> a convolution
     gelu | silu | sigmoid | tanh (one of these)                           -> the same with an activation
     linear + residual, linear * gate, convolution + residual              -> the same with one more operand
 
-What follows is taken where nothing else reads the value between. All is float32 on CPU.
+What follows is taken where nothing else reads the value between. All is on the CPU, convolutions in float32, products in float32 or
+bfloat16.
 """
 
 import math
@@ -26,6 +27,7 @@ IsConstant = Callable[[Any], bool]
 
 _ACTIVATIONS = {aten.silu.default: "silu", aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh"}
 _BINARIES = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
+_FLOATS = {torch.float32, torch.bfloat16}
 _CONVOLUTIONS = {aten.conv2d.default: 2, aten.conv3d.default: 3}
 
 
@@ -79,9 +81,9 @@ def _linear(node: Node, is_constant: IsConstant) -> Group | None:
     if found is None:
         return None
     x, weight, bias, transposed = found
-    if not (is_constant(weight) and _is_float32(x, weight, node) and weight.meta["val"].dim() == 2 and x.meta["val"].dim() >= 2):
+    if not (is_constant(weight) and _is_float(x, weight, node) and weight.meta["val"].dim() == 2 and x.meta["val"].dim() >= 2):
         return None
-    if bias is not None and not (isinstance(bias, Node) and _is_float32(bias) and bias.meta["val"].dim() == 1 and _fits(bias, node)):
+    if bias is not None and not (_is_float(bias, node) and bias.meta["val"].dim() == 1 and _fits(bias, node)):
         return None
     if not is_dense(node.meta["val"]):
         return None
@@ -163,5 +165,12 @@ def _fits(bias: Node, node: Node) -> bool:
 
 
 def _is_float32(*nodes: Any) -> bool:
+    return _is_float(*nodes) and nodes[0].meta["val"].dtype == torch.float32
+
+
+def _is_float(*nodes: Any) -> bool:
+    """Whether these are tensors in this machine's memory, all float32 or all bfloat16."""
     values = [node.meta.get("val") if isinstance(node, Node) else None for node in nodes]
-    return all(isinstance(v, torch.Tensor) and v.dtype == torch.float32 and v.device.type == "cpu" for v in values)
+    if not all(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values):
+        return False
+    return len(dtypes := {value.dtype for value in values}) == 1 and dtypes <= _FLOATS

@@ -35,6 +35,13 @@ def is_available() -> bool:
     return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) and _operators_exist()
 
 
+def takes(dtype: torch.dtype) -> bool:
+    """Whether it is there for products of this type."""
+    if dtype == torch.bfloat16:
+        return is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 and is_available()
+
+
 @functools.cache
 def _operators_exist() -> bool:
     return all(hasattr(torch.ops.mkldnn, name) for name in _USED)

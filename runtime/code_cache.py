@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import fx
 
+from ..codegen.native.library import NativeLibrary
 from ..ir import SymbolTable
 from .cache import Cache
-from .cache_key import code_environment, digest, graph_text
+from .cache_key import code_environment, digest, graph_text, native_environment
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Shelf:
 
     def put(self, value: bytes) -> None:
         self.cache.put(self.kind, self.key, value)
+
+
+def load_native(library: NativeLibrary, cache: Cache | None) -> Any:
+    """`library` for calls in this process, from `cache` or compiled now; None where no compiler makes it."""
+    return library(None if cache is None else Shelf(cache, "native", native_environment(library.source)))
 
 
 class CodeCache:

@@ -19,8 +19,7 @@ from ..codegen.few_rows.library import library
 from ..codegen.few_rows.linear import MOST_ROWS, FewRowsLinear, is_fit
 from ..ir import Node
 from .cache import Cache
-from .cache_key import native_environment
-from .code_cache import Shelf
+from .code_cache import load_native
 from .probe import Probe
 from .segments import cut_out
 from .tuned_segments import random_like
@@ -41,7 +40,7 @@ class FewRows:
     def chosen(self, graph: fx.Graph) -> set[Node]:
         """The products of `graph` that the kernel is to run."""
         found = {node for node in graph.nodes if node.op == "call_function" and is_few_rows(node)}
-        if not found or library(None if self._cache is None else Shelf(self._cache, "native", native_environment(library.source))) is None:
+        if not found or load_native(library, self._cache) is None:
             return set()
         with torch.no_grad(), torch._C._DisableAutocast():
             return {node for node in found if self._wins(node)}

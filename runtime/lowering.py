@@ -21,8 +21,7 @@ from ..ir.program import region_of
 from ..ir.region_call import RegionCall
 from .backend import has_cpp_compiler, has_triton
 from .cache import Cache
-from .cache_key import native_environment
-from .code_cache import CodeCache, Shelf
+from .code_cache import CodeCache, load_native
 from .packing import Packs
 from .prediction import lowered_profile
 from .segments import AtenLowering, InductorLowering
@@ -69,7 +68,7 @@ def _make_kernels_ready(graph: fx.Graph, cache: Cache | None) -> None:
     """Compiles the kernels of ours that calls in `graph` need, or takes them from `cache`, so that no call has to wait for it."""
     bodies = [region.graph for node in graph.nodes if (region := region_of(node)) is not None]
     for library in libraries_of(node for each in (graph, *bodies) for node in each.nodes):
-        library(None if cache is None else Shelf(cache, "native", native_environment(library.source)))
+        load_native(library, cache)
 
 
 def is_on(graph: fx.Graph, device: str) -> bool:

@@ -15,11 +15,16 @@ from torch import fx
 
 from ..codegen import cpu_packed
 from ..codegen.cpu_groups import Group, find_groups
-from ..codegen.cpu_packed import Pack, PackedCall, PackedConvolution, hinted, is_channels_innermost
+from ..codegen.cpu_packed import Pack, PackedCall, PackedConvolution, PackedLinear, hinted, is_channels_innermost
 from ..codegen.experts.packed import PackedExperts, packed_experts
+from ..codegen.panels.library import library as panels
+from ..codegen.panels.linear import on_panels
 from ..ir import Node, SymbolTable
 from ..ir.infer import fake_like
+from .backend import has_cpp_compiler
 from .bindings import binding
+from .cache import Cache
+from .code_cache import load_native
 from .flat import FlatGraph
 from .probe import Probe
 from .segments import cut_out
@@ -31,10 +36,11 @@ Packs = WeakValueDictionary[tuple[Any, ...], Pack]  # of one model's weights, by
 
 
 class Packing:
-    """Packs weights for `probe`'s winners; `skips` says which calls are better off otherwise. What is in `packs` is not packed again."""
+    """Packs weights for `probe`'s winners; `skips` says which calls are better off otherwise. What is in `packs` is not packed again, and
+    compiled kernels may come from `cache`."""
 
-    def __init__(self, symbols: SymbolTable, probe: Probe, skips: Callable[[Node], bool], packs: Packs):
-        self.symbols, self.probe, self.skips, self._packs = symbols, probe, skips, packs
+    def __init__(self, symbols: SymbolTable, probe: Probe, skips: Callable[[Node], bool], packs: Packs, cache: Cache | None = None):
+        self.symbols, self.probe, self.skips, self._packs, self._cache = symbols, probe, skips, packs, cache
 
     def packed(self, graph: fx.Graph, weight_of: WeightOf, channels_last: bool = False) -> tuple[fx.Graph, dict[Node, Node]]:
         """`graph` anew, and from which of its nodes each call came (the first, of several). `weight_of` gives the values of what is a
@@ -87,8 +93,6 @@ class Packing:
             return self.probe.fastest(call.kind, question, calls)
 
     def _groups(self, graph: fx.Graph, weight_of: WeightOf, channels_last: bool) -> list[Group]:
-        if not cpu_packed.is_available():
-            return []
         calls = [node for node in graph.nodes if node.op == "call_function"]
         found = find_groups(calls, lambda value: isinstance(value, Node) and weight_of(value) is not None, sums=channels_last)
         chosen = (self._chosen(group, weight_of, channels_last) for group in found if not self.skips(group.nodes[0]))
@@ -98,27 +102,36 @@ class Packing:
         """`group` with the way that wins and its packed weight; without what is added where that does not win; None for ATen."""
         weight = weight_of(group.weight)
         assert weight is not None
-        ways = {"onednn": group} if not isinstance(group.call, PackedConvolution) else _layouts(group, group.call, channels_last)
-        winner = self._winner(group, ways, weight)
+        ways = self._products(group) if not isinstance(group.call, PackedConvolution) else _layouts(group, group.call, channels_last)
+        winner = self._winner(group, ways, weight) if ways else None
         if winner is not None:
             self._packs[(id(weight), *winner.call.layout())] = winner.call.pack
             return winner
         is_sum = isinstance(group.call, PackedConvolution) and group.other is not None
         return self._chosen(group.without_other(), weight_of, channels_last) if is_sum else None
 
+    def _products(self, group: Group) -> dict[str, Group]:
+        """The ways of a product: by oneDNN and by the kernel of ours, where these are there."""
+        assert isinstance(group.call, PackedLinear)
+        dtype = group.x.meta["val"].dtype
+        ways = {"onednn": group} if cpu_packed.takes(dtype) else {}
+        if has_cpp_compiler() and load_native(panels, self._cache) is not None:
+            call = on_panels(group.call, dtype)
+            ways |= {} if call is None else {"panels": replace(group, call=call)}
+        return ways
+
     def _winner(self, group: Group, ways: Mapping[str, Group], weight: torch.Tensor) -> Group | None:
-        if weight.numel() == 0:  # oneDNN has no layout for nothing
+        if weight.numel() == 0:  # there is no layout for nothing
             return None
         call = group.call
-        question = (
-            f"{list(ways)} {[str(n.target) for n in group.nodes]} {call} {[hinted(n.meta['val']) for n in group.reads]} {call.layout()}"
-        )
+        types = [(operand.meta["val"].dtype, *hinted(operand.meta["val"])) for operand in group.reads]
+        question = f"{list(ways)} {[str(n.target) for n in group.nodes]} {call} {types} {call.layout()}"
         verdict = self.probe.known(call.kind, question)
         if verdict == "aten":
             return None
-        pack = self._packs.get((id(weight), *call.layout())) or Pack(weight, call.lay_out)
-        for way in ways.values():
-            way.call.pack = pack
+        for name, way in ways.items():
+            if verdict in (None, name):
+                way.call.pack = self._packs.get((id(weight), *way.call.layout())) or Pack(weight, way.call.lay_out)
         return ways.get(verdict or self._asked(group, ways, weight, question))
 
     def _asked(self, group: Group, ways: Mapping[str, Group], weight: torch.Tensor, question: str) -> str:
@@ -133,7 +146,9 @@ class Packing:
 
 
 def _layouts(group: Group, call: PackedConvolution, channels_last: bool) -> dict[str, Group]:
-    """The ways of a convolution: the channels of its result where the program has them, or innermost."""
+    """The ways of a convolution by oneDNN: the channels of its result where the program has them, or innermost."""
+    if not cpu_packed.is_available():
+        return {}
     if is_channels_innermost(group.result.meta["val"]):
         return {"onednn": group}
     ways = {} if group.other is not None else {"onednn": group}

@@ -43,7 +43,7 @@ class TunedLowering:
         cache = None if code is None else code.cache
         probe = Probe(_weight_bytes(graph, bound), cache=cache)
         self._by_few_rows: set[Node] = set()
-        self._packing = Packing(symbols, probe, skips=self._is_better_off, packs=packs)
+        self._packing = Packing(symbols, probe, skips=self._is_better_off, packs=packs, cache=cache)
         self._between = TunedSegments(symbols, probe, code) if self._compiles else AtenLowering()
         self._few_rows = FewRows(probe, bound, cache, self._between.loop if isinstance(self._between, TunedSegments) else None)
         self.pieces = self._between.pieces

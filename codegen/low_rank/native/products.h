@@ -1,40 +1,11 @@
 // Products of rows with weights: a block of rows by the columns of a panel in registers, or one dot after another for few rows.
 #pragma once
+#include <blocks.h>
+
 #include "call.h"
 #include "panels.h"
 
 namespace {
-
-struct Bytes {
-  typedef Ints Sum;
-  static INLINE Sum dot(Sum sum, Ints weights, int32_t word) { return dot_bytes(sum, weights, all(word)); }
-};
-
-struct Pairs {
-  typedef Floats Sum;
-  static INLINE Sum dot(Sum sum, Ints weights, int32_t word) { return dot_bfloat16(sum, weights, all(word)); }
-};
-
-struct Singles {
-  typedef Floats Sum;
-  static INLINE Sum dot(Sum sum, Ints weights, int32_t word) { return fused(Floats(weights), all(of_bits(uint32_t(word))), sum); }
-};
-
-// sum [rows, kCols] += rows of words, `stride` bytes apart, by a panel of `steps` words a column.
-template <class Kind, int rows>
-INLINE void multiply(const char* a, int64_t stride, const char* panel, int64_t steps, typename Kind::Sum (&sum)[rows][kVectors]) {
-  for (int64_t step = 0; step < steps; ++step) {
-    Ints weights[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) weights[v] = load<Ints>(panel + (step * kVectors + v) * sizeof(Ints));
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      const int32_t word = load<int32_t>(a + i * stride + step * 4);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = Kind::dot(sum[i][v], weights[v], word);
-    }
-  }
-}
 
 // out [rows, kCols] = codes by codes, segment by segment: (sum of products) * act_scale * scale. Weights are unsigned, `zero` above
 // their codes, which is taken off by the sums of the activations' codes.
@@ -75,21 +46,6 @@ void float_block(const char* a, int64_t stride, const char* panel, int64_t steps
       float* at = out + i * kCols + v * kLanes;
       store(at, is_first ? sum[i][v] : load_floats(at) + sum[i][v]);
     }
-}
-
-// Calls body with a constant of 1 .. kRows.
-template <class Body>
-INLINE void with_rows(int64_t rows, Body body) {
-  switch (rows) {
-    case 1: return body(std::integral_constant<int, 1>());
-    case 2: return body(std::integral_constant<int, 2>());
-    case 3: return body(std::integral_constant<int, 3>());
-    case 4: return body(std::integral_constant<int, 4>());
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-    case 5: return body(std::integral_constant<int, 5>());
-    case 6: return body(std::integral_constant<int, 6>());
-#endif
-  }
 }
 
 // out[i][j] = the sum of products of codes of `rows` rows and `columns` columns, int8 on both sides.

@@ -1,0 +1,59 @@
+// A block of results in registers: rows, a word at a time, by the columns of a panel of weights.
+#pragma once
+#include "vectors.h"
+
+namespace {
+
+// What a word of a row meets in each lane of a vector of weights.
+struct Bytes {
+  typedef Ints Sum;
+  static INLINE Sum dot(Sum sum, Ints weights, int32_t word) { return dot_bytes(sum, weights, all(word)); }
+};
+
+struct Pairs {
+  typedef Floats Sum;
+  static INLINE Sum dot(Sum sum, Ints weights, int32_t word) { return dot_bfloat16(sum, weights, all(word)); }
+};
+
+struct Singles {
+  typedef Floats Sum;
+  static INLINE Sum dot(Sum sum, Ints weights, int32_t word) { return fused(Floats(weights), all(of_bits(uint32_t(word))), sum); }
+};
+
+// sum [rows, vectors] += rows of words, `stride` bytes apart, by a panel of `steps` words a column. Meanwhile the second cache is asked for
+// `lines` vectors a step, which lie at `next` as those of a panel do.
+template <class Kind, int rows, int lines = 0, int vectors>
+INLINE void multiply(const char* a, int64_t stride, const char* panel, int64_t steps, typename Kind::Sum (&sum)[rows][vectors],
+                     const char* next = nullptr) {
+  for (int64_t step = 0; step < steps; ++step) {
+    const char* at = panel + step * vectors * sizeof(Ints);
+    Ints weights[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) weights[v] = load<Ints>(at + v * sizeof(Ints));
+#pragma GCC unroll 8
+    for (int line = 0; line < lines; ++line) __builtin_prefetch(next + (step * vectors + line) * sizeof(Ints), 0, 2);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const int32_t word = load<int32_t>(a + i * stride + step * 4);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[i][v] = Kind::dot(sum[i][v], weights[v], word);
+    }
+  }
+}
+
+// Calls body with a constant of 1 .. kRows.
+template <class Body>
+INLINE void with_rows(int64_t rows, Body body) {
+  switch (rows) {
+    case 1: return body(std::integral_constant<int, 1>());
+    case 2: return body(std::integral_constant<int, 2>());
+    case 3: return body(std::integral_constant<int, 3>());
+    case 4: return body(std::integral_constant<int, 4>());
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    case 5: return body(std::integral_constant<int, 5>());
+    case 6: return body(std::integral_constant<int, 6>());
+#endif
+  }
+}
+
+}  // namespace
