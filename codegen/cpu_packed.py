@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..ir.infer import contiguous_stride, is_channels_last
 from ..ir.symbols import hint
+from .library_call import LibraryCall
 
 # What oneDNN applies to a result, and its names for it. ReLU is not among them: there it makes 0 of a NaN.
 ACTIVATIONS: dict[str, tuple[str, str]] = {
@@ -76,7 +77,7 @@ def _version(weight: Tensor) -> int | None:
     return None if weight.is_inference() else weight._version
 
 
-class PackedCall:
+class PackedCall(LibraryCall):
     """A library call whose weight is packed: `call(x, weight, bias)`, or `call(x, weight, bias, other)` with what is added or
     multiplied."""
 
@@ -107,10 +108,6 @@ class PackedCall:
 
     def alone(self, channels_last: bool) -> "PackedCall":
         """The call without what follows; the channels of images innermost or outside."""
-        raise NotImplementedError
-
-    def scratch(self, x: Tensor, result: Tensor) -> int:
-        """Bytes that a call needs beside operands and result, from their types."""
         raise NotImplementedError
 
 

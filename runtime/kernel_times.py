@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from ..codegen.cpu_packed import PackedCall
+from ..codegen.library_call import LibraryCall
 from ..explorer.story import KernelRun
 from ..ir import Node, Program
 from ..ir.calls import name_of
@@ -45,7 +45,7 @@ def _run(node: Node, finder: "_Finder", symbols: SymbolTable, seconds: float | N
         body = target.call.body.graph
         name = f"gw.sliced, {sum(each.op == 'call_function' for each in body.nodes)} calls a slice"
         return KernelRun(name, "region", nodes, nbytes, _shown(body, symbols), "ir", seconds, emitted_for(target))
-    name = str(target) if isinstance(target, PackedCall) else _name(target)
+    name = str(target) if isinstance(target, LibraryCall) else _name(target)
     return KernelRun(name, "library", nodes, nbytes, seconds=seconds)
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..codegen.cpu_packed import PackedCall
-from ..codegen.few_rows.linear import FewRowsLinear
+from ..codegen.library_call import LibraryCall
 from ..codegen.low_rank.sites import SiteCall
 from ..ir import Node, Region
 from ..ir.infer import operands_of, same_strides, storage_key
@@ -211,7 +210,7 @@ def call_workspace(node: Node) -> int:
     """Bytes that a call of a library kernel needs beside operands and results."""
     if isinstance(node.target, SiteCall):
         return node_workspace(node.target.first)
-    if not isinstance(node.target, PackedCall | FewRowsLinear):
+    if not isinstance(node.target, LibraryCall):
         return node_workspace(node)
     x: Any = node.args[0]
     return node.target.scratch(x.meta["val"], node.meta["val"])

@@ -11,12 +11,12 @@ import torch
 from torch import fx
 
 from ..codegen.cpu_kernels import IN_PLACE
-from ..codegen.cpu_packed import PackedCall
 from ..codegen.cpu_rows import is_row_product
-from ..codegen.few_rows.linear import FewRowsLinear
+from ..codegen.library_call import LibraryCall
 from ..ir import Node, Region, SymbolTable
 from ..ir.program import region_of
 from ..ir.region_call import RegionCall
+from .attention import Attentions
 from .backend import has_cpp_compiler
 from .code_cache import CodeCache
 from .few_rows import FewRows
@@ -45,6 +45,7 @@ class TunedLowering:
         self._by_few_rows: set[Node] = set()
         self._packing = Packing(symbols, probe, skips=self._is_better_off, packs=packs, cache=cache)
         self._between = TunedSegments(symbols, probe, code) if self._compiles else AtenLowering()
+        self._attention = Attentions(probe, cache) if self._compiles else None
         self._few_rows = FewRows(probe, bound, cache, self._between.loop if isinstance(self._between, TunedSegments) else None)
         self.pieces = self._between.pieces
         self._source: dict[Node, Node] = {}
@@ -56,6 +57,7 @@ class TunedLowering:
         self._by_few_rows = self._few_rows.chosen(graph) - self.left
         prepared, self._source = self._packing.packed(graph, lambda node: self._bound(node) if _is_weight(node) else None, channels_last)
         self._few_rows.put(prepared, self._source, self._by_few_rows)
+        self._put_attention(prepared, self._source)
         self._between.left = {node for node, source in self._source.items() if source in self.left}
         return prepared, self._source
 
@@ -77,9 +79,14 @@ class TunedLowering:
             for inner, operand, dim in zip(call.body.placeholders, call.operands, call.in_dims, strict=True)
             if dim < 0 and _is_weight(operand)
         }
-        body, _ = self._packing.packed(call.body.graph, weights.get)
-        is_changed = any(isinstance(inner.target, PackedCall) for inner in body.nodes)
+        body, source = self._packing.packed(call.body.graph, weights.get)
+        self._put_attention(body, source)
+        is_changed = any(isinstance(inner.target, LibraryCall) for inner in body.nodes)
         return SlicedRun(node, donors, body=Region(body) if is_changed else None)
+
+    def _put_attention(self, graph: fx.Graph, source: Mapping[Node, Node]) -> None:
+        if self._attention is not None:
+            self._attention.put(node for node in graph.nodes if source.get(node) not in self.left)
 
     def _is_better_off(self, node: Node) -> bool:
         """Whether a call is not to be packed: library kernels have it, or the one for few rows, or it is a product of one row, which is
@@ -88,7 +95,7 @@ class TunedLowering:
 
 
 def _is_library_call(node: Node) -> bool:
-    return isinstance(node.target, PackedCall | FewRowsLinear)
+    return isinstance(node.target, LibraryCall)
 
 
 def _is_weight(node: Node) -> bool:

@@ -8,6 +8,7 @@ import struct
 import torch
 from torch import Tensor
 
+from ..library_call import LibraryCall
 from .library import library
 
 MOST_ROWS = 8  # the kernel takes more, and reads the weight from the nearest cache for each further eight
@@ -46,14 +47,14 @@ def is_fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.stride(0) == 1 and bias.is_cpu)
 
 
-class FewRowsLinear:
+class FewRowsLinear(LibraryCall):
     """`few_rows_linear` as an operation of a graph."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return few_rows_linear(x, weight, bias)
 
     def scratch(self, x: Tensor, result: Tensor) -> int:
-        """Bytes that a call needs beside operands and result at most: x in float32."""
+        """x in float32."""
         return 4 * x.numel()
 
     def __str__(self) -> str:

@@ -21,10 +21,10 @@ struct Singles {
 };
 
 // sum [rows, vectors] += rows of words, `stride` bytes apart, by a panel of `steps` words a column. Meanwhile the second cache is asked for
-// `lines` vectors a step, which lie at `next` as those of a panel do.
+// `lines` vectors a step, which lie at `next` as those of a panel do. The words of a row are `word_stride` bytes apart.
 template <class Kind, int rows, int lines = 0, int vectors>
 INLINE void multiply(const char* a, int64_t stride, const char* panel, int64_t steps, typename Kind::Sum (&sum)[rows][vectors],
-                     const char* next = nullptr) {
+                     const char* next = nullptr, int64_t word_stride = 4) {
   for (int64_t step = 0; step < steps; ++step) {
     const char* at = panel + step * vectors * sizeof(Ints);
     Ints weights[vectors];
@@ -34,7 +34,7 @@ INLINE void multiply(const char* a, int64_t stride, const char* panel, int64_t s
     for (int line = 0; line < lines; ++line) __builtin_prefetch(next + (step * vectors + line) * sizeof(Ints), 0, 2);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const int32_t word = load<int32_t>(a + i * stride + step * 4);
+      const int32_t word = load<int32_t>(a + i * stride + step * word_stride);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[i][v] = Kind::dot(sum[i][v], weights[v], word);
     }

@@ -1,0 +1,1 @@
+"""Attention of many queries by a kernel of ours."""

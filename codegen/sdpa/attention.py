@@ -1,0 +1,97 @@
+"""`aten.scaled_dot_product_attention` by the kernel in C++, or by ATen where the kernel has no form for the operands."""
+
+import struct
+
+import torch
+from torch import Tensor
+
+from ...ir.symbols import hint
+from ...ir.workspace import NOMINAL_THREADS
+from ..library_call import LibraryCall
+from .library import library
+
+_CALL = struct.Struct("=33qd")  # `Call` in native/kernel.cpp
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+_NO_MASK = 4
+_LANES, _KEYS = 64, 96  # `kCols` of the widest vectors, and `kKeys`
+_LINE = 64  # bytes of a line of the cache, where scratch begins
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool, heads_inside: bool = False
+) -> Tensor:
+    """softmax(q k^T scale + mask) v, where `is_causal` key j visible to query i iff j <= i; a query that sees no key gets 0.
+
+    q [(B,) H, L, E]; k [(B,) Hk, S, E]; v [(B,) Hk, S, Ev]; mask broadcast to [(B,) H, L, S], bool (True is seen) or what is added ->
+    [(B,) H, L, Ev], dense, or with `heads_inside` laid out as [B, L, H, Ev]. `scale` None is 1/sqrt(E); with `enable_gqa` query head h
+    reads key head h // (H/Hk). Sums are float32. The result of a query depends neither on the queries beside it nor on the number of
+    threads.
+    """
+    native = library() if is_fit(q, k, v, mask, is_causal, enable_gqa) else None
+    if native is None:
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return y if not heads_inside else y.transpose(-2, -3).contiguous().transpose(-2, -3)
+    if q.dim() == 3:
+        parts = (q[None], k[None], v[None], mask if mask is None or mask.dim() < 3 else mask[None])
+        return attention(*parts, is_causal, scale, enable_gqa, heads_inside)[0]
+    batch, heads, queries, depth = q.shape
+    keys, width = v.shape[2:]
+    if heads_inside:
+        y = torch.empty(batch, queries, heads, width, dtype=q.dtype).transpose(1, 2)
+    else:
+        y = torch.empty(batch, heads, queries, width, dtype=q.dtype)
+    if y.numel() == 0:
+        return y
+    if keys == 0 or depth == 0:
+        return y.zero_() if keys == 0 else v.mean(2, keepdim=True).expand_as(y).clone()
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    mask_type, mask_at, mask_strides = _NO_MASK, 0, (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, keys)
+        mask_type, mask_at, mask_strides = _TYPES[mask.dtype], mask.data_ptr(), mask.stride()
+    fields = (
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_at, y.data_ptr(), _TYPES[q.dtype], mask_type, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *y.stride()[:3], *mask_strides, batch, heads, k.size(1), queries, keys, depth, width, is_causal,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    factor = depth**-0.5 if scale is None else scale
+    scratch = torch.empty(native.scratch_bytes(_CALL.pack(*fields, 0, factor)) + _LINE, dtype=torch.uint8)
+    native.attention(_CALL.pack(*fields, -(-scratch.data_ptr() // _LINE) * _LINE, factor))
+    return y
+
+
+def is_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> bool:
+    """Whether the operands have the types and sizes that the kernel reads."""
+    if q.dtype not in _TYPES or q.dtype == torch.bool or not k.dtype == v.dtype == q.dtype or q.dim() not in (3, 4):
+        return False
+    if not (k.dim() == v.dim() == q.dim() and q.is_cpu and k.is_cpu and v.is_cpu and q.size(-1) == k.size(-1)):
+        return False
+    heads = q.size(-3)
+    if k.shape[:-1] != v.shape[:-1] or k.shape[:-3] != q.shape[:-3] or k.size(-3) == 0:
+        return False
+    if heads != k.size(-3) and not (enable_gqa and heads % k.size(-3) == 0):
+        return False
+    return mask is None or (not is_causal and mask.is_cpu and mask.dtype in (torch.bool, torch.float32, q.dtype) and mask.dim() <= q.dim())
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 or x.size(3) == 1 else x.contiguous()
+
+
+class AttentionCall(LibraryCall):
+    """`attention` with its settings, as an operation of a graph: `call(q, k, v, mask)`."""
+
+    def __init__(self, is_causal: bool, scale: float | None, enable_gqa: bool, heads_inside: bool):
+        self.is_causal, self.scale, self.enable_gqa, self.heads_inside = is_causal, scale, enable_gqa, heads_inside
+        self.settings = (is_causal, scale, enable_gqa, heads_inside)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attention(q, k, v, mask, *self.settings)
+
+    def scratch(self, x: Tensor, result: Tensor) -> int:
+        """Queries, scores, mask and values of a tile, and a block of keys and values, for each thread."""
+        depth, width = hint(x.size(-1)), hint(result.size(-1))
+        return NOMINAL_THREADS * 4 * ((depth + width + 2 * _KEYS) * _LANES + _KEYS * (depth + width)) + _LINE
+
+    def __str__(self) -> str:
+        return f"attention with a query a lane{', causal' if self.is_causal else ''}"
