@@ -25,7 +25,7 @@ from harness import Bench
 from torch import Tensor
 
 from graphwright.codegen.low_rank.library import library
-from graphwright.codegen.low_rank.linear import lowrank_linear
+from graphwright.codegen.low_rank.linear import Columns, Options, Products, lowrank_linear
 from graphwright.ir.low_bit import quantize
 
 PEERS = ("bf16 eager", "bf16 compiled", "fp32 eager", "onednn int8", "int4pack", "no branch", "bf16 weights")
@@ -83,10 +83,16 @@ class Layer:
         quantized = quantize(self.weight.to(self.dtype), self.weight_format)
         n, k = self.weight.shape
         down, up, bias = (torch.randn(*shape).to(self.dtype) / 8 for shape in ((RANK, k), (n, RANK), (n,)))
-        options = {"weight_format": self.weight_format, "act_format": self.act_format}
-        operands = [(x, quantized.codes, quantized.scale, *branch, bias) for branch in ((down, up), (None, None))]
-        branched, plain = (partial(lowrank_linear, *each, **options) for each in operands)
+        options = Options(self.weight_format, self.act_format, 1.0, 0.0, 0)
+        layers = [Columns(quantized.codes, quantized.scale, None, each, bias) for each in (up, None)]
+        branched, plain = (partial(_as_compiled, Products(x, None, d, [c], options), (None, d, *c), x) for d, c in zip((down, None), layers))
         return branched, plain
+
+
+def _as_compiled(products: Products, operands: tuple[Tensor | None, ...], x: Tensor) -> Tensor:
+    """A call as compiled programs make it."""
+    assert products.lie_as(operands)
+    return products(x)[0]
 
 
 def _int8_case(bench: Bench, weight: Tensor, m: int, dtype: str) -> None:

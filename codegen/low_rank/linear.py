@@ -5,6 +5,7 @@ the process holds the bits that the format says.
 """
 
 import struct
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from ...ir.low_bit.quantize import fake_quantize
 from .library import library
 from .without_compiler import int8_product
 
-_CALL = struct.Struct("=30qd")  # `Call` in native/call.h
+_CALL = struct.Struct("=30qd")  # `Call` in native/call.h, and where in it lies what differs between two calls of a layer:
+_X, _X_STRIDE, _PREPARED, _ROWS, _Y, _THREADS, _SCRATCH = 0, 2, 5, 6, 9, 28, 29
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float8_e4m3fn: 3}
 _FLOATS = (torch.float32, torch.bfloat16)
 _CODES = {("int", 8): 0, ("int", 4): 1, ("e2m1", 4): 2, ("e4m3", 8): 3}
@@ -42,11 +44,10 @@ def lowrank_linear(
         found = int8_product(x, weight_q, weight_scale, down, up, bias, **told)
         return _body(x, weight_q, weight_scale, down, up, bias, **options) if found is None else found
     layer = Columns(weight_q, weight_scale, scale2, up, bias)
-    return products(x, smooth, down, [layer], *(told[name] for name in OPTIONS))[0]
+    return products(x, smooth, down, [layer], Options(*(told[name] for name in Options._fields)))[0]
 
 
 _DEFAULTS = {"act_format": "none", "smooth": None, "weight_scale2": None, "act_scale2": 1.0, "act_shift": 0.0, "rotate": 0}
-OPTIONS = ("weight_format", "act_format", "act_scale2", "act_shift", "rotate")  # as `products` takes them
 
 
 def is_fit(
@@ -89,60 +90,93 @@ class Columns(NamedTuple):
     bias: Tensor | None
 
 
-def products(
-    x: Tensor,
-    smooth: Tensor | None,
-    down: Tensor | None,
-    layers: Sequence[Columns],
-    weight_format: str,
-    act_format: str,
-    act_scale2: float,
-    act_shift: float,
-    rotate: int,
-) -> list[Tensor]:
+class Options(NamedTuple):
+    """What layers of a site have in common beside their operands, as `gw.lowrank_linear` names it."""
+
+    weight_format: str
+    act_format: str
+    act_scale2: float
+    act_shift: float
+    rotate: int
+
+
+def products(x: Tensor, smooth: Tensor | None, down: Tensor | None, layers: Sequence[Columns], options: Options) -> list[Tensor]:
     """The results of layers that read the same rows through the same `smooth` and `down`, in formats that are the same: rows are
     quantized and multiplied by `down` once. The library is there, and the operands are fit."""
-    form = _WEIGHTS[weight_format]
-    results = [torch.empty(*x.shape[:-1], layer.codes.size(0), dtype=x.dtype) for layer in layers]
-    rows = x.reshape(-1, x.size(-1))
-    if rows.size(0) == 0:
+    return Products(x, smooth, down, layers, options)(x)
+
+
+class Products:
+    """`products` of rows that are typed like x, for other rows: what the kernel is told of all else is put together once.
+
+    It holds for the tensors as they lie now: `lie_as` says whether others are these."""
+
+    def __init__(self, x: Tensor, smooth: Tensor | None, down: Tensor | None, layers: Sequence[Columns], options: Options):
+        self._lie = _places((smooth, down, *(each for layer in layers for each in layer)))
+        self._widths = [layer.codes.size(0) for layer in layers]
+        form = _WEIGHTS[options.weight_format]
+        codes = _ACTIVATIONS.get(options.act_format) if form.element == "int" and form.scale in ("f32", "model") else None
+        is_prepared = bool(options.rotate) or (codes is None and options.act_format != "none")
+        self._prepare = (smooth, options, "none" if codes else options.act_format) if is_prepared else None
+        of_kernel, shift = (None, 0.0) if is_prepared else (_dense(smooth), options.act_shift)
+        down = _dense(down)
+        self._layers = [Columns(*map(_dense, layer)) for layer in layers]  # held, as is what their addresses stand for
+        self._held = (of_kernel, down)
+        depth = x.size(-1)
+        told = [
+            (
+                0, _TYPES[x.dtype], 0, *_typed(of_kernel), 0, 0, depth, layer.codes.size(0), 0, *_columns(layer, form, depth, down),
+                *_quantizer(codes, x.dtype, depth), 0, 0,
+            )
+            for layer in self._layers
+        ]  # fmt: skip
+        self._told = [array("q", _CALL.pack(*fields, shift)) for fields in told]
+        self._scratch: dict[tuple[int, int], int] = {}
+
+    def lie_as(self, operands: Sequence[Tensor | None]) -> bool:
+        """Whether smooth, down and the layers' columns are those that it was made for."""
+        return _places(operands) == self._lie
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        results = [torch.empty(*x.shape[:-1], width, dtype=x.dtype) for width in self._widths]
+        rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+        count, threads = rows.size(0), torch.get_num_threads()
+        if count == 0:
+            return results
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        prepared = None if self._prepare is None else _prepared(rows, *self._prepare)
+        place, stride = rows.data_ptr(), rows.stride(0)
+        calls = [array("q", told) for told in self._told]
+        for call, y in zip(calls, results, strict=True):
+            call[_X], call[_X_STRIDE], call[_ROWS], call[_Y], call[_THREADS] = place, stride, count, y.data_ptr(), threads
+            if prepared is not None:
+                call[_PREPARED] = prepared.data_ptr()
+        native = library()
+        needed = self._scratch.get((count, threads))
+        if needed is None:
+            needed = self._scratch[count, threads] = native.scratch_bytes(b"".join(calls), len(calls)) + _LINE
+        scratch = torch.empty(needed, dtype=torch.uint8)
+        begin = -(-scratch.data_ptr() // _LINE) * _LINE
+        for call in calls:
+            call[_SCRATCH] = begin
+        native.lowrank_linear(b"".join(calls), len(calls))
         return results
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    codes = _ACTIVATIONS.get(act_format) if form.element == "int" and form.scale in ("f32", "model") else None
-    prepared = None
-    if rotate or (codes is None and act_format != "none"):
-        prepared = _prepared(rows, smooth, act_shift, rotate, "none" if codes else act_format, act_scale2)
-        smooth, act_shift = None, 0.0
-    smooth, down, layers = _dense(smooth), _dense(down), [Columns(*map(_dense, layer)) for layer in layers]
-    calls = [
-        (
-            rows.data_ptr(), _TYPES[rows.dtype], rows.stride(0), *_typed(smooth), 0 if prepared is None else prepared.data_ptr(),
-            *rows.shape, y.size(-1), y.data_ptr(), *_columns(layer, form, rows.size(1), down), *_quantizer(codes, rows),
-            torch.get_num_threads(),
-        )
-        for layer, y in zip(layers, results, strict=True)
-    ]  # fmt: skip
-    _run(calls, act_shift)
-    return results
 
 
-def _prepared(x: Tensor, smooth: Tensor | None, shift: float, rotate: int, act_format: str, scale2: float) -> Tensor:
+def _places(operands: Sequence[Tensor | None]) -> list[int]:
+    """What tells tensors apart from others that lie elsewhere or otherwise; those of a model do not change in size or type."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in operands]
+
+
+def _prepared(x: Tensor, smooth: Tensor | None, options: Options, act_format: str) -> Tensor:
     """float32 [M, K]: what meets the weight, as the operator's body has it."""
-    xs = x.float() + shift if shift else x.float()
+    xs = x.float() + options.act_shift if options.act_shift else x.float()
     if smooth is not None:
         xs = xs * smooth.float()
-    if rotate:
-        xs = rotated(xs, rotate, weight=False)
-    return fake_quantize(xs, act_format, x.dtype, scale2).contiguous()
-
-
-def _run(calls: Sequence[tuple[int, ...]], shift: float) -> None:
-    native, count = library(), len(calls)
-    told = b"".join(_CALL.pack(*fields, 0, shift) for fields in calls)
-    scratch = torch.empty(native.scratch_bytes(told, count) + _LINE, dtype=torch.uint8)
-    begin = -(-scratch.data_ptr() // _LINE) * _LINE
-    native.lowrank_linear(b"".join(_CALL.pack(*fields, begin, shift) for fields in calls), count)
+    if options.rotate:
+        xs = rotated(xs, options.rotate, weight=False)
+    return fake_quantize(xs, act_format, x.dtype, options.act_scale2).contiguous()
 
 
 def _columns(layer: Columns, form: Format, k: int, down: Tensor | None) -> tuple[int, ...]:
@@ -152,12 +186,12 @@ def _columns(layer: Columns, form: Format, k: int, down: Tensor | None) -> tuple
     return layer.codes.data_ptr(), code, *_typed(layer.scale), form.group_of(k), *scale2, *branch, *_typed(layer.bias)
 
 
-def _quantizer(form: Format | None, x: Tensor) -> tuple[int, int, int, int]:
+def _quantizer(form: Format | None, dtype: torch.dtype, depth: int) -> tuple[int, int, int, int]:
     """The largest code, whether codes are unsigned, the elements of a block, and how its scale is stored."""
     if form is None:
         return 0, 0, 0, 0
-    scale = x.dtype if form.scale == "model" else torch.float32
-    return int(form.qmax), form.element == "uint", form.group_of(x.size(1)), _TYPES[scale]
+    scale = dtype if form.scale == "model" else torch.float32
+    return int(form.qmax), form.element == "uint", form.group_of(depth), _TYPES[scale]
 
 
 def _typed(tensor: Tensor | None) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from ...ir.calls import GETITEM
 from ...ir.infer import storage_key, tensors_of
 from ...ir.pattern import named_arguments
 from .library import library
-from .linear import OPTIONS, Columns, is_fit, products
+from .linear import Columns, Options, Products, is_fit
 
 _TOLD_BY = ("x", "weight_q", "weight_scale", "down", "up", "bias", "weight_format", "smooth", "weight_scale2")
 _OF_ROWS = ("x", "smooth", "down")
@@ -51,7 +51,7 @@ def find_sites(nodes: Sequence[Node]) -> list[list[Node]]:
 def _is_like(node: Node, site: Sequence[Node]) -> bool:
     """Whether a call reads what those of `site` do, and none of their results."""
     own, others = named_arguments(node), named_arguments(site[0])
-    is_same = all(own[name] is others[name] for name in _OF_ROWS) and all(own[name] == others[name] for name in OPTIONS)
+    is_same = all(own[name] is others[name] for name in _OF_ROWS) and all(own[name] == others[name] for name in Options._fields)
     has_branch = (own["up"] is None) == (others["up"] is None)
     return is_same and has_branch and all(not isinstance(own[name], fx.Node) or own[name].op != "call_function" for name in _COLUMNS)
 
@@ -62,29 +62,37 @@ def _is_view(node: Node) -> bool:
 
 
 class SiteCall:
-    """The calls of a site as one: `call(x, smooth, down, *columns of the first, *columns of the second, ..)` gives all results."""
+    """The calls of a site as one: `call(x, smooth, down, *columns of the first, *columns of the second, ..)` gives all results, or the
+    result of a site of one."""
 
     def __init__(self, site: Sequence[Node]):
         self.first = site[0]
+        self._is_alone = len(site) == 1
         arguments = named_arguments(self.first)
-        self._options: tuple[Any, ...] = tuple(arguments[name] for name in OPTIONS)
+        self._options = Options(*(arguments[name] for name in Options._fields))
+        self._products: Products | None = None
 
-    def __call__(self, x: Tensor, smooth: Tensor | None, down: Tensor | None, *columns: Any) -> list[Tensor]:
-        layers = [Columns(*columns[n : n + len(_COLUMNS)]) for n in range(0, len(columns), len(_COLUMNS))]
-        return products(x, smooth, down, layers, *self._options)
+    def __call__(self, x: Tensor, *operands: Any) -> Any:
+        known = self._products
+        if known is None or not known.lie_as(operands):
+            smooth, down, *columns = operands
+            layers = [Columns(*columns[n : n + len(_COLUMNS)]) for n in range(0, len(columns), len(_COLUMNS))]
+            self._products = known = Products(x, smooth, down, layers, self._options)
+        results = known(x)
+        return results[0] if self._is_alone else results
 
     def __str__(self) -> str:
-        return "low-rank linears of one site"
+        return "a low-rank linear" if self._is_alone else "low-rank linears of one site"
 
 
 def add_site(site: Sequence[Node], lowered: fx.Graph, copies: dict[Node, Node]) -> None:
-    """Adds the calls of `site` to `lowered`, several as one `SiteCall`."""
-    if len(site) == 1:
-        copies[site[0]] = lowered.node_copy(site[0], copies.__getitem__)
-        return
+    """Adds the calls of `site` to `lowered` as one `SiteCall`."""
     named = [named_arguments(node) for node in site]
     operands = [*(named[0][name] for name in _OF_ROWS), *(arguments[name] for arguments in named for name in _COLUMNS)]
     call = lowered.create_node("call_function", SiteCall(site), fx.map_arg(tuple(operands), copies.__getitem__), name="site")  # type: ignore[arg-type]
+    if len(site) == 1:
+        call.meta, copies[site[0]] = site[0].meta, call
+        return
     call.meta = {"val": tuple(node.meta["val"] for node in site)}
     for index, node in enumerate(site):
         copies[node] = lowered.call_function(GETITEM, (call, index))

@@ -27,8 +27,8 @@ def on_panels(call: PackedLinear, dtype: torch.dtype) -> "PanelLinear | None":
 
 
 class PanelLinear(PackedCall):
-    """activation(x W' + bias), or x W' + bias with `other` added ("add") or multiplied ("mul") in, x: [..., K] -> [..., N], all of one type,
-    float32 or bfloat16; sums are float32.
+    """activation(x W' + bias), or x W' + bias with `other` added ("add") or multiplied ("mul") in, x: [..., K] -> [..., N], all float32 or
+    all bfloat16; sums are float32.
 
     The weight is W [N, K], or W' [K, N] where `transposed`. A row's result depends neither on the rows beside it nor on the number of
     threads.

@@ -32,29 +32,27 @@ def attention(
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
         return y if not heads_inside else y.transpose(-2, -3).contiguous().transpose(-2, -3)
     if q.dim() == 3:
-        parts = (q[None], k[None], v[None], mask if mask is None or mask.dim() < 3 else mask[None])
-        return attention(*parts, is_causal, scale, enable_gqa, heads_inside)[0]
+        mask = mask[None] if mask is not None and mask.dim() == 3 else mask
+        return attention(q[None], k[None], v[None], mask, is_causal, scale, enable_gqa, heads_inside)[0]
     batch, heads, queries, depth = q.shape
     keys, width = v.shape[2:]
-    if heads_inside:
-        y = torch.empty(batch, queries, heads, width, dtype=q.dtype).transpose(1, 2)
-    else:
-        y = torch.empty(batch, heads, queries, width, dtype=q.dtype)
+    shape = (batch, queries, heads, width) if heads_inside else (batch, heads, queries, width)
+    y = torch.empty(shape, dtype=q.dtype)
+    y = y.transpose(1, 2) if heads_inside else y
     if y.numel() == 0:
         return y
-    if keys == 0 or depth == 0:
-        return y.zero_() if keys == 0 else v.mean(2, keepdim=True).expand_as(y).clone()
+    if keys == 0:
+        return y.zero_()
     q, k, v = _dense(q), _dense(k), _dense(v)
-    mask_type, mask_at, mask_strides = _NO_MASK, 0, (0, 0, 0, 0)
+    told_mask: tuple[int, ...] = (0, _NO_MASK, 0, 0, 0, 0)
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
-        mask_type, mask_at, mask_strides = _TYPES[mask.dtype], mask.data_ptr(), mask.stride()
+        told_mask = (mask.data_ptr(), _TYPES[mask.dtype], *mask.stride())
     fields = (
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), mask_at, y.data_ptr(), _TYPES[q.dtype], mask_type, *q.stride()[:3], *k.stride()[:3],
-        *v.stride()[:3], *y.stride()[:3], *mask_strides, batch, heads, k.size(1), queries, keys, depth, width, is_causal,
-        torch.get_num_threads(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), _TYPES[q.dtype], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *y.stride()[:3], *told_mask, batch, heads, k.size(1), queries, keys, depth, width, is_causal, torch.get_num_threads(),
     )  # fmt: skip
-    factor = depth**-0.5 if scale is None else scale
+    factor = scale if scale is not None else max(depth, 1) ** -0.5
     scratch = torch.empty(native.scratch_bytes(_CALL.pack(*fields, 0, factor)) + _LINE, dtype=torch.uint8)
     native.attention(_CALL.pack(*fields, -(-scratch.data_ptr() // _LINE) * _LINE, factor))
     return y

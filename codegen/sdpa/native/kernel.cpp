@@ -2,7 +2,7 @@
 //
 // A tile of up to kCols queries, of all heads that share keys, lies transposed. A block of keys meets it as rows meet a panel: scores come
 // out with the queries in the lanes, so that largest scores, exponentials and sums need nothing across lanes, and depths that are no
-// multiple of a vector waste nothing. Values follow in the same form, as in FlashAttention (arXiv 2205.14135, algorithm 1): out^T = v^T p^T.
+// multiple of a vector waste nothing. Values follow in the same form, out^T = v^T p^T, as in FlashAttention (arXiv 2205.14135, algorithm 1).
 // Sums are float32, in the order of the keys. Results depend neither on the number of threads nor on what other queries there are.
 #include <algorithm>
 #include <cstdint>
@@ -20,9 +20,9 @@ enum Type : int64_t { kFloat32, kBFloat16, kFloat16, kBool, kNoMask };
 // y [batch, heads, queries, width]. All fields are 8 bytes, in the order of `_CALL` in attention.py; strides in elements, of the mask 0
 // where it is the same along a dim.
 struct Call {
-  int64_t q, k, v, mask, y, type, mask_type;
+  int64_t q, k, v, y, type;
   int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, y_batch, y_head, y_row;
-  int64_t mask_batch, mask_head, mask_row, mask_key;
+  int64_t mask, mask_type, mask_batch, mask_head, mask_row, mask_key;
   int64_t batch, heads, kv_heads, queries, keys, depth, width, is_causal, threads, scratch;
   double scale;
 };
@@ -64,8 +64,8 @@ struct Tile {
 
   Tile(const Call& c, const Plan& p, int64_t unit, float* own)
       : batch(unit / (c.kv_heads * p.tiles)), kv_head(unit / p.tiles % c.kv_heads), first(unit % p.tiles * p.step),
-        count(std::min(p.step, p.rows - first)), lanes(round_up(count, kLanes)), q(own), scores(own + p.scores), mask(own + p.mask), out(own + p.out), keys(own + p.keys),
-        values(own + p.values) {}
+        count(std::min(p.step, p.rows - first)), lanes(round_up(count, kLanes)), q(own), scores(own + p.scores), mask(own + p.mask),
+        out(own + p.out), keys(own + p.keys), values(own + p.values) {}
 
   int64_t head(const Call& c, int64_t i) const { return kv_head * (c.heads / c.kv_heads) + (first + i) / c.queries; }
   int64_t query(const Call& c, int64_t i) const { return (first + i) % c.queries; }
@@ -158,8 +158,8 @@ INLINE void in_blocks(int64_t count, F f) {
 
 // Scores of keys first .. first + count - 1, scaled and masked; `most` becomes the largest of each query.
 template <int vectors>
-void score(const Call& c, const Tile& t, const float* keys, int64_t stride, int64_t first, int64_t count, bool is_cut, const Seen<vectors>& seen,
-           Floats (&most)[vectors]) {
+void score(const Call& c, const Tile& t, const float* keys, int64_t stride, int64_t first, int64_t count, bool is_cut,
+           const Seen<vectors>& seen, Floats (&most)[vectors]) {
   constexpr int64_t step = vectors * kLanes;
   const float scale = float(c.scale);
   in_blocks(count, [&](int64_t j, auto height) {
