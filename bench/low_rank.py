@@ -5,9 +5,9 @@ where the name says "branch"; peers have none, only the bias, so that ratios to 
 bfloat16, eager and compiled (weights frozen, so that oneDNN packs them), and in float32; "onednn int8": rows quantized by eager calls, then
 oneDNN's u8 x s8 product on a packed weight; "int4pack": ATen's product of bfloat16 rows by int4 weights; "no branch": ours without.
 
-Sections "networks" and "sampler": `low_rank_networks.py` says what they are.
+Sections "networks", "sampler", "language" and "calibration": `low_rank_networks.py` says what they are.
 
-    python bench/low_rank.py [--quick] [--section kernels] [--section networks] [--section sampler] [--json FILE]
+    python bench/low_rank.py [--quick] [--section kernels|networks|sampler|language|calibration] [--network TEXT] [--json FILE]
 """
 
 import argparse
@@ -202,6 +202,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "kernels": kernels,
     "networks": low_rank_networks.networks,
     "sampler": low_rank_networks.sampler,
+    "language": low_rank_networks.language,
+    "calibration": low_rank_networks.calibration,
 }
 
 if __name__ == "__main__":

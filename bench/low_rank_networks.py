@@ -34,6 +34,10 @@ PEERS = {
     "openvino int4 weights": "nncf",
 }
 FACTOR, SHARE = 30.0, 128
+_LLAMA = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
 ROUND_ONLY: dict[str, Any] = {"rank": 0, "smooth": "none", "shift": False, "budget": 1e9, "rotate": 0, "gptq": False}
 
 
@@ -58,8 +62,7 @@ def networks(bench: Bench) -> None:
 
 
 def cases() -> list[Case]:
-    llama = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
-    llama |= {"post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
+    llama = _LLAMA
     unet = {"norm1": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "norm2": ("attn2.to_q",), "norm3": ("ff.net.0.proj",)}
     digits = {"min_numel": 16384, "rank": 16}
     wide = {"max_bits": 4.57, "grid": 8, "refine": 4}  # coarser than the defaults, for the benchmark's own time
@@ -130,6 +133,31 @@ class _Sample(nn.Module):
 def _unet_inputs(seed: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, 4, 32, 32, generator=generator), torch.tensor([500]), torch.randn(1, 77, 768, generator=generator)
+
+
+def calibration(bench: Bench) -> None:
+    """Seconds that `absorb-outliers` takes with its own options for a Llama of 100 million parameters in linear layers and 32 samples of 256
+    tokens, planted outliers included; 8 million with `--quick`."""
+    import transformers
+
+    torch.manual_seed(0)
+    layers, width, length = (2, 512, 64) if bench.quick else (8, 1024, 256)
+    config = transformers.LlamaConfig(
+        hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=width // 64, vocab_size=4096
+    )
+    module = _Logits(transformers.LlamaForCausalLM(config).eval())
+    plant(module, _LLAMA)
+    generator = torch.Generator().manual_seed(1)
+    samples = [(torch.randint(0, 4096, (1, length), generator=generator),) for _ in range(32)]
+    quantized = sum(each.weight.numel() for name, each in module.named_modules() if isinstance(each, nn.Linear) and "lm_head" not in name)
+    for label, formats in {"int4 weights": {}, "int4 x int4": {"act": "int4-g64"}, "int4 x int4, GPTQ": {"act": "int4-g64", "gptq": True}}.items():
+        begin = time.perf_counter()
+        ours = compiled(module, samples[0], {**formats, "calibration": samples})
+        seconds = time.perf_counter() - begin
+        left = len(ours.report().passes[-1].left)
+        bench.row(f"Llama, {quantized / 1e6:.0f} M parameters, 32 samples, {label}", "calibration", "s", seconds, {})
+        bench.note(f"calibration, {label}: compiled in {seconds:.0f} s of at most 600, {left} layers left alone")
+        bench.save()
 
 
 def plant(module: nn.Module, planted: dict[str, Sequence[str]]) -> int:
@@ -237,6 +265,34 @@ def sampler(bench: Bench) -> None:
             peers = {"eager bf16": getattr(in_half, metric), "round to nearest": getattr(plain, metric)}
             bench.row(f"digits by dit, {label}", metric, "1", getattr(ours, metric), peers)
     bench.note(f"digits by dit, float32: {before} ({count} samples, {steps} steps of DDIM)")
+
+
+def language(bench: Bench) -> None:
+    """Perplexity of held-out text by the trained decoder, and by quantized ones that were calibrated on its training text."""
+    from graphwright.models import text
+
+    count = 4 if bench.quick else 32  # windows of held-out text; and of training text, to calibrate with, 8
+    module = models.load("decoder", "text")[0]
+    ids = torch.tensor(text.encode(text.held_out()))[: count * text.CONTEXT + 1]
+    known = torch.tensor(text.encode(text.training()[: 1 << 17]))
+    samples = [(known[n * text.CONTEXT : (n + 1) * text.CONTEXT].view(1, -1),) for n in range(8)]
+    half = copy.deepcopy(module).bfloat16()
+    before = text.perplexity(_NoGrad(module), ids).per_token
+    in_half = text.perplexity(lambda x: _NoGrad(half)(x).float(), ids).per_token
+    for label, formats in {
+        "int4 x int4": {"weight": "int4-g64", "act": "int4-g64", "gptq": True},
+        "int4 weights": {"weight": "int4-g64", "gptq": True},
+        "int8 x int8": {"weight": "int8-channel", "act": "int8-token"},
+    }.items():
+        options = {"min_numel": 16384, "rank": 16, **formats, "calibration": samples}
+        ours = compiled(module, samples[0], options)
+        plain = compiled(module, samples[0], {**options, **ROUND_ONLY})
+        peers = {"eager bf16": in_half, "round to nearest": text.perplexity(plain, ids).per_token}
+        bench.row(f"text by decoder, {label}", "perplexity", "1", text.perplexity(ours, ids).per_token, peers)
+        report = ours.report().passes[-1]
+        own, bf16 = (sum(site[key] for site in report.data["sites"]) for key in ("bytes_after", "bytes_before"))
+        bench.note(f"text by decoder, {label}: {len(report.data['sites'])} sites, {len(report.left)} layers left, {own / bf16 * 2:.3f} of bfloat16's bytes")
+    bench.note(f"text by decoder, float32: perplexity {before:.4f} of {len(ids) - 1} held-out tokens")
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------------
