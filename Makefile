@@ -13,7 +13,7 @@ FUZZ_FLAGS ?= --programs 10000 --seed 1 --jobs 2 --require 50
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -c constraints.txt
-BENCHES := $(filter-out bench/decoder_peers.py bench/gpu_experts.py bench/gpu_kv_cache.py bench/gpu_low_rank.py bench/gpu_rat.py bench/harness.py bench/low_rank_networks.py bench/picture.py bench/trained_decoder.py,$(wildcard bench/*.py))
+BENCHES := $(filter-out bench/decoder_peers.py bench/gpu_bars.py bench/gpu_experts.py bench/gpu_kv_cache.py bench/gpu_low_rank.py bench/gpu_rat.py bench/gpu_run.py bench/harness.py bench/low_rank_networks.py bench/picture.py bench/timm_networks.py bench/trained_decoder.py,$(wildcard bench/*.py))
 
 .PHONY: demo test lint fuzz docs bench bench-deps clean
 
@@ -55,10 +55,11 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e .
 	touch $@
 
-# Packages whose trained ONNX models are test subjects; what they need to run, a second torch among it, is left out.
-MODELS = $(if $(filter test,$*),$(INSTALL) --no-deps rapidocr-onnxruntime silero-vad)
+# Packages of which models alone are wanted; what else they ask for, a second torch or a torchvision for CUDA among it, is left out.
+MODELS.test := rapidocr-onnxruntime silero-vad timm
+MODELS.bench := timm
 
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[$*]'
-	$(MODELS)
+	$(if $(MODELS.$*),$(INSTALL) --no-deps $(MODELS.$*))
 	touch $@ $(VENV)/installed

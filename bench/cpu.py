@@ -1,8 +1,10 @@
 """Time of a call on a CPU, against what a user would pick instead: eager, torch.compile, with freezing too, onnxruntime, OpenVINO.
 
 All in float32: OpenVINO, which would take bfloat16 where the CPU has it, is told so. Contestants take and give the tensors of their
-own library. "start" is from a made model to its first output in a fresh process: cold with empty caches, warm with those that the
-cold one left; "resident" is what that took of the process's memory, libraries and packed weights included.
+own library. "peak_bytes" is what torch's allocator hands out over a call, and says nothing of other libraries. The rest is measured in
+fresh processes, two a contestant: a start is from a made model to its first output, "cold" with empty caches, "warm" with the caches and
+the ONNX file that the cold one left; "resident" is what a process has in RAM at the highest of its warm start, and "held" during the
+call after that, each over what it had without the model: libraries, weights (those of torch too, where they are needed) and buffers.
 """
 
 import argparse
@@ -16,12 +18,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import Bench, relative_spread
+from timm_networks import timm_network, torchvision_stand_in
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -40,6 +44,8 @@ PEERS = {
     "openvino": "openvino",
 }
 COMPILED_BY_INDUCTOR = ("torch.compile", "torch.compile freezing")
+FROM_FILE = ("onnxruntime", "openvino")
+TIMM = ("resnet50", "vit_base_patch16_224", "efficientnet_b0")
 QUICK_BUDGET = 40.0
 
 Network = tuple[nn.Module, tuple[torch.Tensor, ...]]
@@ -47,26 +53,28 @@ Network = tuple[nn.Module, tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """A network and its inputs, all tensors; `package`: what it is made with; `starts`: whether start times are taken."""
+    """A network and its inputs, all tensors; `package`: what it is made with."""
 
     name: str
     make: Callable[[], Network]
     package: str | None = None
-    starts: bool = False
 
 
 def main() -> None:
     bench = Bench("cpu", PEERS, add_arguments=_arguments)
     if bench.options.start:
-        print(json.dumps(start(*bench.options.start, bench.threads)))
+        case, name, folder = bench.options.start
+        print(json.dumps(start(case, name, Path(folder), bench.threads, bench.options.backend)))
         return
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    if bench.quick:
+        bench.note("torch.compile, which takes minutes, and start times, which take a process each, are left out of --quick")
     begin = time.perf_counter()
     for case in cases(bench.quick):
         if bench.options.only and not any(only in case.name for only in bench.options.only):
             continue
         if case.package is not None and not importable(case.package):
-            bench.note(f"{case.name}: left out, {case.package} cannot be imported: pip install {case.package}")
+            bench.note(f"{case.name}: left out, {case.package} cannot be imported (make bench-deps installs it)")
             continue
         if bench.quick and time.perf_counter() - begin > QUICK_BUDGET:
             bench.note(f"{case.name}: left out, the time of --quick is spent")
@@ -83,8 +91,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help="only cases whose name contains NAME; may be repeated")
     parser.add_argument("--skip", action="append", default=[], choices=list(PEERS), help="leave this peer out; may be repeated")
     parser.add_argument("--backend", default="auto", help="ours (default %(default)s)")
-    parser.add_argument("--no-start", action="store_true", help="no start times, which take a process each")
-    parser.add_argument("--start", nargs=2, metavar=("CASE", "CONTESTANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--no-start", action="store_true", help="no start times and resident bytes, which take two processes each")
+    parser.add_argument("--start", nargs=3, metavar=("CASE", "CONTESTANT", "FOLDER"), help=argparse.SUPPRESS)
 
 
 # --- networks ---
@@ -100,7 +108,7 @@ def cases(quick: bool) -> list[Case]:
         ]
     return [
         Case("decoder/small L512", lambda: zoo("decoder", "small", length=512)),
-        Case("decoder/small L1", lambda: zoo("decoder", "small", length=1), starts=True),
+        Case("decoder/small L1", lambda: zoo("decoder", "small", length=1)),
         Case("dit/small", lambda: zoo("dit", "small")),
         Case("vit/small", lambda: zoo("vit", "small")),
         Case("video_unet/small", lambda: zoo("video_unet", "small", frames=8)),
@@ -111,7 +119,7 @@ def cases(quick: bool) -> list[Case]:
         Case("convnext", convnext, "transformers"),
         Case("unet_2d", unet_2d, "diffusers"),
         Case("sana", transformer_2d, "diffusers"),
-        Case("timm resnet50", lambda: timm_network("resnet50"), "timm"),
+        *(Case(f"timm {name}", lambda name=name: timm(name), "timm") for name in TIMM),
     ]
 
 
@@ -209,16 +217,14 @@ def transformer_2d() -> Network:
     return Plain(model, lambda network, sample, text, time: network(sample, text, timestep=time).sample), inputs
 
 
-def timm_network(name: str) -> Network:
-    import timm
-
-    torch.manual_seed(0)
-    return timm.create_model(name).eval(), (torch.randn(1, 3, 224, 224),)
+def timm(name: str) -> Network:
+    return timm_network(name), (torch.randn(1, 3, 224, 224),)
 
 
 def importable(package: str) -> bool:
     try:
-        __import__(package)
+        with torchvision_stand_in() if package == "timm" else nullcontext():
+            __import__(package)
     except ImportError:
         return False
     return True
@@ -227,9 +233,9 @@ def importable(package: str) -> bool:
 # --- contestants ---
 
 
-def contestant(name: str, case: Network, threads: int, backend: str = "auto") -> Callable[[], Any]:
-    """A call of the network by `name`, a peer or "ours"."""
-    model, inputs = case
+def contestant(name: str, network: Network, folder: Path, threads: int, backend: str) -> Callable[[], Any]:
+    """A call of the network by `name`, a peer or "ours". Those that read ONNX find it in `folder`, or write it there first."""
+    model, inputs = network
     if name == "eager":
         return lambda: model(*inputs)
     if name in COMPILED_BY_INDUCTOR:
@@ -240,10 +246,14 @@ def contestant(name: str, case: Network, threads: int, backend: str = "auto") ->
     if name == "ours":
         ours = gw.compile(model, backend=backend, example_inputs=inputs)
         return lambda: ours(*inputs)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    path = onnx_file(folder)
+    if not path.exists():
         torch.onnx.export(model, inputs, path, dynamo=True, verbose=False, external_data=False)
-        return onnxruntime_call(path, inputs, threads) if name == "onnxruntime" else openvino_call(path, inputs, threads)
+    return onnxruntime_call(path, inputs, threads) if name == "onnxruntime" else openvino_call(path, inputs, threads)
+
+
+def onnx_file(folder: Path) -> Path:
+    return folder / "model.onnx"
 
 
 def onnxruntime_call(path: Path, inputs: tuple[torch.Tensor, ...], threads: int) -> Callable[[], Any]:
@@ -271,11 +281,28 @@ def openvino_call(path: Path, inputs: tuple[torch.Tensor, ...], threads: int) ->
 
 
 def measure(bench: Bench, case: Case) -> None:
-    network = case.make()
+    with tempfile.TemporaryDirectory() as folder:
+        network = case.make()
+        calls = contestants(bench, case, network, Path(folder))
+        error = errors(network, calls)
+        samples = bench.interleaved(calls)
+        medians = {name: statistics.median(values) for name, values in samples.items()}
+        spread = max(relative_spread(values) for values in samples.values())
+        add(bench, case, "time", "s", medians, spread)
+        add(bench, case, "error", "1", error)
+        by_torch = [name for name in calls if name not in FROM_FILE]
+        add(bench, case, "peak_bytes", "B", {name: float(measure_peak(calls[name]).peak_bytes) for name in by_torch})
+    names = list(calls)
+    del network, calls  # a start measures a process, and this one has the memory of all contestants
+    if not bench.options.no_start and not bench.quick:
+        starts(bench, case, names)
+
+
+def contestants(bench: Bench, case: Case, network: Network, folder: Path) -> dict[str, Callable[[], Any]]:
+    """The calls that are made ready and called once; a peer that cannot is a note."""
     skipped = {*bench.options.skip, *bench.missing}
     if bench.quick:
         skipped |= set(COMPILED_BY_INDUCTOR)
-        bench.note(f"{case.name}: torch.compile is left out of --quick, it takes minutes")
     elif not has_cpp_compiler():
         skipped |= set(COMPILED_BY_INDUCTOR)
         bench.note(f"{case.name}: torch.compile is missing, it needs a C++ compiler")
@@ -285,7 +312,7 @@ def measure(bench: Bench, case: Case) -> None:
             continue
         begin = time.perf_counter()
         try:
-            calls[name] = contestant(name, network, bench.threads, bench.options.backend)
+            calls[name] = contestant(name, network, folder, bench.threads, bench.options.backend)
             calls[name]()
         except Exception as error:
             if name == "ours":
@@ -294,16 +321,7 @@ def measure(bench: Bench, case: Case) -> None:
             bench.note(f"{case.name}: {name} cannot run it ({type(error).__name__})")
             continue
         print(f"  {case.name}: {name} ready in {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
-    error = errors(network, calls)
-    samples = bench.interleaved(calls)
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    spread = max(relative_spread(values) for values in samples.values())
-    add(bench, case, "time", "s", medians, spread)
-    add(bench, case, "error", "1", error)
-    by_torch = [name for name in ("ours", "eager", *COMPILED_BY_INDUCTOR) if name in calls]
-    add(bench, case, "peak_bytes", "B", {name: float(measure_peak(calls[name]).peak_bytes) for name in by_torch})
-    if case.starts and not bench.options.no_start and not bench.quick:
-        starts(bench, case, list(calls))
+    return calls
 
 
 def add(bench: Bench, case: Case, metric: str, unit: str, values: dict[str, float], spread: float | None = None) -> None:
@@ -339,32 +357,54 @@ def summary(bench: Bench) -> None:
 
 
 def starts(bench: Bench, case: Case, names: list[str]) -> None:
-    figures: dict[str, dict[str, float]] = {"cold start": {}, "warm start": {}, "resident": {}}
+    """Rows of what two processes of each contestant measure, the second with what the first left. A peer that fails is a note."""
+    figures: dict[str, dict[str, float]] = {"cold start": {}, "warm start": {}, "resident": {}, "held": {}}
     for name in names:
-        with tempfile.TemporaryDirectory() as caches:
-            cold = started(bench, case, name, caches)
-            warm = started(bench, case, name, caches)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                cold, warm = (started(bench, case, name, folder) for _ in range(2))
+        except subprocess.CalledProcessError as error:
+            if name == "ours":
+                raise RuntimeError(f"{case.name} does not start:\n{error.stderr}") from error
+            bench.note(f"{case.name}: {name} does not start ({error.stderr.splitlines()[-1]})")
+            continue
+        print(f"  {case.name}: {name} starts in {cold['seconds']:.1f} s, again in {warm['seconds']:.1f} s", file=sys.stderr, flush=True)
         figures["cold start"][name], figures["warm start"][name] = cold["seconds"], warm["seconds"]
-        figures["resident"][name] = warm["bytes"]
+        figures["resident"][name], figures["held"][name] = warm["resident"], warm["held"]
     for metric, values in figures.items():
-        add(bench, case, metric, "B" if metric == "resident" else "s", values)
+        add(bench, case, metric, "s" if metric.endswith("start") else "B", values)
 
 
-def started(bench: Bench, case: Case, name: str, caches: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--threads", str(bench.threads), "--backend", bench.options.backend, "--start", case.name, name]
-    folders = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "GRAPHWRIGHT_CACHE_DIR": f"{caches}/graphwright"}
-    done = subprocess.run(command, env=os.environ | folders, check=True, capture_output=True, text=True)
+def started(bench: Bench, case: Case, name: str, folder: str) -> dict[str, float]:
+    """What `start` says in a process of its own, with caches in `folder`."""
+    command = [sys.executable, __file__, "--threads", str(bench.threads), "--backend", bench.options.backend]
+    command += ["--start", case.name, name, folder]
+    caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "GRAPHWRIGHT_CACHE_DIR": f"{folder}/graphwright"}
+    done = subprocess.run(command, env=os.environ | caches, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def start(case_name: str, name: str, threads: int) -> dict[str, float]:
-    """In a process of its own: seconds from the model to its first output, and resident bytes added at the highest."""
-    network = next(case for case in cases(quick=False) if case.name == case_name).make()
-    before = resident("VmRSS")
+def start(case_name: str, name: str, folder: Path, threads: int, backend: str) -> dict[str, float]:
+    """Seconds from the model to its first output, and the bytes that this process then has more than without the model: at the highest so
+    far ("resident"), and during another call ("held")."""
+    model, inputs = next(case for case in cases(quick=False) if case.name == case_name).make()
+    before = resident("VmRSS") - sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+    if name in FROM_FILE and onnx_file(folder).exists():
+        model = nn.Identity()  # the file is all that they need
+    highest_starts_now()
     begin = time.perf_counter()
     with torch.no_grad():
-        contestant(name, network, threads)()
-    return {"seconds": time.perf_counter() - begin, "bytes": resident("VmHWM") - before}
+        call = contestant(name, (model, inputs), folder, threads, backend)
+        call()
+        figures = {"seconds": time.perf_counter() - begin, "resident": resident("VmHWM") - before}
+        highest_starts_now()
+        call()
+    return figures | {"held": resident("VmHWM") - before}
+
+
+def highest_starts_now() -> None:
+    """Linux forgets how much memory this process had at the highest."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident(field: str) -> int:

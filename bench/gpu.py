@@ -1,17 +1,22 @@
 """Triton kernels on a GPU: each family checked and timed, and networks against eager and torch.compile.
 
 A kernel's time is the device's, from a recorded CUDA graph, so that no launch is waited for; its peers are the same function in eager, as
-torch.compile makes it (by default and with max-autotune), and the roofline: the bytes that it must move at the measured rate of a copy, or
-the products that it must compute at the measured rate of a large one, whichever takes longer. Networks are called as a user calls them;
+torch.compile makes it (by default and with max-autotune), the roofline: the bytes that it must move at the measured rate of a copy, or
+the products that it must compute at the measured rate of a large one, whichever takes longer; and what it aims at (`gpu_bars.py`): the
+library's products alone ("library"), or that copy ("copy"). Networks are called as a user calls them;
 torch.compile's mode "reduce-overhead" is its default with CUDA graphs, and "max-autotune" has them too. Low-rank layers are timed
 beside the bfloat16 linear layer that they replace ("eager"), attention over caches beside attention on the live slots alone, over
 a chunked recurrence beside attention on all tokens, and mixtures of experts beside torch's grouped and batched products.
 
+A peer that fails is a note; a case of ours that fails is one too, and makes the exit status 1. max-autotune takes most of the time, some
+minutes a network: --skip max-autotune where a machine is rented for half an hour.
+
 python bench/gpu.py [--quick] [--only kernels|low_rank|caches|rat|experts|networks] [--kernels NAME;..] [--networks NAME,..]
-    [--sizes small,base] [--skip max-autotune,..] [--json FILE]
+    [--sizes small,base] [--skip max-autotune,..] [--minutes M] [--json FILE]
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +28,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu_bars  # noqa: E402
 import gpu_experts  # noqa: E402
 import gpu_kv_cache  # noqa: E402
 import gpu_low_rank  # noqa: E402
 import gpu_rat  # noqa: E402
-from harness import Bench  # noqa: E402
+from gpu_run import attempt, compiled_call, end, peer_seconds, run_case  # noqa: E402
+from harness import Bench, synchronize  # noqa: E402
 
 import graphwright as gw  # noqa: E402
 from graphwright import ir, models  # noqa: E402
@@ -40,7 +47,8 @@ from graphwright.codegen.triton.targets import target_of  # noqa: E402
 from graphwright.codegen.triton.tune import Tuner, device_seconds  # noqa: E402
 from graphwright.codegen.triton.views import base  # noqa: E402
 
-PEERS = {"eager": "torch", "torch.compile": "torch", "reduce-overhead": "torch", "max-autotune": "torch", "roofline": "torch"}
+COMPILED = {"torch.compile": None, "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
+PEERS = dict.fromkeys(("eager", *COMPILED, "roofline", *gpu_bars.BARS), "torch")
 DEVICE = torch.device("cuda", 0)
 NETWORKS = ("decoder", "dit", "vit", "video_unet")
 Function = Callable[..., Any]
@@ -145,8 +153,10 @@ def whole_plan(program: ir.Program) -> Any:
     return plan(nodes, list(dict.fromkeys(base(output) for output in program.main.outputs)))
 
 
+@functools.cache
 def measured_machine() -> Machine:
-    """What this GPU does on the two things that limit kernels: a copy of 4 GiB, and products of 8192 x 8192 matrices by the library."""
+    """What this GPU does on the two things that limit kernels: a copy of 2 GiB, and products of 8192 x 8192 matrices by the library, for
+    those types that it multiplies."""
     bandwidth = copy_rate(2**31)
     rates = {}
     for dtype in (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn, torch.float32):
@@ -157,7 +167,10 @@ def measured_machine() -> Machine:
             torch.int8: lambda a=a, b=b: torch._int_mm(a, b.t()),
             torch.float8_e4m3fn: lambda a=a, b=b, one=one: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16),
         }.get(dtype, lambda a=a, b=b: a @ b.t())
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / device_seconds(multiply, DEVICE, 3)
+        try:
+            rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / device_seconds(multiply, DEVICE, 3)
+        except (RuntimeError, ValueError):  # GPUs before Hopper and Ada have no 8-bit floats
+            continue
     return Machine(torch.cuda.get_device_name(DEVICE), bandwidth, 67e12, rates)
 
 
@@ -177,7 +190,8 @@ def kernels(bench: Bench) -> None:
     makes = families(lambda *shape: torch.randn(shape, device=DEVICE, dtype=torch.bfloat16))
     for name, (function, args) in makes.items():
         if not bench.options.kernels or name in bench.options.kernels.split(";"):
-            kernel_row(bench, machine, name, function, args)
+            run_case(bench, name, functools.partial(kernel_row, bench, machine, name, function, args))
+    gpu_bars.summary(bench)
 
 
 def kernel_row(bench: Bench, machine: Machine, name: str, function: Function, args: Sequence[torch.Tensor]) -> None:
@@ -192,22 +206,33 @@ def kernel_row(bench: Bench, machine: Machine, name: str, function: Function, ar
         bench.note(f"{name}: no tile works on this GPU")
         return
     for each in dict.fromkeys((default, kernel)):
-        load(each).check("cuda")
+        load(each).check(DEVICE.type)
+    torch.use_deterministic_algorithms(False)  # with which a check fills memory, and peers would too
     values = dict(zip(program.main.placeholders, args, strict=True))
     inputs = [values[node] for node in kernel.plan.inputs]
-    peers = {"eager": device_seconds(lambda: function(*args), DEVICE), "roofline": kernel.roofline.seconds(machine)}
-    for peer, mode in (("torch.compile", None), ("max-autotune", "max-autotune-no-cudagraphs")):
-        if peer not in bench.options.skip.split(","):
-            torch._dynamo.reset()
-            compiled = torch.compile(function, mode=mode)
-            peers[peer] = device_seconds(lambda compiled=compiled: compiled(*args), DEVICE)
+    calls: dict[str, Callable[[], Callable[[], Any]]] = {
+        "eager": lambda: lambda: function(*args),
+        "torch.compile": lambda: compiled_call(function, args),
+        "max-autotune": lambda: compiled_call(function, args, "max-autotune-no-cudagraphs"),
+    }
+    is_product = isinstance(kernel.plan, MatmulPlan)
+    if is_product:
+        calls["library"] = lambda: library_call(function, args)
+    peers = peer_seconds(bench, name, DEVICE, calls) | {"roofline": kernel.roofline.seconds(machine)}
+    if not is_product:
+        peers["copy"] = kernel.roofline.bytes_moved / machine.bandwidth
     ours = device_seconds(lambda: load(kernel).run(*inputs), DEVICE)
     plain = device_seconds(lambda: load(default).run(*inputs), DEVICE)
     bench.row(name, "time", "s", ours, peers)
-    bench.save()  # of a long run that is stopped, what was measured stays
-    kind = "matmul" if isinstance(kernel.plan, MatmulPlan) else kernel.plan.kind
-    how = f"{kind}, {kernel.tile}; the default tile takes {plain / ours:.2f} x the time; tuned in {spent:.1f} s"
+    how = f"{kernel.plan.kind}, {kernel.tile}; the default tile takes {plain / ours:.2f} x the time; tuned in {spent:.1f} s"
     bench.note(f"{name}: {how}; {kernel.roofline.line(machine)}")
+
+
+def library_call(function: Function, args: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """The library's products of a function one after the other, and nothing else."""
+    products = gpu_bars.products_of(function, args)
+    assert products, "a kernel that multiplies matrices has products"
+    return lambda: [each() for each in products]
 
 
 def low_rank(bench: Bench) -> None:
@@ -229,7 +254,7 @@ def experts(bench: Bench) -> None:
 def networks(bench: Bench) -> None:
     for name in bench.options.networks.split(","):
         for size in bench.options.sizes.split(","):
-            network_row(bench, name, size, torch.bfloat16)
+            run_case(bench, f"{name}/{size}", functools.partial(network_row, bench, name, size, torch.bfloat16))
 
 
 def network_row(bench: Bench, name: str, size: str, dtype: torch.dtype) -> None:
@@ -244,36 +269,37 @@ def network_row(bench: Bench, name: str, size: str, dtype: torch.dtype) -> None:
     module = module.to(DEVICE, dtype)
     args, kwargs = tuple(map(moved, args)), {key: moved(value) for key, value in kwargs.items()}
     case = f"{name}/{size} {str(dtype).removeprefix('torch.')}"
-    started = time.perf_counter()
-    ours = gw.compile(module, example_inputs=args, example_kwargs=kwargs, backend="triton" if bench.quick else "tuned")
-    with torch.no_grad():
-        for _ in range(3):
-            result = first(ours(*args, **kwargs))
-    torch.cuda.synchronize()
-    spent = {"ours": time.perf_counter() - started}
-    peers: dict[str, Callable[[], Any]] = {"eager": lambda: module(*args, **kwargs)}
-    for peer, mode in (("torch.compile", None), ("reduce-overhead", "reduce-overhead"), ("max-autotune", "max-autotune")):
-        if peer in bench.options.skip.split(","):
-            continue
-        torch._dynamo.reset()
-        torch._dynamo.config.recompile_limit = 64
-        compiled, started = torch.compile(module, mode=mode), time.perf_counter()
-        with torch.no_grad():
-            for _ in range(3):
-                compiled(*args, **kwargs)
-        torch.cuda.synchronize()
-        spent[peer] = time.perf_counter() - started
-        peers[peer] = lambda compiled=compiled: compiled(*args, **kwargs)
+    ours, seconds = ready(
+        lambda: gw.compile(module, example_inputs=args, example_kwargs=kwargs, backend="triton" if bench.quick else "tuned"), args, kwargs
+    )
+    spent, peers = {"ours": seconds}, {}
+    torch._dynamo.reset()  # once: what was compiled in one mode stays for its turns
+    torch._dynamo.config.recompile_limit = 64
+    for peer in ("eager", *COMPILED):
+        make = functools.partial(torch.compile, module, mode=COMPILED[peer]) if peer in COMPILED else lambda: module
+        found = attempt(bench, case, peer, functools.partial(ready, make, args, kwargs))
+        if found is not None:
+            peers[peer], spent[peer] = (lambda call=found[0]: call(*args, **kwargs)), found[1]
     with torch.no_grad():
         bench.time(case, lambda: ours(*args, **kwargs), peers)
-        eager = first(module(*args, **kwargs))
+        bench.save()  # what follows needs more memory
+        result, eager = first(ours(*args, **kwargs)), first(module(*args, **kwargs))
         wide = first(module.double()(*(moved(v, torch.float64) for v in args), **{k: moved(v, torch.float64) for k, v in kwargs.items()}))
     bench.row(case, "error", "1", error(result, wide), {"eager": error(eager, wide)})
-    seconds = ", ".join(f"{who} {each:.0f} s" for who, each in spent.items())
-    calls = [node for node in ours.program.main.calls]
-    bench.note(
-        f"{case}: {len(ours.kernels())} kernels of ours, {len(calls)} calls in the program; made ready and called three times: {seconds}"
-    )
+    times = ", ".join(f"{who} {each:.0f} s" for who, each in spent.items())
+    calls = len(list(ours.program.main.calls))
+    bench.note(f"{case}: {len(ours.kernels())} kernels of ours, {calls} calls in the program; made ready and called three times: {times}")
+
+
+def ready(make: Callable[[], Function], args: Any, kwargs: Any) -> tuple[Function, float]:
+    """What `make` gives once it was called three times, and the seconds that this took."""
+    started = time.perf_counter()
+    function = make()
+    with torch.no_grad():
+        for _ in range(3):
+            function(*args, **kwargs)
+    synchronize(DEVICE)
+    return function, time.perf_counter() - started
 
 
 def first(outputs: Any) -> torch.Tensor:
@@ -293,6 +319,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--networks", default=",".join(NETWORKS), metavar="NAME,..", help="default %(default)s")
     parser.add_argument("--sizes", default="small,base", metavar="SIZE,..", help="default %(default)s; with --quick small")
     parser.add_argument("--skip", default="", metavar="PEER,..", help="torch.compile, reduce-overhead, max-autotune; with --quick all")
+    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="begin no case after so many minutes")
 
 
 def main() -> None:
@@ -306,7 +333,7 @@ def main() -> None:
         if bench.options.only in (None, part.__name__):
             part(bench)
             bench.save()
-    bench.finish()
+    end(bench)
 
 
 if __name__ == "__main__":

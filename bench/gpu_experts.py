@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from gpu_run import compiled_call, peer_seconds, run_case
 from harness import Bench
 from torch import Tensor
 
@@ -63,10 +64,14 @@ def experts(bench: Bench, machine: Machine, device: torch.device) -> None:
     torch.set_grad_enabled(False)
     for name, case in CASES.items():
         if not bench.options.kernels or name in bench.options.kernels.split(";"):
-            seconds = _tokens_choose(bench, machine, name, case, device)
-            if case.length >= case.experts // case.k:
-                taken = _experts_choose(bench, machine, name, case, device)
-                bench.note(f"{name}: {EXPERTS_CHOOSE} in {taken / seconds:.2f} x the time of {TOKENS_CHOOSE}")
+            run_case(bench, name, partial(_both, bench, machine, name, case, device))
+
+
+def _both(bench: Bench, machine: Machine, name: str, case: Case, device: torch.device) -> None:
+    seconds = _tokens_choose(bench, machine, name, case, device)
+    if case.length >= case.experts // case.k:
+        taken = _experts_choose(bench, machine, name, case, device)
+        bench.note(f"{name}: {EXPERTS_CHOOSE} in {taken / seconds:.2f} x the time of {TOKENS_CHOOSE}")
 
 
 def _tokens_choose(bench: Bench, machine: Machine, name: str, case: Case, device: torch.device) -> float:
@@ -103,19 +108,16 @@ def _row(
     least: float,
 ) -> float:
     """One case, checked where the body in float64 fits the memory, and timed; the seconds that it takes."""
-    device, peers = operands[0].device, {"roofline": least}
+    device = operands[0].device
     if sum(each.nbytes for each in operands) < 2**30:
         exact = body(*(each.double() if each.is_floating_point() else each for each in operands))
         bench.row(name, "error", "1", ((ours(*operands).double() - exact).norm() / exact.norm()).item(), {})
-    for peer, way in ways.items():
-        peers[peer] = device_seconds(lambda way=way: way(*operands), device)
-    if ways and "torch.compile" not in bench.options.skip.split(","):
-        torch._dynamo.reset()
-        compiled = torch.compile(next(iter(ways.values())))
-        peers["torch.compile"] = device_seconds(lambda: compiled(*operands), device)
+    calls = {peer: lambda way=way: lambda: way(*operands) for peer, way in ways.items()}
+    if ways:
+        calls["torch.compile"] = lambda: compiled_call(next(iter(ways.values())), operands)
+    peers = peer_seconds(bench, name, device, calls) | {"roofline": least}
     seconds = device_seconds(lambda: ours(*operands), device)
     bench.row(name, "time", "s", seconds, peers)
-    bench.save()  # of a long run that is stopped, what was measured stays
     return seconds
 
 

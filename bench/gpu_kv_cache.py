@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_run import compiled_call, peer_seconds, run_case
 from harness import Bench
 from torch import Tensor
 
@@ -70,11 +71,8 @@ def row(bench: Bench, machine: Machine, name: str, step: Step, device: torch.dev
     operands = [t[key] for key in ("q", "cache_k", "cache_v", "position", "rows")]
     options: dict[str, Any] = {"scale": step.width**-0.5, "window": step.window}
     body = partial(torch.ops.gw.cached_attention.default, **options)
-    peers = {"eager": device_seconds(lambda: _narrowed(step, t), device), "roofline": step.seconds(machine)}
-    if "torch.compile" not in bench.options.skip.split(","):
-        torch._dynamo.reset()
-        compiled = torch.compile(body)
-        peers["torch.compile"] = device_seconds(lambda: compiled(*operands), device)
+    calls = {"eager": lambda: lambda: _narrowed(step, t), "torch.compile": lambda: compiled_call(body, operands)}
+    peers = peer_seconds(bench, name, device, calls) | {"roofline": step.seconds(machine)}
     bench.row(f"attention, {name}", "time", "s", device_seconds(lambda: cached_attention(*operands, **options), device), peers)
     exact = body(*(each.double() if each.is_floating_point() else each for each in operands))
     error = (cached_attention(*operands, **options).double() - exact).norm() / exact.norm()
@@ -84,7 +82,6 @@ def row(bench: Bench, machine: Machine, name: str, step: Step, device: torch.dev
     bench.row(
         f"append, {name}", "time", "s", device_seconds(lambda: append_in_place(*appended), device), {"roofline": moved / machine.bandwidth}
     )
-    bench.save()  # of a long run that is stopped, what was measured stays
 
 
 def _narrowed(step: Step, t: dict[str, Tensor]) -> Tensor:
@@ -103,4 +100,4 @@ def caches(bench: Bench, machine: Machine, device: torch.device) -> None:
     torch.set_grad_enabled(False)
     for name, step in STEPS.items():
         if not bench.options.kernels or name in bench.options.kernels.split(";"):
-            row(bench, machine, name, step, device)
+            run_case(bench, name, partial(row, bench, machine, name, step, device))

@@ -3,10 +3,12 @@ that they replace, what torch.compile makes of the operation's body, and the roo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_run import compiled_call, peer_seconds, run_case
 from harness import Bench
 
 from graphwright import ir
@@ -130,16 +132,11 @@ def row(bench: Bench, machine: Machine, name: str, layer: Layer, device: torch.d
     torch.use_deterministic_algorithms(False)
     run = FlatGraph(graph)
     x, weight = args[0], torch.randn(layer.n, layer.k).bfloat16().to(device)
-    peers = {"eager": device_seconds(lambda: layer.eager(x, weight, args[3]), device)}
-    peers["roofline"] = sum(kernel.roofline.seconds(machine) for kernel in kernels)
-    if "torch.compile" not in bench.options.skip.split(","):
-        torch._dynamo.reset()
-        compiled = torch.compile(layer)
-        peers["torch.compile"] = device_seconds(lambda: compiled(*args), device)
+    calls = {"eager": lambda: lambda: layer.eager(x, weight, args[3]), "torch.compile": lambda: compiled_call(layer, args)}
+    peers = peer_seconds(bench, name, device, calls) | {"roofline": sum(kernel.roofline.seconds(machine) for kernel in kernels)}
     bench.row(name, "time", "s", device_seconds(lambda: run(list(args)), device), peers)
     exact, y = layer(*args).double(), run(list(args))[0].double()
     bench.row(name, "error", "1", ((y - exact).norm() / exact.norm()).item(), {})
-    bench.save()  # of a long run that is stopped, what was measured stays
     inputs_of = {kernel.name: load(kernel).example_inputs(device) for kernel in kernels}
     each = [(k, device_seconds(lambda k=k: load(k).run(*inputs_of[k.name]), device)) for k in kernels]
     bench.note("; ".join(f"{k.name} {seconds * 1e6:.1f} us, {k.tile}, {k.roofline.line(machine)}" for k, seconds in each))
@@ -150,4 +147,4 @@ def low_rank(bench: Bench, machine: Machine, device: torch.device) -> None:
     torch.set_grad_enabled(False)
     for name, layer in LAYERS.items():
         if not bench.options.kernels or name in bench.options.kernels.split(";"):
-            row(bench, machine, name, layer, device)
+            run_case(bench, name, partial(row, bench, machine, name, layer, device))

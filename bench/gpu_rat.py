@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_run import compiled_call, peer_seconds, run_case
 from harness import Bench
 from torch import Tensor
 
@@ -87,15 +88,11 @@ def row(bench: Bench, machine: Machine, name: str, case: Case, device: torch.dev
     body, tail = partial(op, **case.options), [None] if case.is_step else []
     if case.is_step:
         k, v = (torch.randn(case.batch, case.kv_heads, case.tokens, case.width, device=device, dtype=torch.bfloat16) for _ in range(2))
-    peers = {
-        "eager": device_seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=not case.is_step, enable_gqa=True), device),
-        "roofline": case.seconds(machine),
-    }
     has_body = case.is_step or case.tokens <= _LONGEST_BODY
-    if has_body and "torch.compile" not in bench.options.skip.split(","):
-        torch._dynamo.reset()
-        compiled = torch.compile(body)
-        peers["torch.compile"] = device_seconds(lambda: compiled(*operands, *tail), device)
+    calls = {"eager": lambda: lambda: F.scaled_dot_product_attention(q, k, v, is_causal=not case.is_step, enable_gqa=True)}
+    if has_body:
+        calls["torch.compile"] = lambda: compiled_call(body, (*operands, *tail))
+    peers = peer_seconds(bench, name, device, calls) | {"roofline": case.seconds(machine)}
     ours = partial(step_in_place if case.is_step else rat_attention, **case.options)
     if has_body:  # before a step has written to its caches
         wide = [each.double() if each.is_floating_point() else each for each in operands]
@@ -103,7 +100,6 @@ def row(bench: Bench, machine: Machine, name: str, case: Case, device: torch.dev
         exact, y = (exact[0], y[0]) if case.is_step else (exact, y)
         bench.row(name, "error", "1", ((y.double() - exact).norm() / exact.norm()).item(), {})
     bench.row(name, "time", "s", device_seconds(lambda: ours(*operands, *tail), device), peers)
-    bench.save()  # of a long run that is stopped, what was measured stays
 
 
 def recurrences(bench: Bench, machine: Machine, device: torch.device) -> None:
@@ -111,4 +107,4 @@ def recurrences(bench: Bench, machine: Machine, device: torch.device) -> None:
     torch.set_grad_enabled(False)
     for name, case in CASES.items():
         if not bench.options.kernels or name in bench.options.kernels.split(";"):
-            row(bench, machine, name, case, device)
+            run_case(bench, name, partial(row, bench, machine, name, case, device))

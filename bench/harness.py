@@ -71,6 +71,7 @@ class Bench:
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)  # cases that a benchmark went on without
 
     def __post_init__(self) -> None:
         parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from harness import Bench
+from harness import Bench, installed
+from timm_networks import timm_network
 
 import graphwright as gw
 from graphwright.ir.decoder_example import decoder_example
@@ -47,6 +48,8 @@ def main() -> None:
     networks = {name: make for name, make in _networks().items() if not bench.options.only or name in bench.options.only}
     if bench.quick:
         networks = dict(list(networks.items())[::6])
+    if installed("timm") == "missing":
+        bench.note("networks of timm are left out, it is missing (make bench-deps installs it)")
     kinds = {name: Counter[str]() for name in PASSES}
     for name, make in networks.items():
         try:
@@ -96,14 +99,8 @@ def _networks() -> dict[str, Callable[[], Captured]]:
         found[f"{name}, a decoder of any length"] = lambda factory=factory: _of_decoder(factory())  # type: ignore[misc]
     for name in ZOO:
         found[f"zoo {name}"] = lambda name=name: _of_case(*gw.models.load(name, "tiny"), None)  # type: ignore[misc]
-    try:
-        import timm
-    except ModuleNotFoundError:
-        return found
-    for name in TIMM:
-        found[f"timm {name}"] = lambda name=name: _of_case(  # type: ignore[misc]
-            timm.create_model(name, pretrained=False).eval(), (torch.rand(1, 3, 224, 224),), {}, None
-        )
+    for name in TIMM if installed("timm") != "missing" else ():
+        found[f"timm {name}"] = lambda name=name: _of_case(timm_network(name), (torch.rand(1, 3, 224, 224),), {}, None)  # type: ignore[misc]
     return found
 
 

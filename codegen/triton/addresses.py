@@ -94,7 +94,7 @@ class Addresses:
         if in_kernel:
             for symbol in sorted(size.free_symbols, key=str):
                 self.arguments.add(self.symbol_names[self.symbols.named(str(symbol))], symbol)
-        return self.symbols.expression(size, self.symbol_names)
+        return self.symbols.expression(size, self.symbol_names).replace("*", " * ")
 
     def _text(self, index: Index, tensor: str | None) -> str:
         terms = []
@@ -113,7 +113,9 @@ class Addresses:
         for atom, coefficient in remaining.items():
             assert isinstance(atom, Quotient | Remainder)
             sign = "//" if isinstance(atom, Quotient) else "%"
-            terms.append(self._term(f"({self._text(atom.index, None)}) {sign} {self._factor(atom.divisor)}", coefficient, None))
+            position = self._text(atom.index, None)
+            position = position if position.isidentifier() else f"({position})"
+            terms.append(self._term(f"{position} {sign} {self._factor(atom.divisor)}", coefficient, None))
         if index.constant != 0 or not terms:
             terms.append(self.size(index.constant))
         return " + ".join(terms).replace("+ -", "- ")

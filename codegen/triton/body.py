@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ...ir import Node
 from .addresses import Addresses
-from .statements import Statements, single_blanks
+from .statements import Statements, single_blanks, without_unread
 from .tiles import Tile
 from .values import Plan, Ref, Store
 
@@ -33,7 +33,7 @@ class KernelBody:
         """The statements of the kernel, indented by four."""
         body = self._looped() if self.tile.looped else self._straight()
         head = self._rows_head() if self.by_rows else self._pointwise_head()
-        return ["    " + line if line else "" for line in single_blanks([*head, *body])]
+        return ["    " + line if line else "" for line in single_blanks([*without_unread(head, body), *body])]
 
     # --- positions ---
 
@@ -79,11 +79,10 @@ class KernelBody:
                 continue
             lines += [write.accumulator(n, "ROWS, COLS") for n in reduces]
             lines.append("for start in range(0, n_cols, COLS):")
-            inside = self._columns_head("start + ")
-            inside += map(write.define, write.needed([*(values[n].operands[0] for n in reduces), *(s.ref for s in stores)]))
+            inside = [*map(write.define, write.needed([*(values[n].operands[0] for n in reduces), *(s.ref for s in stores)]))]
             inside += map(write.accumulate, reduces)
             inside += [write.store(store, self.by_rows) for store in stores]
-            lines += ["    " + line for line in inside]
+            lines += ["    " + line for line in [*without_unread(self._columns_head("start + "), inside), *inside]]
             lines += [*map(write.total, reduces), ""]
         return lines + [write.store(store, self.by_rows) for store in self.plan.stores if not store.columns]
 

@@ -13,13 +13,14 @@ from ...ir import Node, SymbolTable
 from .addresses import RESERVED, Addresses, unique
 from .body import KernelBody
 from .index import Size, size_of
+from .line_breaks import with_breaks
 from .pointwise import HELPERS, NotFusible
 from .reference import gw_functions, reference_lines
 from .roofline import known_sizes
+from .statements import tuple_text
 from .targets import Target
 from .tiles import default_tile
 
-_WIDTH = 120
 IMPORTS = """import os
 
 import torch
@@ -113,7 +114,7 @@ class File:
         parts = [self.imports(), "\n".join([*self.constants(), f"TOLERANCE = {self.tolerance()!r}"]), *self.helpers()]
         parts += [self._kernel(statements), *self.functions(), self.run()]
         parts += [*self.reference_functions(), self.reference(), self._example_inputs(), self.check()]
-        return "\n\n".join(part.rstrip("\n") + "\n" for part in parts).replace("\n\n\n\n", "\n\n\n")
+        return with_breaks("\n\n".join(part.rstrip("\n") + "\n" for part in parts).replace("\n\n\n\n", "\n\n\n"))
 
     def imports(self) -> str:
         return IMPORTS
@@ -184,8 +185,8 @@ class File:
         pointers = [parameter.name for parameter in self.pointers()]
         plain = [name for name in self.sizes() if name not in constants]
         fixed = [f"{name}: tl.constexpr" for name in self.sizes() if name in constants]
-        head = wrapped(f"def {self.name}(", [pointers, plain, [*fixed, *(f"{name}: tl.constexpr" for name in self.blocks())]], "):")
-        return "\n".join(["@triton.jit", *head, *statements])
+        parameters = [*pointers, *plain, *fixed, *(f"{name}: tl.constexpr" for name in self.blocks())]
+        return "\n".join(["@triton.jit", f"def {self.name}({', '.join(parameters)}):", *statements])
 
     def run(self) -> str:
         lines = [f"def run({', '.join(self.inputs)}):", f'    """The outputs of one launch, as a tuple: {", ".join(self.outputs)}."""']
@@ -196,23 +197,16 @@ class File:
             shape, stride = self.tuple(map(size_of, value.shape)), self.tuple(map(size_of, value.stride()))
             makes.append(f"    {name} = torch.empty_strided({shape}, {stride}, dtype={value.dtype}, device={self.inputs[0]}.device)")
         texts = [*checks, *makes, *self.launch()]
-        return "\n".join([*lines, *self.bindings(texts), *texts, f"    return ({', '.join(self.outputs)},)"])
+        return "\n".join([*lines, *self.bindings(texts), *texts, f"    return {tuple_text(self.outputs)}"])
 
     def launch(self) -> list[str]:
         """The statements of `run` that launch the kernel."""
         domain = self.plan.domain
         total, block, count = (domain.num_rows, "ROWS", "n_rows") if domain.by_rows else (domain.num_columns, "BLOCK", "n")
-        arguments = [f"{name}={self.size(size)}" for name, size in self.sizes().items() if name != count]
-        launch = wrapped(
-            f"    {self.name}[(triton.cdiv({count}, {block}),)](",
-            [
-                [*self.inputs, *self.outputs],
-                [f"{count}={count}", *arguments],
-                [*(f"{b}={b}" for b in self.blocks()), "num_warps=NUM_WARPS"],
-            ],
-            ")",
-        )
-        return [f"    {count} = {self.size(total)}", f"    if {count} > 0:", *("    " + line for line in launch)]
+        sizes = [f"{name}={self.size(size)}" for name, size in self.sizes().items() if name != count]
+        arguments = [*self.inputs, *self.outputs, f"{count}={count}", *sizes, *(f"{b}={b}" for b in self.blocks()), "num_warps=NUM_WARPS"]
+        launch = f"{self.name}[(triton.cdiv({count}, {block}),)]({', '.join(arguments)})"
+        return [f"    {count} = {self.size(total)}", f"    if {count} > 0:", f"        {launch}"]
 
     def tensors(self) -> Iterable[tuple[str, Node]]:
         """Inputs by their names."""
@@ -222,8 +216,7 @@ class File:
         return self.addresses.symbolic(size).replace("Max(", "max(").replace("Min(", "min(")
 
     def tuple(self, sizes: Iterable[Size]) -> str:
-        texts = [self.size(size) for size in sizes]
-        return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
+        return tuple_text(map(self.size, sizes))
 
     def bindings(self, texts: Sequence[str]) -> list[str]:
         """Statements that read the symbols in `texts` off the shapes of the inputs."""
@@ -279,25 +272,6 @@ def _random(plan: Any, value: Any, shape: str) -> str:
 def _tolerance(plan: Any) -> float:
     dtypes = {node.meta["val"].dtype for node in (*plan.nodes, *plan.outputs)}
     return max((_TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
-
-
-def wrapped(head: str, groups: Sequence[Sequence[str]], tail: str) -> list[str]:
-    """`head` arguments `tail`, on one line where it fits, else a line for each group of arguments (more where it is long)."""
-    line = f"{head}{', '.join(a for group in groups for a in group)}{tail}"
-    if len(line) <= _WIDTH:
-        return [line]
-    indent = " " * (len(head) - len(head.lstrip()))
-    lines = [head]
-    for group in groups:
-        current = f"{indent}   "
-        for argument in group:
-            if len(current) + len(argument) + 2 > _WIDTH:
-                lines.append(current)
-                current = f"{indent}   "
-            current += f" {argument},"
-        if group:
-            lines.append(current)
-    return [*lines, indent + tail]
 
 
 def input_name(node: Node) -> str:

@@ -79,8 +79,9 @@ class MatmulBody:
             return self._positions_in_groups()
         tile, lines = "tile", []
         if self.plan.domain.batch:
-            wide = ".to(tl.int64)" if self.is_wide else ""
-            lines += ["tile_in_batch = tile % (tiles_m * tiles_n)", f"batch = (tile // (tiles_m * tiles_n)){wide}"]
+            batch = "tile // (tiles_m * tiles_n)"
+            lines += ["tile_in_batch = tile % (tiles_m * tiles_n)"]
+            lines += [f"batch = ({batch}).to(tl.int64)" if self.is_wide else f"batch = {batch}"]
             tile = "tile_in_batch"
         lines += [
             "# A group of tiles, whose operands stay in L2, has GROUP rows of tiles.",

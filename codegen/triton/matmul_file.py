@@ -3,7 +3,7 @@
 import torch
 
 from ...ir import Node, SymbolTable
-from .file import IMPORTS, File, Parameter, wrapped
+from .file import IMPORTS, File, Parameter
 from .index import Size
 from .matmul_body import NAMES, MatmulBody
 from .matmul_plan import Blocks, MatmulPlan, block_names
@@ -79,22 +79,15 @@ class MatmulFile(File):
     def launch(self) -> list[str]:
         counts = self.counts()
         lines = [f"    {name} = {self.size(size)}" for name, size in counts.items()]
-        arguments = [f"{name}={name}" for name in counts]
+        arguments = [*map(self._argument, self._passed()), *(f"{name}={name}" for name in counts)]
         arguments += [f"{name}={self.size(size)}" for name, size in self.addresses.arguments.sizes.items()]
         batch = "BATCH * " if "BATCH" in counts else ""
         device = f"{self.inputs[0]}.device"
-        launch = wrapped(
-            f"    {self.name}[(programs(tiles, {device}),)](",
-            [
-                [self._argument(name) for name in self._passed()],
-                arguments,
-                [*(f"{name}={name}" for name in self.blocks()), "num_warps=NUM_WARPS", "num_stages=NUM_STAGES"],
-            ],
-            ")",
-        )
+        arguments += [*(f"{name}={name}" for name in self.blocks()), "num_warps=NUM_WARPS", "num_stages=NUM_STAGES"]
+        launch = f"{self.name}[(programs(tiles, {device}),)]({', '.join(arguments)})"
         rows = "triton.cdiv(M, BLOCK_M)" if self.plan.ends is None else f"(triton.cdiv(M, BLOCK_M) + {self.plan.num_groups})"
         count = f"    tiles = {batch}{rows} * triton.cdiv(N, BLOCK_N)"
-        return [*lines, count, "    if tiles > 0:", *("    " + line for line in launch)]
+        return [*lines, count, "    if tiles > 0:", f"        {launch}"]
 
     def random(self, node: Node, shape: str) -> str:
         if self.plan.ends is None or node is not self.plan.inputs[self.plan.ends]:

@@ -12,7 +12,7 @@ from ...ir.float64 import widened
 from .addresses import RESERVED, Addresses, unique
 from .index import size_of
 from .pointwise import NotFusible
-from .statements import number_text
+from .statements import number_text, tuple_text
 from .views import is_split, is_view
 
 GW_FUNCTIONS = {
@@ -97,7 +97,7 @@ def reference_lines(nodes: Sequence[Node], outputs: Sequence[Node], inputs: Mapp
             text = f"{callee}({', '.join(arguments)})"
         names[node] = name
         lines.append(f"    {name} = {text}")
-    return [*lines, f"    return ({', '.join(names[o] for o in outputs)},)"]
+    return [*lines, f"    return {tuple_text(names[o] for o in outputs)}"]
 
 
 def gw_functions(nodes: Sequence[Node]) -> list[str]:

@@ -1,8 +1,9 @@
 """Values and stores of a plan as statements of a kernel."""
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...ir import Node
@@ -10,6 +11,7 @@ from .addresses import RESERVED, Addresses, unique
 from .values import TL_TYPES, Condition, Count, Ref, Store, Value
 
 NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
+_READ = re.compile(r"\b[A-Za-z_]\w*\b(?!=)")  # a name that is not that of a keyword argument
 _ACCUMULATE = {"sum": "{0} + {1}", "max": "tl.maximum({0}, {1})", "min": "tl.minimum({0}, {1})"}
 
 
@@ -173,10 +175,28 @@ def single_blanks(lines: Sequence[str]) -> list[str]:
 
 
 def number_text(value: Any) -> str:
-    """A number as Python, and so Triton, writes it."""
+    """A number, or a string, as Python, and so Triton, writes it."""
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
-    return repr(value)
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def tuple_text(elements: Iterable[str]) -> str:
+    """A tuple of what `elements` say."""
+    texts = [*elements]
+    return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
+
+
+def without_unread(lines: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """Those of `lines`, each of which defines a name, whose name the others or `rest` read."""
+    kept: list[str] = []
+    read = set(_READ.findall("\n".join(rest)))
+    for line in reversed(lines):
+        name, _, text = line.partition(" = ")
+        if name in read:
+            kept.append(line)
+            read.update(_READ.findall(text))
+    return kept[::-1]
 
 
 def _format(text: str, operands: Sequence[str]) -> str:

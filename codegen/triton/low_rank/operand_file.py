@@ -7,9 +7,9 @@ import torch
 
 from ....ir import Node
 from ....ir.low_bit.formats import Format
-from ..file import CHECK, ERROR_OF, File, wrapped
+from ..file import CHECK, ERROR_OF, File
 from ..index import Index, Size, linear
-from ..statements import Statements
+from ..statements import Statements, tuple_text
 from ..values import TL_TYPES
 from .helpers import with_needed
 from .plan import OperandPlan
@@ -216,16 +216,9 @@ class OperandFile(File):
         sizes = [f"{name}={name}" if name == "M" else f"{name}={text}" for name, text in counts.items()]
         sizes += [f"{name}={self.size(size)}" for name, size in self.addresses.arguments.sizes.items()]
         parts = f" {-(-self.plan.k // self.plan.part)}" if self.plan.part else ""
-        call = wrapped(
-            f"    {self.name}[(triton.cdiv(M, BLOCK_M),{parts})](",
-            [
-                [*self.inputs, *self.outputs],
-                sizes,
-                [*(f"{name}={name}" for name in self.blocks()), "num_warps=NUM_WARPS", "num_stages=NUM_STAGES"],
-            ],
-            ")",
-        )
-        return [f"    M = {counts['M']}", "    if M > 0:", *("    " + line for line in call)]
+        blocks = [*(f"{name}={name}" for name in self.blocks()), "num_warps=NUM_WARPS", "num_stages=NUM_STAGES"]
+        call = f"{self.name}[(triton.cdiv(M, BLOCK_M),{parts})]({', '.join([*self.inputs, *self.outputs, *sizes, *blocks])})"
+        return [f"    M = {counts['M']}", "    if M > 0:", f"        {call}"]
 
     def reference(self) -> str:
         plan, form = self.plan, self.plan.form
@@ -253,7 +246,7 @@ class OperandFile(File):
                 lines += [f"    pieces = zip(*(tensor.double().split({plan.part}, -1) for tensor in ({x}, {self._input('down')})))"]
                 text = "torch.stack([piece @ factor.T for piece, factor in pieces])"
             results += [text]
-        return "\n".join([*lines, f"    return ({', '.join(results)},)"])
+        return "\n".join([*lines, f"    return {tuple_text(results)}"])
 
     def reference_functions(self) -> list[str]:
         rotated = [rotated_text(self.plan.rotate)] if self.plan.rotate else []

@@ -9,7 +9,7 @@ import torch
 
 from ....ir import Node
 from ..addresses import Addresses
-from ..file import File, Parameter, input_name, wrapped
+from ..file import File, Parameter, input_name
 from ..index import Index, Size, linear
 from ..matmul_tiles import MatmulTile
 from ..statements import Statements, single_blanks
@@ -275,17 +275,10 @@ class ProductFile(File):
         sizes = [f"{name}={name}" if name in "MN" else f"{name}={text}" for name, text in counts.items()]
         sizes += [f"{name}={self.size(size)}" for name, size in self.addresses.arguments.sizes.items()]
         tensors = [f"{name}.view(torch.uint8)" if node.meta["val"].dtype in FLOAT8 else name for name, node in self.tensors()]
-        call = wrapped(
-            f"    {self.name}[(tiles,)](",
-            [
-                [*tensors, *self.outputs],
-                sizes,
-                [*(f"{name}={name}" for name in self.blocks()), "num_warps=NUM_WARPS", "num_stages=NUM_STAGES"],
-            ],
-            ")",
-        )
+        blocks = [*(f"{name}={name}" for name in self.blocks()), "num_warps=NUM_WARPS", "num_stages=NUM_STAGES"]
+        call = f"{self.name}[(tiles,)]({', '.join([*tensors, *self.outputs, *sizes, *blocks])})"
         count = "    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)"
-        return [f"    M, N = {counts['M']}, {counts['N']}", count, "    if tiles > 0:", *("    " + line for line in call)]
+        return [f"    M, N = {counts['M']}, {counts['N']}", count, "    if tiles > 0:", f"        {call}"]
 
     def reference_functions(self) -> list[str]:
         return [product_text(self.plan)]

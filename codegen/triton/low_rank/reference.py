@@ -75,7 +75,7 @@ def product_text(plan: ProductPlan) -> str:
         lines += ["    weight = (weight.to(torch.int8) ^ 8) - 8"]
     if form.element == "e2m1":
         table = [*E2M1_VALUES, *(-value for value in E2M1_VALUES)]
-        lines += [f"    weight = torch.tensor({table}, device=a.device)[weight.long()]"]
+        lines += [f"    values = torch.tensor({table}, device=a.device)", "    weight = values[weight.long()]"]
     lines += ["    steps = " + ("2.0 ** (weight_scale.double() - 127)" if form.scale == "e8m0" else "weight_scale.double()")]
     if "weight_scale2" in plan.roles:
         lines += ["    steps = steps * weight_scale2.double().reshape(-1, 1)"]
