@@ -235,6 +235,7 @@ FOLDED = {
 }
 MULTIPLIED = (AfterGELU, ReadTwice, Conv1D, ScaledAsAWhole, ScaledByPlace, GroupScale, GatedScale, SplitTokens, SplitBatch)
 ALL = (*FOLDED, *MULTIPLIED, Joined)
+ONE_SITE = (AfterLayerNorm, AfterRMSNorm, AfterSpelledNorm, ReadTwice, Conv1D)
 
 
 def made(network: type[nn.Module], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, tuple[Tensor], list[tuple[Tensor]]]:

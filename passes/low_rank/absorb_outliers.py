@@ -59,8 +59,9 @@ class AbsorbOutliers(Pass):
     rotate: Hadamard blocks as a candidate. svd: exact, randomized or auto. min_gain: a dearer class must be better by this share.
     budget: the largest error of a site, as a share of its output; auto is 1.5 x what the formats make of normal numbers.
     max_bits: of a weight with scales and branch. min_numel: smaller weights stay. max_rows: input rows kept for a site.
-    max_calib_bytes: of all rows together; more sites than fit go in waves. skip, weight_only: patterns of layers that stay, or that
-    take int4-g64 weights alone. output_budget: the largest error of the program's outputs that verify="numeric" lets pass.
+    max_calib_bytes: of all rows together; more sites than fit go in waves, whose number changes the time and no bit of the result.
+    skip, weight_only: patterns of layers that stay, or that take int4-g64 weights alone. output_budget: the largest error of the
+    program's outputs that verify="numeric" lets pass.
     calibration: example inputs, each a tuple of arguments or (args, kwargs); without them nothing is smoothed and errors are those
     of weights. resume: a folder in which a run that was killed goes on.
 
@@ -119,10 +120,12 @@ class AbsorbOutliers(Pass):
         if not sites:
             return Outcome(tuple(left))
         plans = self._plans(rewriter, sites, left)
+        before, nodes = _copied(rewriter)
         rejoin(rewriter, halves, {layer.name for plan in plans for layer in plan.site.layers})
         reports = []
-        hold = partial(self._hold_smoothing, rewriter.program.copy(), rewriter)
-        for plan, result in zip(plans, carry_out(rewriter, plans, partial(self._waves, rewriter), hold), strict=True):
+        taps = {plan.site.name: nodes[plan.site.source] for plan in plans}
+        gather, hold = partial(self._waves, rewriter, before, taps), partial(self._hold_smoothing, before, rewriter)
+        for plan, result in zip(plans, carry_out(rewriter, plans, gather, hold), strict=True):
             if isinstance(result, str):
                 left += [LeftAlone.at(layer.node, f"{layer.name}: {result}") for layer in plan.site.layers]
             else:
@@ -259,3 +262,9 @@ class AbsorbOutliers(Pass):
         if choice.setting is None:
             return choice.left
         return Plan(site, recipe, choice.setting, choice, fold, statistics)
+
+
+def _copied(rewriter: Rewriter) -> tuple[Program, dict[Node, Node]]:
+    """A copy of the program, which rewrites leave as it is, and which of its nodes are those of the function."""
+    copy = rewriter.program.copy()
+    return copy, dict(zip(rewriter.graph.nodes, copy.functions[rewriter.function.name].graph.nodes, strict=True))
