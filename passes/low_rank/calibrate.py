@@ -72,6 +72,7 @@ def collect_waves(
     Raises:
         InputError: a tap is none, `max_bytes` is too little for a site, there are no items, one does not fit the signature or fails
             in the model, items that can be had once only are needed for several waves, or a resumed run has fewer than before.
+        CalibrationError: `calibration` raises as it is iterated.
     """
     if not taps:
         return

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...ir import Function, Program
 from ...ir.calling import Call
 from ...ir.errors import InputError
+from ..calibration import given
 
 _EXPECTED = "a tuple of the positional arguments, such as (x,), or a pair (args, kwargs)"
 
@@ -44,18 +45,19 @@ class Examples:
             return None
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._items)
+        """Raises CalibrationError where the user's own iterable raises."""
+        return given(self._items)
 
     def first(self) -> list[Any]:
         """The inputs of the first item, which an iterator gives again afterwards.
 
         Raises:
             InputError: there is none, or it does not fit.
+            CalibrationError: the user's own iterable raises.
         """
-        items = iter(self._items)
-        for item in items:
+        for item in given(self._items):
             if self.is_one_pass:
-                self._items = chain([item], items)
+                self._items = chain([item], self._items)
             return self.inputs(0, item)
         raise self.none()
 
