@@ -512,7 +512,7 @@ class Counted:
         return iter(self.items)
 
 
-@pytest.mark.parametrize("network", [n for n in nets.ALL if n not in nets.ONE_SITE])
+@pytest.mark.parametrize("network", [nets.SharedContext, *(n for n in nets.ALL if n not in nets.ONE_SITE)])
 @pytest.mark.parametrize(("dtype", "gptq"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_statistics_in_several_waves_give_the_same_program_bit_by_bit(network, dtype, gptq):
     module, example, calibration = nets.made(network, dtype)

@@ -130,6 +130,8 @@ class AbsorbOutliers(Pass):
                 left += [LeftAlone.at(layer.node, f"{layer.name}: {result}") for layer in plan.site.layers]
             else:
                 reports.append(result)
+        order = [site.layers[0].name for site, _ in sites]
+        reports.sort(key=lambda report: order.index(report.layers[0]))
         lines = summary(reports, checked=self.calibration is not None)
         return Outcome(tuple(left), tuple(lines), {"sites": [report.data for report in reports]})
 
@@ -232,8 +234,7 @@ class AbsorbOutliers(Pass):
                         left += [LeftAlone.at(layer.node, f"{layer.name}: {plan}") for layer in site.layers]
                     else:
                         plans.append(plan if number == 0 else plan.without_statistics())
-        order = {name: index for index, name in enumerate(by_name)}
-        return sorted(plans, key=lambda plan: order[plan.site.name])
+        return plans
 
     def _plan(self, program: Program, site: Site, recipe: Recipe, statistics: Statistics | None) -> "Plan | str":
         if statistics is not None and statistics.reason_against_judging:

@@ -57,7 +57,8 @@ def collect_waves(
     resume: Path | None = None,
     tell: Tell | None = None,
 ) -> Iterator[dict[str, Statistics]]:
-    """The statistics of the sites of `taps`, wave by wave: one wave can be used and dropped before the next is gathered.
+    """The statistics of the sites of `taps`, wave by wave: one wave can be used and dropped before the next is gathered. Sites of one
+    value come together, in the order in which `taps` first has it, so that their order does not depend on the waves.
 
     `taps` maps a site's name to the node of `function` whose value [.., K] it reads. `calibration` gives, whenever it is iterated,
     the same items: tuples of positional arguments, or pairs `(args, kwargs)`, as the captured model was called. A site takes
@@ -92,7 +93,7 @@ def collect_waves(
     for wave in waves:
         watches = {node: Watch(widths[node], node.meta["val"].dtype, max_rows) for node in wave}
         _Run(program, body, watches, folder).over(examples, progress)
-        yield {name: watches[node].statistics() for name, node in taps.items() if node in watches}
+        yield {name: watch.statistics() for node, watch in watches.items() for name, tap in taps.items() if tap is node}
 
 
 def _width(name: str, node: Node, body: Function) -> int:
