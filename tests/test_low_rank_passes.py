@@ -11,6 +11,7 @@ from graphwright.ir.float64 import to_float64
 from graphwright.ir.pattern import named_arguments
 from graphwright.ir.run import run
 from graphwright.passes import parse_pipeline
+from graphwright.passes.low_rank import statistics
 from graphwright.passes.low_rank.rewrite import LOWRANK, quantize_product
 from graphwright.tests import low_rank_models as nets
 
@@ -526,6 +527,43 @@ def test_statistics_in_several_waves_give_the_same_program_bit_by_bit(network, d
         found.append((examples.runs, str(model.program).partition("pipeline")[0], weights, report_of(model).data, report_of(model).lines))
     (once, *first), (often, *second) = found
     assert first == second and once < 4 <= often  # each wave is gathered to choose by, and again to quantize with
+
+
+@pytest.mark.parametrize("network", [nets.SharedContext, nets.SwiGLU, nets.Attention])
+@pytest.mark.parametrize(
+    ("make", "options", "row"),
+    [
+        (gw.Quantize, {"weight": "int4-g16", "act": "nvfp4", "max_rows": 64, "min_numel": 0}, 2 * 64 + 8),
+        (gw.Smooth, {"min_numel": 0}, 8),
+    ],
+    ids=["quantize", "smooth"],
+)
+def test_parts_that_calibrate_in_several_waves_give_the_same_program_bit_by_bit(network, make, options, row):
+    module, example, calibration = nets.made(network)
+    widest = max(layer.in_features for layer in module.modules() if isinstance(layer, torch.nn.Linear))
+    found = []
+    for size in (2**30, row * widest):  # bytes of a channel
+        examples = Counted(calibration)
+        each = make(calibration=examples, max_calib_bytes=size, **options)
+        model = gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)
+        weights = {weight.name: weight.digest for weight in model.program.weights.values()}
+        found.append((examples.runs, str(model.program).partition("pipeline")[0], weights, report_of(model).left))
+    (once, *first), (often, *second) = found
+    assert first == second and once == 1 < often
+    with pytest.raises(gw.InputError, match=f"more than the {row * 32 - 1} of max_calib_bytes: raise it"):
+        each = make(calibration=calibration, max_calib_bytes=row * 32 - 1, **options)
+        gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)
+
+
+def test_quantize_measures_on_as_many_rows_as_it_is_told(monkeypatch):
+    module, example, calibration = nets.made(nets.AfterLinear)
+    kept = []
+    monkeypatch.setattr(statistics.Watch, "statistics", lambda self, made=statistics.Watch.statistics: kept.append(made(self)) or kept[-1])
+    for rows in (8, 16):
+        each = gw.Quantize(calibration=calibration, min_numel=0, weight="int4-g16", max_rows=rows)
+        gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)
+        assert {len(seen.rows) + len(seen.selection) for seen in kept} == {rows}
+        kept.clear()
 
 
 @pytest.mark.parametrize(

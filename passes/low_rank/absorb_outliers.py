@@ -24,7 +24,7 @@ from ..options import at_least, between, is_size, is_texts, one_of, option, size
 from ..progress import progress_bar
 from ..verdict import Verdict
 from .apply import Plan, carry_out, problem_of
-from .calibrate import collect_waves
+from .calibrate import collect_waves, copied
 from .choose import choose, lower_bound
 from .concat import rejoin, split_concatenations
 from .examples import Examples
@@ -120,7 +120,7 @@ class AbsorbOutliers(Pass):
         if not sites:
             return Outcome(tuple(left))
         plans = self._plans(rewriter, sites, left)
-        before, nodes = _copied(rewriter)
+        before, nodes = copied(rewriter)
         rejoin(rewriter, halves, {layer.name for plan in plans for layer in plan.site.layers})
         reports = []
         taps = {plan.site.name: nodes[plan.site.source] for plan in plans}
@@ -263,9 +263,3 @@ class AbsorbOutliers(Pass):
         if choice.setting is None:
             return choice.left
         return Plan(site, recipe, choice.setting, choice, fold, statistics)
-
-
-def _copied(rewriter: Rewriter) -> tuple[Program, dict[Node, Node]]:
-    """A copy of the program, which rewrites leave as it is, and which of its nodes are those of the function."""
-    copy = rewriter.program.copy()
-    return copy, dict(zip(rewriter.graph.nodes, copy.functions[rewriter.function.name].graph.nodes, strict=True))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir import Node, Program
+from ...ir import Node, Program, Rewriter
 from ...ir.calls import draws
 from ...ir.errors import GraphwrightError, InputError
 from ...ir.program import Function, content_digest
@@ -94,6 +94,12 @@ def collect_waves(
         watches = {node: Watch(widths[node], node.meta["val"].dtype, max_rows) for node in wave}
         _Run(program, body, watches, folder).over(examples, progress)
         yield {name: watch.statistics() for node, watch in watches.items() for name, tap in taps.items() if tap is node}
+
+
+def copied(rewriter: Rewriter) -> tuple[Program, dict[Node, Node]]:
+    """A copy of the program, to gather from while the program is rewritten, and which of its nodes are those of the function."""
+    copy = rewriter.program.copy()
+    return copy, dict(zip(rewriter.graph.nodes, copy.functions[rewriter.function.name].graph.nodes, strict=True))
 
 
 def _width(name: str, node: Node, body: Function) -> int:
