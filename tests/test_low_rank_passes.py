@@ -11,7 +11,7 @@ from graphwright.ir.float64 import to_float64
 from graphwright.ir.pattern import named_arguments
 from graphwright.ir.run import run
 from graphwright.passes import parse_pipeline
-from graphwright.passes.low_rank import statistics
+from graphwright.passes.low_rank import absorb_outliers, statistics
 from graphwright.passes.low_rank.rewrite import LOWRANK, quantize_product
 from graphwright.tests import low_rank_models as nets
 
@@ -475,6 +475,46 @@ def test_a_concatenated_input_is_two_sites():
     assert {"proj.part_0", "proj.part_1"} <= {layer for site in report_of(model).data["sites"] for layer in site["layers"]}
     whole, _, _ = compiled(nets.Joined, [absorb(split_concat=False)])
     assert "proj" in {layer for site in report_of(whole).data["sites"] for layer in site["layers"]}
+
+
+class Named(torch.nn.Module):
+    """What default patterns skip, by name, around two blocks of attention inputs and an MLP."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj = (torch.nn.Linear(nets.K, nets.K, bias=False) for _ in range(2))
+            self.mlp = torch.nn.Sequential(torch.nn.Linear(nets.K, 64), torch.nn.ReLU(), torch.nn.Linear(64, nets.K))
+
+        def forward(self, x):
+            return self.mlp(torch.tanh(self.q_proj(x)) * self.k_proj(x))
+
+    def __init__(self):
+        super().__init__()
+        self.embed_in, self.lm_head = torch.nn.Linear(nets.K, nets.K), torch.nn.Linear(nets.K, 24, bias=False)
+        self.layers = torch.nn.ModuleList(Named.Block() for _ in range(2))
+
+    def forward(self, x):
+        x = self.embed_in(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_layers_of_onnx_files_have_the_names_of_the_modules_that_were_exported(tmp_path, dynamo):
+    torch.manual_seed(0)
+    module, x = Named().eval(), torch.randn(4, 6, nets.K)
+    torch.onnx.export(module, (x,), tmp_path / "m.onnx", dynamo=dynamo, opset_version=18, input_names=["x"], verbose=False)
+    found = []
+    for model, example in ((module, (x,)), (tmp_path / "m.onnx", None)):
+        passes = [absorb(skip=(*absorb_outliers.SKIP, "layers.1.mlp.*"))([(x,)])]
+        compiled = gw.compile(model, passes, example_inputs=example, backend="aten", cache=False)
+        skipped = {left.reason.partition(":")[0] for left in report_of(compiled).left if "among those to skip" in left.reason}
+        found.append((skipped, [site["layers"] for site in report_of(compiled).data["sites"]]))
+    assert found[0] == found[1]  # blocks and attention too, which names tell
+    assert found[0][0] == {"embed_in", "lm_head", "layers.1.mlp.0", "layers.1.mlp.2"}
 
 
 def test_activations_that_are_never_far_below_zero_take_all_codes():

@@ -22,7 +22,7 @@ aten, gw = torch.ops.aten, torch.ops.gw
 
 _PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 _SMOOTHED = re.compile(r"\.smoothed(\.(?:weight|bias))?(_\d+)?$")
-_WEIGHT_ENDING = re.compile(r"\.weight$|\.(residual|codes)(_\d+)?$")
+_WEIGHT_ENDING = re.compile(r"\.weight(\.T)?$|\.T$|\.(residual|codes)(_\d+)?$")  # T: turned round as an ONNX file was read
 _PART = re.compile(r"\.part_\d+$")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -124,7 +124,7 @@ def count_uses(program: Program, weight: str) -> int:
 
 
 def layer_name(weight: str) -> str:
-    """`blocks.0.attn.qkv.weight` -> `blocks.0.attn.qkv`; the same for what passes make of a weight, however that is called."""
+    """`blocks.0.attn.qkv.weight`, with `.T` too, -> `blocks.0.attn.qkv`; the same for what passes make of a weight."""
     return _WEIGHT_ENDING.sub("", _SMOOTHED.sub(r"\1", weight))
 
 
