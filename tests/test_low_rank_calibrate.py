@@ -221,7 +221,11 @@ def test_sizes_may_differ_between_items_where_the_program_lets_them():
     ("bad", "message"),
     [
         (torch.zeros(3, 4), "calibration item 1 is a Tensor, but must be a tuple of the positional arguments"),
-        ([torch.zeros(3, 4)], "calibration item 1 is a list, but must be a tuple"),
+        (
+            [torch.zeros(3, 4)],
+            r"item 1 is a list, but must be a tuple .*: of those that a loader gives make \[tuple\(item\) for item in loader\]",
+        ),
+        ({"x": torch.zeros(3, 4)}, r"item 1 is a dict, but must be a tuple .* make \[\(\(\), dict\(item\)\) for item in loader\]"),
         (({"x": torch.zeros(3, 4)},), "calibration item 1 does not fit the model: argument x is a dict"),
         ((torch.zeros(3, 5),), "calibration item 1 does not fit the model: argument x dim 1 is 5"),
         ((torch.zeros(3, 4, dtype=torch.float64),), "calibration item 1 does not fit the model: argument x is torch.float64"),

@@ -477,6 +477,18 @@ def test_a_concatenated_input_is_two_sites():
     assert "proj" in {layer for site in report_of(whole).data["sites"] for layer in site["layers"]}
 
 
+@pytest.mark.parametrize("make", [gw.AbsorbOutliers, gw.Smooth, gw.Quantize])
+@pytest.mark.parametrize(("numel", "skip"), [(0, ("q", "blocks.*", "lm_hed")), (10**6, ("q", "blocks.*", "lm_hed"))])
+def test_patterns_that_fit_no_layer_are_said(make, numel, skip):
+    module, example, calibration = nets.made(nets.Attention)
+    each = make(calibration=calibration, min_numel=numel, skip=skip)
+    lines = report_of(gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)).lines
+    assert "skip: no layer that it could take has a name like blocks.*, lm_hed" in lines
+    each = make(calibration=calibration, min_numel=numel)  # of patterns that nobody gave nothing is said
+    lines = report_of(gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)).lines
+    assert not any("a name like" in line for line in lines)
+
+
 class Named(torch.nn.Module):
     """What default patterns skip, by name, around two blocks of attention inputs and an MLP."""
 

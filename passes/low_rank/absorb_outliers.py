@@ -31,7 +31,7 @@ from .examples import Examples
 from .fit import is_static
 from .folds import Fold, find_fold
 from .formats import ACTIVATIONS, AUTO, WEIGHTS, group_of, resolved
-from .layers import Layer, find_layers, matches
+from .layers import Layer, find_layers, idle_lines, matches
 from .plan_store import PlanStore
 from .quality import judge_outputs, smoothing_error
 from .recipe import Recipe
@@ -116,9 +116,13 @@ class AbsorbOutliers(Pass):
     def run(self, rewriter: Rewriter) -> Outcome:
         halves = split_concatenations(rewriter, self._takes_parts) if self.split_concat else []
         left: list[LeftAlone] = []
-        sites = self._sites(rewriter, left)
+        layers, refused = find_layers(rewriter)
+        left += refused
+        own = {name: [each for each in getattr(self, name) if each not in getattr(type(self), name)] for name in ("skip", "weight_only")}
+        idle = idle_lines((layer.name for layer in layers), **own)
+        sites = self._sites(layers, left)
         if not sites:
-            return Outcome(tuple(left))
+            return Outcome(tuple(left), tuple(idle))
         plans = self._plans(rewriter, sites, left)
         before, nodes = copied(rewriter)
         rejoin(rewriter, halves, {layer.name for plan in plans for layer in plan.site.layers})
@@ -133,7 +137,7 @@ class AbsorbOutliers(Pass):
         order = [site.layers[0].name for site, _ in sites]
         reports.sort(key=lambda report: order.index(report.layers[0]))
         lines = summary(reports, checked=self.calibration is not None)
-        return Outcome(tuple(left), tuple(lines), {"sites": [report.data for report in reports]})
+        return Outcome(tuple(left), (*lines, *idle), {"sites": [report.data for report in reports]})
 
     def check(self, reference: Reference, after: Program) -> Verdict:
         """Types and strides as they were, and the outputs within `output_budget` where one is declared."""
@@ -158,9 +162,7 @@ class AbsorbOutliers(Pass):
 
     # --- what to work on ---
 
-    def _sites(self, rewriter: Rewriter, left: list[LeftAlone]) -> list[tuple[Site, Recipe]]:
-        layers, refused = find_layers(rewriter)
-        left += refused
+    def _sites(self, layers: list[Layer], left: list[LeftAlone]) -> list[tuple[Site, Recipe]]:
         full = Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
         if self.calibration is None:
             full = replace(full, smooth="none", shift=False)

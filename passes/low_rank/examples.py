@@ -11,6 +11,8 @@ from ...ir.calling import Call
 from ...ir.errors import InputError
 from ..calibration import given
 
+# What loaders give of themselves, by class, and how it becomes what is expected.
+_INSTEAD = {list: "[tuple(item) for item in loader]", Mapping: "[((), dict(item)) for item in loader]"}
 _EXPECTED = "a tuple of the positional arguments, such as (x,), or a pair (args, kwargs)"
 
 
@@ -68,7 +70,8 @@ class Examples:
             InputError: it does not fit the signature.
         """
         if not isinstance(item, tuple):
-            raise InputError(f"calibration item {number} is a {type(item).__name__}, but must be {_EXPECTED}")
+            instead = next((f": of those that a loader gives make {made}" for kind, made in _INSTEAD.items() if isinstance(item, kind)), "")
+            raise InputError(f"calibration item {number} is a {type(item).__name__}, but must be {_EXPECTED}{instead}")
         is_pair = len(item) == 2 and isinstance(item[0], tuple) and isinstance(item[1], dict) and not self._takes_a_pair
         args, kwargs = item if is_pair else (item, {})
         try:

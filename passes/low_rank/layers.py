@@ -6,7 +6,7 @@ A weight that several calls read, or that is no plain matrix of floats, is no la
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -139,6 +139,13 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a layer's name fits one of the patterns (`*embed*`, `lm_head`); a part of a layer has that of the whole."""
     whole = _PART.sub("", name)
     return any(fnmatchcase(whole, pattern) for pattern in patterns)
+
+
+def idle_lines(names: Iterable[str], **patterns: Sequence[str]) -> list[str]:
+    """For the report: the patterns, by the option that has them, that fit none of the layers' names, as misspelled ones do."""
+    known = list(names)
+    idle = {option: [each for each in given if not any(matches(name, (each,)) for name in known)] for option, given in patterns.items()}
+    return [f"{option}: no layer that it could take has a name like {', '.join(each)}" for option, each in idle.items() if each]
 
 
 def part_name(name: str, index: int) -> str:

@@ -28,7 +28,7 @@ from .calibrate import collect_waves, copied
 from .fit import is_static, relative_norm, static_scale
 from .formats import ACTIVATIONS, WEIGHTS
 from .held import Original, hold
-from .layers import find_layers, matches
+from .layers import find_layers, idle_lines, matches
 from .quality import judge_outputs
 from .recipe import Recipe, stored_dtype
 from .rewrite import Product, product_of, quantize_product
@@ -87,9 +87,8 @@ class Quantize(Pass):
             else:
                 lines.append(product.name)
         head = f"{len(lines)} layers in {self.weight}" + ("" if self.act == "none" else f" x {self.act}")
-        return Outcome(
-            tuple(left), (head,) if self.calibration is not None else (head, "not checked on data: errors are those of the weights")
-        )
+        unchecked = [] if self.calibration is not None else ["not checked on data: errors are those of the weights"]
+        return Outcome(tuple(left), (head, *unchecked, *idle_lines((product.name for product in products), skip=self.skip)))
 
     def _reason_against(self, product: Product) -> str:
         n, k = product.shape

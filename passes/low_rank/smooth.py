@@ -19,7 +19,7 @@ from ..options import at_least, between, is_size, is_texts, one_of, option, size
 from ..progress import progress_bar
 from .calibrate import collect
 from .folds import Fold, find_fold
-from .layers import find_layers, matches
+from .layers import find_layers, idle_lines, matches
 from .sites import find_sites
 from .smoothing import Moved, apply_smoothing, factors, tied
 
@@ -59,8 +59,9 @@ class Smooth(Pass):
     def run(self, rewriter: Rewriter) -> Outcome:
         layers, left = find_layers(rewriter)
         sites = find_sites([layer for layer in layers if layer.numel >= self.min_numel and not matches(layer.name, self.skip)])
+        idle = idle_lines((layer.name for layer in layers), skip=self.skip)
         if not sites:
-            return Outcome(tuple(left))
+            return Outcome(tuple(left), tuple(idle))
         program = rewriter.program
         with progress_bar() as tell:
             taps = {site.name: site.source for site in sites}
@@ -86,7 +87,7 @@ class Smooth(Pass):
             apply_smoothing(rewriter, moved, site, a, fold if isinstance(fold, Fold) else None)
             where = f"folded into {fold.producer}" if isinstance(fold, Fold) else f"multiplied in: {fold}"
             lines.append(f"{', '.join(layer.name for layer in site.layers)}: {where}")
-        return Outcome(tuple(left), tuple(lines), declined=tuple(declined))
+        return Outcome(tuple(left), (*lines, *idle), declined=tuple(declined))
 
 
 def _is_held(weight: torch.Tensor, dtype: torch.dtype) -> bool:
