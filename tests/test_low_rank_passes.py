@@ -645,6 +645,32 @@ def test_no_samples_and_nan_samples_are_refused_or_left_alone():
     assert not report_of(model).records and all("NaN" in left.reason for left in report_of(model).left)
 
 
+@pytest.mark.parametrize(
+    "make", [absorb(), smooth(), lambda _: gw.SplitLowRank(rank=1, min_numel=0), lambda _: gw.Quantize(weight="int4-g16", min_numel=0)]
+)
+def test_the_second_of_two_layers_of_one_name_is_left_with_the_reason(make):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.residual = (torch.nn.Parameter(torch.randn(nets.K, nets.K)) for _ in range(2))
+
+        def forward(self, x):
+            return torch.nn.functional.linear(torch.relu(torch.nn.functional.linear(x, self.weight)), self.residual)
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = Two()
+
+        def forward(self, x):
+            return self.both(x)
+
+    x = torch.randn(64, nets.K)
+    model = gw.compile(Outer().eval(), [make([(x,)])], example_inputs=(x,), backend="aten", cache=False)
+    assert [left.reason for left in report_of(model).left] == ["its weight both.residual would be named both, as another layer is"]
+    assert report_of(model).records
+
+
 def test_layers_that_cannot_be_quantized_are_left_with_the_reason():
     class Odd(torch.nn.Module):
         def __init__(self):

@@ -71,17 +71,20 @@ class Layer:
 
 def find_layers(rewriter: Rewriter) -> tuple[list[Layer], list[LeftAlone]]:
     """The layers of the function in order, and the products with a constant that are none, with the reason."""
-    layers, left = [], []
+    layers: dict[str, Layer] = {}
+    left = []
     for node in rewriter.nodes():
         if node.target is gw.lowrank_linear.default and named_arguments(node)["weight_format"] != "none":
             left.append(LeftAlone.at(node, f"{layer_name(str(named_arguments(node)['weight_q'].target))}: it is on codes already"))
             continue
         found = layer_of(node, rewriter.program)
-        if isinstance(found, Layer):
-            layers.append(found)
+        if isinstance(found, Layer) and found.name in layers:  # what is recorded of layers goes by their names
+            left.append(LeftAlone.at(node, f"its weight {found.weight.target} would be named {found.name}, as another layer is"))
+        elif isinstance(found, Layer):
+            layers[found.name] = found
         elif found:
             left.append(LeftAlone.at(node, found))
-    return layers, left
+    return list(layers.values()), left
 
 
 def layer_of(node: Node, program: Program) -> "Layer | str":

@@ -31,7 +31,7 @@ from .held import Original, hold
 from .layers import find_layers, idle_lines, matches
 from .quality import judge_outputs
 from .recipe import Recipe, stored_dtype
-from .rewrite import Product, product_of, quantize_product
+from .rewrite import LOWRANK, Product, product_of, quantize_product
 from .statistics import Statistics
 
 
@@ -70,8 +70,10 @@ class Quantize(Pass):
         return judge_outputs(reference, after, self.output_budget)
 
     def run(self, rewriter: Rewriter) -> Outcome:
-        _, left = find_layers(rewriter)
-        products = [product for node in rewriter.nodes() if (product := product_of(node, rewriter.program)) is not None]
+        layers, left = find_layers(rewriter)
+        nodes = {layer.node for layer in layers}
+        found = [product_of(node, rewriter.program) for node in rewriter.nodes() if node in nodes or node.target is LOWRANK]
+        products = [product for product in found if product is not None]
         taken = []
         for product in products:
             reason = self._reason_against(product)
