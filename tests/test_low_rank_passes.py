@@ -645,6 +645,22 @@ def test_no_samples_and_nan_samples_are_refused_or_left_alone():
     assert not report_of(model).records and all("NaN" in left.reason for left in report_of(model).left)
 
 
+@pytest.mark.parametrize("turn", [lambda w: w.T, lambda w: w.transpose(0, 1), lambda w: w.t()], ids=["T", "transpose", "t"])
+def test_a_weight_that_is_turned_round_at_each_call_is_said(turn):
+    class Turned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(300, 300))
+
+        def forward(self, x):
+            return (x @ turn(self.weight)) @ turn(x)  # the second is a product of activations
+
+    x = torch.randn(64, 300)
+    model = gw.compile(Turned().eval(), [absorb()([(x,)])], example_inputs=(x,), backend="aten", cache=False)
+    [left] = report_of(model).left
+    assert left.reason == "its weight weight is turned round at each call: write torch.nn.functional.linear(x, weight)"
+
+
 @pytest.mark.parametrize(
     "make", [absorb(), smooth(), lambda _: gw.SplitLowRank(rank=1, min_numel=0), lambda _: gw.Quantize(weight="int4-g16", min_numel=0)]
 )

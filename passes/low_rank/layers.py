@@ -21,6 +21,7 @@ from ..base import LeftAlone
 aten, gw = torch.ops.aten, torch.ops.gw
 
 _PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+_TURNS = (aten.permute.default, aten.transpose.int, aten.t.default)
 _SMOOTHED = re.compile(r"\.smoothed(\.(?:weight|bias))?(_\d+)?$")
 _WEIGHT_ENDING = re.compile(r"\.weight(\.T)?$|\.T$|\.(residual|codes)(_\d+)?$")  # T: turned round as an ONNX file was read
 _PART = re.compile(r"\.part_\d+$")
@@ -102,6 +103,9 @@ def layer_of(node: Node, program: Program) -> "Layer | str":
         x, weight = (arguments[name] for name in (("self", "mat2") if node.target is aten.mm.default else ("self", "other")))
         bias, transposed = None, True
     if not isinstance(weight, Node) or weight.op != "get_attr":
+        turned = _turned(weight)
+        if turned is not None:
+            return f"its weight {turned} is turned round at each call: write torch.nn.functional.linear(x, weight)"
         return "its weight is no constant" if node.target is aten.linear.default else ""
     value = weight.meta["val"]
     if value.dim() != 2 or value.dtype not in _FLOATS or x.meta["val"].dim() < 2:
@@ -119,6 +123,14 @@ def layer_of(node: Node, program: Program) -> "Layer | str":
     if x.meta["val"].dtype != value.dtype:
         return "its activations have another dtype than its weight"
     return Layer(node, x, weight, bias, transposed, layer_name(str(weight.target)))
+
+
+def _turned(weight: Any) -> str | None:
+    """The name of the matrix whose rows are the columns of `weight`, None where it is none of a constant."""
+    if not isinstance(weight, Node) or weight.target not in _TURNS or weight.meta["val"].dim() != 2:
+        return None
+    (matrix, *_) = weight.all_input_nodes
+    return str(matrix.target) if matrix.op == "get_attr" else None
 
 
 def count_uses(program: Program, weight: str) -> int:
