@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .ir.diff import diff as diff
     from .ir.errors import ArtifactError as ArtifactError
     from .ir.errors import BudgetError as BudgetError
+    from .ir.errors import CalibrationError as CalibrationError
     from .ir.errors import CaptureError as CaptureError
     from .ir.errors import ContractError as ContractError
     from .ir.errors import GraphwrightError as GraphwrightError
@@ -70,8 +71,8 @@ _HOMES = {
     ".ir": ("Program", "capture", "op", "parse"),
     ".ir.diff": ("diff",),
     ".ir.errors": (
-        "ArtifactError", "BudgetError", "CaptureError", "ContractError", "GraphwrightError", "InputError", "ParseError", "PassError",
-        "StateError", "TargetError", "VerifyError",
+        "ArtifactError", "BudgetError", "CalibrationError", "CaptureError", "ContractError", "GraphwrightError", "InputError", "ParseError",
+        "PassError", "StateError", "TargetError", "VerifyError",
     ),
     ".ir.onnx": ("from_onnx",),
     ".passes": (

@@ -19,7 +19,8 @@ def passes(options: argparse.Namespace) -> Result:
     if options.passname is not None:
         found = _described(options.passname, pass_named(options.passname))
         title = f"{found['name']}  ({found['contract']}{', a clean-up: on by default' if found['cleanup'] else ''})"
-        return Result("\n".join([title, "", found["doc"], "", *_spelled(found)]).rstrip() + "\n", found)
+        objects = [f"  {o['name']}  ({o['legal']}; given in Python, not in a pipeline's text)" for o in found["objects"]]
+        return Result("\n".join([title, "", found["doc"], "", *_spelled(found), *objects]).rstrip() + "\n", found)
     every = [_described(name, kind) for name, kind in all_passes().items()]
     rows = []
     for each in every:
@@ -32,12 +33,14 @@ def passes(options: argparse.Namespace) -> Result:
 def _described(name: str, kind: type[Pass]) -> dict[str, Any]:
     spelled = [f for f in fields(kind) if f.metadata.get("spelled", True)]
     listed = [{"name": f.name, "default": spell_value(f.default), "legal": f.metadata.get("legal", "")} for f in spelled]
+    objects = [{"name": f.name, "legal": f.metadata["legal"]} for f in fields(kind) if f not in spelled]
     declared: Any = kind.contract  # a property where options may change it
     contract = declared if isinstance(declared, Contract) else kind().contract
     doc = inspect.cleandoc(kind.__doc__ or "")
     about = next(iter(doc.splitlines()), "")
     is_cleanup = any(each.name == name for each in CLEANUPS)
-    return {"name": name, "contract": str(contract), "cleanup": is_cleanup, "about": about, "doc": doc, "options": listed}
+    plain = {"name": name, "contract": str(contract), "cleanup": is_cleanup, "about": about, "doc": doc}
+    return plain | {"options": listed, "objects": objects}
 
 
 def _spelled(described: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ python docs/reference.py [FOLDER]
 import importlib
 import inspect
 import sys
-from dataclasses import fields
+from dataclasses import Field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,15 @@ def passes() -> str:
 
 
 def _options(kind: type[Pass]) -> str:
-    spelled = [each for each in fields(kind) if each.metadata.get("spelled", True)]
-    if not spelled:
+    if not fields(kind):
         return ""
-    rows = [f"| `{each.name}` | `{_cell(spell_value(each.default))}` | {_cell(each.metadata.get('legal', ''))} |" for each in spelled]
+    rows = [f"| `{each.name}` | `{_cell(spell_value(each.default))}` | {_cell(_legal(each))} |" for each in fields(kind)]
     return "\n".join(["| option | default | legal |", "|---|---|---|", *rows])
+
+
+def _legal(option: Field[Any]) -> str:
+    legal: str = option.metadata.get("legal", "")
+    return legal if option.metadata.get("spelled", True) else f"{legal}; given in Python, not in a pipeline's text"
 
 
 def api() -> str:

@@ -51,6 +51,10 @@ class InputError(GraphwrightError):
     """A call's arguments do not fit the program's signature (tree, dtype, shape, symbol range)."""
 
 
+class CalibrationError(InputError):
+    """The iterable of example inputs that a pass was given raised as it was iterated; its own exception is the cause."""
+
+
 class ArtifactError(GraphwrightError):
     """A file is not what it should be: truncated, edited, of another version, or not ours."""
 

@@ -50,8 +50,10 @@ def pass_key(program: Program, passes: Sequence[Pass]) -> dict[str, str]:
     for each in passes:
         if BUILT_IN.get(each.name) is not type(each):
             raise NotKept(f"pass {each.name} is none of graphwright's own, and what it depends on is not known")
-        if not all(option.metadata.get("spelled", True) for option in fields(each)):
-            raise NotKept(f"pass {each.name} has an option that is no plain data")
+        unspelled = [option.name for option in fields(each) if not option.metadata.get("spelled", True)]
+        if unspelled:
+            what = "an option that is" if len(unspelled) == 1 else "options that are"
+            raise NotKept(f"pass {each.name} takes {' and '.join(unspelled)}, {what} no plain data")
     try:
         text = json.dumps([take(program), [(w.name, w.kind) for w in program.weights.values()]])
     except (NoSnapshot, TypeError, ValueError) as reason:

@@ -66,6 +66,7 @@ def bisect(program: Program, passes: Pipeline, input_sets: Sequence[Sequence[Any
     Raises:
         PassError: the pipeline does not parse, or stands in a wrong order, or a pass refuses the program.
         InputError: the inputs tell nothing, or the fault is there before any rewrite and no pass is to blame.
+        CalibrationError: the example inputs that a pass was given raised as they were iterated.
     """
     pipeline = parse_pipeline(passes)
     whole, sets = _conclusive(program, pipeline, None if input_sets is None else list(input_sets), None)

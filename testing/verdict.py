@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..ir import Fuel, Program, parse
-from ..ir.errors import GraphwrightError, InputError, VerifyError, first_line
+from ..ir.errors import CalibrationError, GraphwrightError, InputError, VerifyError, first_line
 from ..ir.float64 import Widening
 from ..passes import Contract, Pass, PassManager, PassReport, Reference, Verdict, parse_pipeline
 from ..passes.pipeline import Pipeline
@@ -47,11 +47,14 @@ def try_passes(program: Program, passes: Pipeline, input_sets: Sequence[Sequence
 
     Raises:
         PassError: the pipeline does not parse, or stands in a wrong order.
+        CalibrationError: the inputs that a pass was given cannot be had, which tells nothing of the pass.
     """
     pipeline, fuel = parse_pipeline(passes), Fuel(most)
     manager = PassManager(pipeline, checked=True, fuel=fuel)
     try:
         result = manager.run(program)
+    except CalibrationError:
+        raise
     except GraphwrightError as error:
         return replace(_unfinished(error, pipeline), rewrites=fuel.spent)
     history, reports = result.history, result.reports

@@ -211,6 +211,20 @@ class Joined(nn.Module):
         return self.proj(torch.cat([self.left(x), F.gelu(self.right(x))], -1))
 
 
+class SharedContext(nn.Module):
+    """Two blocks whose second reads what the first does, beside what the first gave, as cross-attention reads one text."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({name: nn.Linear(K, K) for name in ("q", "context", "out")}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = x
+        for block in self.blocks:
+            x = x + block["out"](F.gelu(block["q"](x) + block["context"](context)))
+        return x
+
+
 class Conv1D(nn.Module):
     """addmm on a weight stored [K, N], as transformers' GPT-2 has it."""
 
@@ -235,6 +249,7 @@ FOLDED = {
 }
 MULTIPLIED = (AfterGELU, ReadTwice, Conv1D, ScaledAsAWhole, ScaledByPlace, GroupScale, GatedScale, SplitTokens, SplitBatch)
 ALL = (*FOLDED, *MULTIPLIED, Joined)
+ONE_SITE = (AfterLayerNorm, AfterRMSNorm, AfterSpelledNorm, ReadTwice, Conv1D)
 
 
 def made(network: type[nn.Module], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, tuple[Tensor], list[tuple[Tensor]]]:

@@ -72,6 +72,18 @@ def test_passes_of_others_are_said_never_to_be_kept(capsys, tmp_path, monkeypatc
     assert (code, out) == (1, "never kept: pass own is none of graphwright's own, and what it depends on is not known\n")
 
 
+@pytest.mark.parametrize(
+    ("passes", "takes"),
+    [
+        ("quantize", "quantize takes calibration, an option that is"),
+        ("absorb-outliers", "absorb-outliers takes calibration and resume, options that are"),
+    ],
+)
+def test_an_option_that_is_no_plain_data_is_named_with_its_pass(capsys, passes, takes):
+    code, out, _ = run(capsys, "cache", "explain", "dit:tiny", "--passes", passes)
+    assert (code, out) == (1, f"never kept: pass {takes} no plain data\n")
+
+
 def test_explaining_keeps_nothing(capsys):
     run(capsys, "cache", "explain", "dit:tiny", "--passes", PASSES)
     assert default_cache().entries() == []

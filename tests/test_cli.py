@@ -203,6 +203,15 @@ def test_passes_says_all_of_one_pass(run):
     assert json.loads(out)["name"] == "slice-groups" and "memory_budget" in json.loads(out)["doc"]
 
 
+@pytest.mark.parametrize("name", ["smooth", "quantize", "absorb-outliers"])
+def test_passes_says_which_options_bound_a_calibration_and_that_it_is_given_in_python(run, name):
+    out = run("passes", name)[1]
+    assert "\n  max_calib_bytes=2GiB  (a size such as 2GiB)\n" in out and "max_calib_bytes: of " in out
+    assert ("\n  max_rows=4096  (an integer of at least 8)\n" in out) == (name != "smooth")  # which keeps no rows
+    assert "\n  calibration  (an iterable of example inputs; given in Python, not in a pipeline's text)\n" in out
+    assert {each["name"] for each in json.loads(run("passes", name, "--json")[1])["objects"]} >= {"calibration"}
+
+
 def test_demo_lowers_the_peak_and_saves_on_demand(run, tmp_path):
     code, out, _ = run("demo", "--quick", "--json", "--save", str(tmp_path / "saved"))
     found = json.loads(out)

@@ -427,6 +427,15 @@ def test_a_schedule_says_what_its_layers_were_chosen_by() -> None:
     assert ranked["calibration"] == again["calibration"] != other["calibration"]
 
 
+def test_a_loader_that_raises_is_said_to_be_at_fault() -> None:
+    def loader() -> Any:
+        yield tokens_of(2, 8)
+        raise EOFError("the shard ends early")
+
+    with pytest.raises(gw.CalibrationError, match="the calibration inputs raised EOFError at sample 1: the shard ends early"):
+        gw.PassManager([gw.LayerSkip(n_max=2, rank="relative", calibration=loader())]).run(cached())
+
+
 def test_levels_beyond_the_budget_are_left_out() -> None:
     calibration = [tokens_of(2, 10)]
     free = gw.PassManager([gw.LayerSkip(n_min=1, horizon=3, calibration=calibration)]).run(cached())

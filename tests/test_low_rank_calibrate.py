@@ -20,6 +20,8 @@ from graphwright.passes import progress
 from graphwright.passes.low_rank import calibrate, resume
 from graphwright.passes.low_rank.calibrate import collect, collect_waves
 from graphwright.passes.low_rank.sample import RowSample, splitmix64
+from graphwright.testing.bisect import bisect
+from graphwright.testing.reduce import reduce
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -219,7 +221,11 @@ def test_sizes_may_differ_between_items_where_the_program_lets_them():
     ("bad", "message"),
     [
         (torch.zeros(3, 4), "calibration item 1 is a Tensor, but must be a tuple of the positional arguments"),
-        ([torch.zeros(3, 4)], "calibration item 1 is a list, but must be a tuple"),
+        (
+            [torch.zeros(3, 4)],
+            r"item 1 is a list, but must be a tuple .*: of those that a loader gives make \[tuple\(item\) for item in loader\]",
+        ),
+        ({"x": torch.zeros(3, 4)}, r"item 1 is a dict, but must be a tuple .* make \[\(\(\), dict\(item\)\) for item in loader\]"),
         (({"x": torch.zeros(3, 4)},), "calibration item 1 does not fit the model: argument x is a dict"),
         ((torch.zeros(3, 5),), "calibration item 1 does not fit the model: argument x dim 1 is 5"),
         ((torch.zeros(3, 4, dtype=torch.float64),), "calibration item 1 does not fit the model: argument x is torch.float64"),
@@ -282,6 +288,55 @@ def test_taps_must_be_values_with_rows_of_the_function():
 
 def test_nothing_to_watch_runs_nothing():
     assert collect(captured(), {}, iter(())) == {}
+
+
+class Raising:
+    """A loader whose file ends in the midst of a sample."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        yield from items(self.count)
+        raise EOFError("the shard ends early\nand more")
+
+
+RAISED = "the iterator of the calibration inputs raised EOFError at sample {}: the shard ends early"
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_what_the_users_iterable_raises_is_said_to_be_its_own(tmp_path, number, one_pass):
+    program = captured()
+    for folder in (None, tmp_path):
+        calibration = iter(Raising(number)) if one_pass else Raising(number)
+        with pytest.raises(gw.CalibrationError) as caught:
+            collect(program, taps_of(program), calibration, resume=folder)
+        assert str(caught.value) == RAISED.format(number) and isinstance(caught.value.__cause__, EOFError)
+
+
+def test_an_iterable_that_cannot_be_started_is_said_to_be_at_fault():
+    class Unstarted:
+        def __iter__(self):
+            raise OSError("no such shard")
+
+    program = captured()
+    with pytest.raises(gw.CalibrationError, match="raised OSError at sample 0: no such shard"):
+        collect(program, taps_of(program), Unstarted())
+
+
+@pytest.mark.parametrize(
+    ("made", "options"), [(gw.AbsorbOutliers, {"weight": "int8-channel"}), (gw.Smooth, {}), (gw.Quantize, {"weight": "int8-channel"})]
+)
+def test_a_loader_that_raises_is_no_fault_of_the_pass(made, options):
+    each, program = made(calibration=Raising(2), min_numel=0, **options), captured()
+    with pytest.raises(gw.CalibrationError) as caught:
+        gw.compile(Net().eval(), [each], example_inputs=items(1)[0], backend="aten", cache=False)
+    assert str(caught.value) == RAISED.format(2) and "failed" not in "".join(caught.value.__notes__)
+    # Nothing to bisect or to reduce: no rewrite and no smaller program is at fault.
+    for find in (lambda: bisect(program, [each]), lambda: reduce(program, [each], items(1)[0])):
+        with pytest.raises(gw.CalibrationError, match="at sample 2"):
+            find()
 
 
 # --- sites that have no statistics -----------------------------------------------------------------------------------------

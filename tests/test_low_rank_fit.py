@@ -162,7 +162,8 @@ def test_rank_is_lowered_to_what_saves_and_fits():
     assert usable_rank(Recipe(rank=32), 3072, 3072) == (32, "")
     assert usable_rank(Recipe(rank=32), 256, 256)[0] == 24
     assert usable_rank(Recipe(rank=32, max_bits=4.57), 3072, 3072)[0] == 24
-    assert usable_rank(Recipe(rank=32), 16, 16) == (0, "a branch of rank 32 is too large for [16, 16], so there is none")
+    assert usable_rank(Recipe(rank=32), 16, 16) == (0, "a branch of rank 32 is too large for [16, 16], where none is small enough")
+    assert usable_rank(Recipe(rank=32), 256, 256)[1] == "a branch of rank 32 is too large for [256, 256], where 24 is the most"
 
 
 def test_scales_and_branches_have_16_bits():

@@ -11,6 +11,7 @@ from graphwright.ir.float64 import to_float64
 from graphwright.ir.pattern import named_arguments
 from graphwright.ir.run import run
 from graphwright.passes import parse_pipeline
+from graphwright.passes.low_rank import absorb_outliers, statistics
 from graphwright.passes.low_rank.rewrite import LOWRANK, quantize_product
 from graphwright.tests import low_rank_models as nets
 
@@ -476,6 +477,58 @@ def test_a_concatenated_input_is_two_sites():
     assert "proj" in {layer for site in report_of(whole).data["sites"] for layer in site["layers"]}
 
 
+@pytest.mark.parametrize("make", [gw.AbsorbOutliers, gw.Smooth, gw.Quantize])
+@pytest.mark.parametrize(("numel", "skip"), [(0, ("q", "blocks.*", "lm_hed")), (10**6, ("q", "blocks.*", "lm_hed"))])
+def test_patterns_that_fit_no_layer_are_said(make, numel, skip):
+    module, example, calibration = nets.made(nets.Attention)
+    each = make(calibration=calibration, min_numel=numel, skip=skip)
+    lines = report_of(gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)).lines
+    assert "skip: no layer that it could take has a name like blocks.*, lm_hed" in lines
+    each = make(calibration=calibration, min_numel=numel)  # of patterns that nobody gave nothing is said
+    lines = report_of(gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)).lines
+    assert not any("a name like" in line for line in lines)
+
+
+class Named(torch.nn.Module):
+    """What default patterns skip, by name, around two blocks of attention inputs and an MLP."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj = (torch.nn.Linear(nets.K, nets.K, bias=False) for _ in range(2))
+            self.mlp = torch.nn.Sequential(torch.nn.Linear(nets.K, 64), torch.nn.ReLU(), torch.nn.Linear(64, nets.K))
+
+        def forward(self, x):
+            return self.mlp(torch.tanh(self.q_proj(x)) * self.k_proj(x))
+
+    def __init__(self):
+        super().__init__()
+        self.embed_in, self.lm_head = torch.nn.Linear(nets.K, nets.K), torch.nn.Linear(nets.K, 24, bias=False)
+        self.layers = torch.nn.ModuleList(Named.Block() for _ in range(2))
+
+    def forward(self, x):
+        x = self.embed_in(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_layers_of_onnx_files_have_the_names_of_the_modules_that_were_exported(tmp_path, dynamo):
+    torch.manual_seed(0)
+    module, x = Named().eval(), torch.randn(4, 6, nets.K)
+    torch.onnx.export(module, (x,), tmp_path / "m.onnx", dynamo=dynamo, opset_version=18, input_names=["x"], verbose=False)
+    found = []
+    for model, example in ((module, (x,)), (tmp_path / "m.onnx", None)):
+        passes = [absorb(skip=(*absorb_outliers.SKIP, "layers.1.mlp.*"))([(x,)])]
+        compiled = gw.compile(model, passes, example_inputs=example, backend="aten", cache=False)
+        skipped = {left.reason.partition(":")[0] for left in report_of(compiled).left if "among those to skip" in left.reason}
+        found.append((skipped, [site["layers"] for site in report_of(compiled).data["sites"]]))
+    assert found[0] == found[1]  # blocks and attention too, which names tell
+    assert found[0][0] == {"embed_in", "lm_head", "layers.1.mlp.0", "layers.1.mlp.2"}
+
+
 def test_activations_that_are_never_far_below_zero_take_all_codes():
     model, _, _ = compiled(nets.AfterGELU, [absorb(act="int4-g64", weight="int4-g64", rank=0, skip=("fc1",))])
     [node] = ops(model.program)
@@ -501,10 +554,68 @@ def test_resumed_runs_choose_the_same(tmp_path):
     assert len(texts) == 1
 
 
-def test_statistics_in_several_waves_choose_the_same():
-    model, _, _ = compiled(nets.SwiGLU, [absorb(max_rows=64, max_calib_bytes=11_000)])
-    plain, _, _ = compiled(nets.SwiGLU, [absorb(max_rows=64)])
-    assert [site["setting"] for site in report_of(model).data["sites"]] == [site["setting"] for site in report_of(plain).data["sites"]]
+class Counted:
+    """Calibration items that count how often they are iterated."""
+
+    def __init__(self, items):
+        self.items, self.runs = items, 0
+
+    def __iter__(self):
+        self.runs += 1
+        return iter(self.items)
+
+
+@pytest.mark.parametrize("network", [nets.SharedContext, *(n for n in nets.ALL if n not in nets.ONE_SITE)])
+@pytest.mark.parametrize(("dtype", "gptq"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_statistics_in_several_waves_give_the_same_program_bit_by_bit(network, dtype, gptq):
+    module, example, calibration = nets.made(network, dtype)
+    widest = max(layer.in_features for layer in module.modules() if isinstance(layer, torch.nn.Linear))
+    found = []
+    for size in (2**30, (2 * 64 + 8) * widest):  # of the rows and the largest numbers of the widest site
+        examples = Counted(calibration)
+        passes = [absorb(max_rows=64, gptq=gptq, max_calib_bytes=size)(examples)]
+        model = gw.compile(module, passes, example_inputs=example, backend="aten", cache=False)
+        weights = {weight.name: weight.digest for weight in model.program.weights.values()}
+        found.append((examples.runs, str(model.program).partition("pipeline")[0], weights, report_of(model).data, report_of(model).lines))
+    (once, *first), (often, *second) = found
+    assert first == second and once < 4 <= often  # each wave is gathered to choose by, and again to quantize with
+
+
+@pytest.mark.parametrize("network", [nets.SharedContext, nets.SwiGLU, nets.Attention])
+@pytest.mark.parametrize(
+    ("make", "options", "row"),
+    [
+        (gw.Quantize, {"weight": "int4-g16", "act": "nvfp4", "max_rows": 64, "min_numel": 0}, 2 * 64 + 8),
+        (gw.Smooth, {"min_numel": 0}, 8),
+    ],
+    ids=["quantize", "smooth"],
+)
+def test_parts_that_calibrate_in_several_waves_give_the_same_program_bit_by_bit(network, make, options, row):
+    module, example, calibration = nets.made(network)
+    widest = max(layer.in_features for layer in module.modules() if isinstance(layer, torch.nn.Linear))
+    found = []
+    for size in (2**30, row * widest):  # bytes of a channel
+        examples = Counted(calibration)
+        each = make(calibration=examples, max_calib_bytes=size, **options)
+        model = gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)
+        weights = {weight.name: weight.digest for weight in model.program.weights.values()}
+        found.append((examples.runs, str(model.program).partition("pipeline")[0], weights, report_of(model).left))
+    (once, *first), (often, *second) = found
+    assert first == second and once == 1 < often
+    with pytest.raises(gw.InputError, match=f"more than the {row * 32 - 1} of max_calib_bytes: raise it"):
+        each = make(calibration=calibration, max_calib_bytes=row * 32 - 1, **options)
+        gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)
+
+
+def test_quantize_measures_on_as_many_rows_as_it_is_told(monkeypatch):
+    module, example, calibration = nets.made(nets.AfterLinear)
+    kept = []
+    monkeypatch.setattr(statistics.Watch, "statistics", lambda self, made=statistics.Watch.statistics: kept.append(made(self)) or kept[-1])
+    for rows in (8, 16):
+        each = gw.Quantize(calibration=calibration, min_numel=0, weight="int4-g16", max_rows=rows)
+        gw.compile(module, [each], example_inputs=example, backend="aten", cache=False)
+        assert {len(seen.rows) + len(seen.selection) for seen in kept} == {rows}
+        kept.clear()
 
 
 @pytest.mark.parametrize(
@@ -532,6 +643,48 @@ def test_no_samples_and_nan_samples_are_refused_or_left_alone():
     bad = [(torch.full_like(calibration[0][0], float("nan")),)]
     model = gw.compile(module, [absorb()(bad)], example_inputs=example, backend="aten", cache=False)
     assert not report_of(model).records and all("NaN" in left.reason for left in report_of(model).left)
+
+
+@pytest.mark.parametrize("turn", [lambda w: w.T, lambda w: w.transpose(0, 1), lambda w: w.t()], ids=["T", "transpose", "t"])
+def test_a_weight_that_is_turned_round_at_each_call_is_said(turn):
+    class Turned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(300, 300))
+
+        def forward(self, x):
+            return (x @ turn(self.weight)) @ turn(x)  # the second is a product of activations
+
+    x = torch.randn(64, 300)
+    model = gw.compile(Turned().eval(), [absorb()([(x,)])], example_inputs=(x,), backend="aten", cache=False)
+    [left] = report_of(model).left
+    assert left.reason == "its weight weight is turned round at each call: write torch.nn.functional.linear(x, weight)"
+
+
+@pytest.mark.parametrize(
+    "make", [absorb(), smooth(), lambda _: gw.SplitLowRank(rank=1, min_numel=0), lambda _: gw.Quantize(weight="int4-g16", min_numel=0)]
+)
+def test_the_second_of_two_layers_of_one_name_is_left_with_the_reason(make):
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.residual = (torch.nn.Parameter(torch.randn(nets.K, nets.K)) for _ in range(2))
+
+        def forward(self, x):
+            return torch.nn.functional.linear(torch.relu(torch.nn.functional.linear(x, self.weight)), self.residual)
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = Two()
+
+        def forward(self, x):
+            return self.both(x)
+
+    x = torch.randn(64, nets.K)
+    model = gw.compile(Outer().eval(), [make([(x,)])], example_inputs=(x,), backend="aten", cache=False)
+    assert [left.reason for left in report_of(model).left] == ["its weight both.residual would be named both, as another layer is"]
+    assert report_of(model).records
 
 
 def test_layers_that_cannot_be_quantized_are_left_with_the_reason():

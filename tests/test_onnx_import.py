@@ -72,6 +72,37 @@ def test_a_linear_layer_is_one_call_on_a_weight_of_its_name():
     assert calls == ["aten.linear.default"] and set(gw.from_onnx(model).weights) == {"w", "b"}
 
 
+@pytest.mark.parametrize(
+    ("given", "node", "scopes", "name"),
+    [
+        ("onnx::MatMul_76", "/layers.0/attn/q_proj/MatMul", None, "layers.0.attn.q_proj.weight"),
+        ("onnx::MatMul_76", "/mlp/mlp.2/mlp.2.0/MatMul", None, "mlp.2.0.weight"),  # children of Sequential repeat their parents
+        ("val_4", "node_MatMul_4", "['', 'layers.0', 'layers.0.q_proj', 'linear_1']", "layers.0.q_proj.weight"),
+        ("val_4", "node_MatMul_4", "['', 'linear_1']", "val_4.T"),  # in the model's own forward
+        ("val_4", "/fc/MatMul", "no list", "fc.weight"),
+        ("val_4", "/fc/MatMul", "[" * 4000, "fc.weight"),
+        ("onnx::MatMul_76", "MatMul_12", None, "onnx::MatMul_76.T"),
+        ("head.weight", "/layers.0/q_proj/MatMul", None, "head.weight.T"),  # a name that says something stays
+    ],
+)
+def test_a_weight_of_a_made_up_name_has_that_of_its_module(given, node, scopes, name):
+    product = helper.make_node("MatMul", ["x", given], ["y"], name=node)
+    if scopes is not None:
+        product.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    model = model_of([product], {"x": [4, 3]}, {"y": [4, 2]}, {given: np.ones((3, 2), np.float32)})
+    assert list(gw.from_onnx(model).weights) == [name]
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_two_products_of_one_module_have_weights_of_their_own_names(turned):
+    weights = {f"onnx::Gemm_{number}": np.full((3, 3), number, np.float32) for number in range(2)}
+    nodes = [
+        helper.make_node("Gemm", [a, f"onnx::Gemm_{number}"], [b], name=f"/fc/Gemm_{number}", transB=int(turned))
+        for number, (a, b) in enumerate(["xh", "hy"])
+    ]
+    assert list(gw.from_onnx(model_of(nodes, {"x": [4, 3]}, {"y": [4, 3]}, weights)).weights) == ["fc.weight", "fc_2.weight"]
+
+
 def test_constants_are_folded_as_they_are_read():
     nodes = [
         helper.make_node("Shape", ["x"], ["s"]),

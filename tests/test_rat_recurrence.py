@@ -308,6 +308,15 @@ def test_the_report_measures_on_calibration_tokens() -> None:
     assert any("needs training" in line for line in found.lines)
 
 
+def test_a_loader_that_raises_is_said_to_be_at_fault() -> None:
+    def loader() -> Any:
+        yield tokens_of(2, 12)
+        raise EOFError("the shard ends early")
+
+    with pytest.raises(gw.CalibrationError, match="the calibration inputs raised EOFError at sample 1: the shard ends early"):
+        report(fixed(), calibration=loader())
+
+
 def test_a_window_over_the_sequence_costs_nothing() -> None:
     found = report(fixed(), window=20, calibration=[tokens_of(2, 12)])
     assert found.data["kl"] <= 1e-9 and max(found.data["layer_errors"]) <= 1e-10

@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from triton_kernels import capture  # noqa: E402
 
-from graphwright.codegen.triton import emit, tune  # noqa: E402
+from graphwright.codegen.triton import NotFusible, emit, tune  # noqa: E402
 from graphwright.codegen.triton.groups import find_groups  # noqa: E402
 from graphwright.codegen.triton.launch import Launch, load  # noqa: E402
 from graphwright.codegen.triton.low_rank import split  # noqa: E402
+from graphwright.codegen.triton.low_rank.ops import low_bit_product  # noqa: E402
+from graphwright.codegen.triton.low_rank.plan import product_plan  # noqa: E402
 from graphwright.codegen.triton.low_rank.tiles import operand_tiles, product_tiles  # noqa: E402
 from graphwright.codegen.triton.targets import DEFAULT  # noqa: E402
 from graphwright.ir.low_bit import FORMATS, dequantize, fake_quantize, quantize, rotate  # noqa: E402
@@ -428,6 +430,28 @@ def test_what_no_kernel_covers_runs_its_body(name):
     graph, found = lowered(capture(function, args))
     assert not found and [str(n.target) for n in graph.nodes if n.op == "call_function"] == ["gw.lowrank_linear.default"]
     assert torch.equal(FlatGraph(graph)(list(args))[0], function(*args))
+
+
+@pytest.mark.parametrize(
+    ("k", "weight", "act", "is_held"),
+    [
+        (133_144, "int8-channel", "int8-token", True),
+        (133_145, "int8-channel", "int8-token", False),
+        (133_145, "int8-channel", "none", True),  # numbers are multiplied, not codes
+        (133_184, "int4-g64", "int8-token", True),  # codes are summed block by block
+    ],
+)
+def test_codes_whose_sum_32_bits_may_not_hold_are_multiplied_by_the_body(k, weight, act, is_held):
+    layer = Layer(2, k, weight, act, rank=0, smooth=False)
+    program = capture(layer, [torch.randn(17, k, dtype=torch.bfloat16), *layer.tensors.values()])
+    graph, _ = split(program.main.graph, program.symbols)
+    (product,) = [node for node in graph.nodes if node.target is low_bit_product]
+    if is_held:
+        assert product_plan([product], [product]).k == k
+        return
+    with pytest.raises(NotFusible, match=f"a sum of the products of {k} codes, which 32 bits may not hold"):
+        product_plan([product], [product])
+    assert [group.plan.kind for group in find_groups(graph)] == ["operand"]
 
 
 def kernels_of(layer, x, target=DEFAULT):

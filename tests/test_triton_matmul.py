@@ -183,6 +183,18 @@ def test_integers_are_summed_exactly():
     assert torch.equal(y, (a.long() @ b.long()).int())
 
 
+@pytest.mark.parametrize(("k", "is_held"), [(131_071, True), (131_072, False)])
+def test_integers_whose_sum_32_bits_may_not_hold_are_no_kernel(k, is_held):
+    a, b = torch.empty(33, k, dtype=torch.int8), torch.empty(k, 48, dtype=torch.int8)
+    assert (k * 128**2 < 2**31) == is_held
+    (node,) = capture(lambda a, b: torch._int_mm(a, b), [a, b]).main.calls
+    if is_held:
+        assert matmul_plan([node], [node]).accumulator == torch.int32
+        return
+    with pytest.raises(NotFusible, match="sums that 32 bits may not hold"):
+        matmul_plan([node], [node])
+
+
 def test_low_bit_products_are_scaled_after_the_sum():
     a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((33, 64), (64, 48)))
     scale = torch.rand(33, 1)

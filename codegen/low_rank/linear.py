@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...ir.low_bit.formats import FORMATS, Format
+from ...ir.low_bit.formats import FORMATS, Format, longest_sum
 from ...ir.low_bit.hadamard import rotate as rotated
 from ...ir.low_bit.quantize import fake_quantize
 from .library import library
@@ -27,7 +27,7 @@ _WEIGHTS = {name: form for name, form in FORMATS.items() if form.weight and (for
 # Activations that the kernel quantizes itself, to codes that meet those of integer weights: sums are exact.
 _ACTIVATIONS = {name: FORMATS[name] for name in ("int8-token", "int4-g16", "int4-g32", "int4-g64", "int4-g128", "uint4-g64")}
 _body = torch.ops.gw.lowrank_linear.default
-_MOST_CODES = (2**31 - 1) // 127**2  # of a block: their products are summed in 32 bits
+_MOST_CODES = longest_sum(127, 127)  # of a block: their products are summed in 32 bits
 _LINE = 64  # bytes of a line of the cache, where scratch begins
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...ir import Node
+from ...ir.low_bit.formats import longest_sum
 from .addresses import runs, unique
 from .contraction import Contraction, contraction
 from .index import Index, Size, Var, divides, linear, product
@@ -21,6 +22,7 @@ from .views import Indices, broadcast, shape_of
 
 MAX_PRODUCTS = 2  # each has an accumulator, which fills the registers of a program
 MULTIPLIED = {torch.bfloat16, torch.float16, torch.float32, torch.int8, *FLOAT8}
+_MOST_TERMS = longest_sum(128, 128)  # of a sum of products of 8-bit integers in 32 bits
 _CHEAP = 4  # flops an element that may be computed again for each tile of columns
 _FEW_ROWS = 64  # a product of no more is bound by its weights, whatever its operand costs
 
@@ -203,6 +205,8 @@ def _multiplied(products: Sequence[Contraction]) -> torch.dtype:
         raise NotFusible("operands of types that no kernel multiplies")
     if any(c.k == 0 or not isinstance(c.k, int) and not c.k.is_positive for c in products):
         raise NotFusible("sums that may be empty")
+    if dtypes == {torch.int8} and any(isinstance(c.k, int) and c.k > _MOST_TERMS for c in products):
+        raise NotFusible("sums that 32 bits may not hold")
     return dtypes.pop()
 
 

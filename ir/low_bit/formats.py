@@ -70,6 +70,11 @@ _ALL = (
 FORMATS = {each.name: each for each in _ALL}
 
 
+def longest_sum(first: float, second: float) -> int:
+    """How many products of integers, of sizes up to `first` and `second`, have a sum that 32 bits hold whatever their signs."""
+    return (2**31 - 1) // int(first * second)
+
+
 def format_of(name: str) -> Format:
     """The format of that name. Raises ValueError, which lists all, for another."""
     if name not in FORMATS:

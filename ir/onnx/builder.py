@@ -6,6 +6,7 @@ list of values, which is a sequence; None, which is an absent optional.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..errors import CaptureError, first_line
 from ..infer import InferenceError, fake_like, infer, tensors_of
 from ..program import Node, Weight, Where
 from ..symbols import SymbolTable
+from .modules import is_made_up
 from .sizes import Size, is_known, known, size_of, sizes_of
 
 aten = torch.ops.aten
@@ -42,6 +44,7 @@ class Builder:
         self.graph, self.symbols = fx.Graph(), symbols
         self.weights: dict[str, Weight] = {}
         self.where = Where()
+        self.module = ""  # of the model that was exported, of the node that is read
         self._named: dict[int, tuple[torch.Tensor, str]] = {}  # constants by identity, kept alive
         self._names: set[str] = set()
         self._weight_nodes: dict[str, Node] = {}
@@ -162,9 +165,24 @@ class Builder:
         """A constant matrix with rows and columns exchanged, once for all its readers."""
         if id(matrix) not in self._turned:
             name = self._named[id(matrix)][1] if id(matrix) in self._named else f"constant_{len(self._named)}"
-            self._turned[id(matrix)] = self.name_constant(matrix.T.contiguous(), f"{name}.T")
+            self._turned[id(matrix)] = self.name_constant(matrix.T.contiguous(), self._module_weight(name) or f"{name}.T")
             self._named.setdefault(id(matrix), (matrix, f"{name}.whole"))  # its identity stays its own while it is kept
         return self._turned[id(matrix)]
+
+    def placed(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The matrix as the weight of a layer, which gives it a name where it has none yet that says anything."""
+        name = self._named[id(matrix)][1] if id(matrix) in self._named else f"constant_{len(self._named)}"
+        better = self._module_weight(name)
+        if better and name not in self._weight_nodes:
+            self.name_constant(matrix, better)
+        return matrix
+
+    def _module_weight(self, name: str) -> str:
+        """`layers.0.q_proj.weight` for a weight whose own name is made up; "" where that says more, or the file tells no module."""
+        if not self.module or not is_made_up(name):
+            return ""
+        modules = (self.module if number == 1 else f"{self.module}_{number}" for number in count(1))
+        return next(each for module in modules if (each := f"{module}.weight") not in self._names)
 
     # --- calls ----------------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from . import operators  # noqa: F401 - declares the readers
 from .builder import Builder, Unsupported, Value
 from .claims import holds
 from .dialect import declaration_of, read_call
+from .modules import module_of
 from .opaque import opaque, type_proto
 from .reading import Tensors
 from .registry import READERS, Call
@@ -44,7 +45,8 @@ class Nodes:
     def read(self, nodes: Any, scope: Scope) -> None:
         self._spend(len(nodes) if self.depth else -_EXPANDED_A_NODE * len(nodes))
         for node in nodes:
-            before = self.builder.where
+            before, module = self.builder.where, self.builder.module
+            self.builder.module = module_of(node) or module  # a function's own nodes are of the module that calls it
             self.builder.where = Where(module=_printable(node.name or (node.output[0] if node.output else node.op_type)))
             inputs = [scope[name] if name else None for name in node.input]
             results = self._read(self._resolved(node, scope), inputs, scope)
@@ -53,7 +55,7 @@ class Nodes:
                     raise ArtifactError(f"value {shown(name)} is made twice")
                 if name:
                     scope.values[name] = value
-            self.builder.where = before
+            self.builder.where, self.builder.module = before, module
 
     def _spend(self, count: int) -> None:
         self.left[0] -= count

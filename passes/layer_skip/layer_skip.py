@@ -15,6 +15,7 @@ from ...ir import Program, Rewriter
 from ...ir.errors import PassError
 from ...ir.pattern import NoMatch
 from ..base import Outcome, Pass
+from ..calibration import given
 from ..check import Reference
 from ..contract import Contract
 from ..kv_cache import steps
@@ -98,7 +99,7 @@ class LayerSkip(Pass):
         if isinstance(self.levels, tuple):
             object.__setattr__(self, "levels", tuple(map(tuple, self.levels)))
         if isinstance(self.calibration, Iterator):  # a program is measured more than once
-            object.__setattr__(self, "calibration", tuple(self.calibration))
+            object.__setattr__(self, "calibration", tuple(given(self.calibration)))
         measured = {
             f"rank={self.rank}": self.rank in METRICS,
             "max_kl": self.max_kl is not None,

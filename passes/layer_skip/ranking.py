@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ...ir import Program
 from ...ir.errors import PassError
 from ...ir.lookups import lookup_limit
+from ..calibration import given
 from ..kv_cache.decoder import Decoder
 from .effects import LogitLens, effects, kl_divergence, log_softmax
 from .reference import SkipReference
@@ -44,10 +45,11 @@ class Calibration:
 
         Raises:
             PassError: one is none, or has tokens or positions that the model does not know; or there are none.
+            CalibrationError: `items` raises as it is iterated.
         """
         tabled = None if decoder.positions is None else lookup_limit(program.main, decoder.positions)
         longest = min(n for n in (program.symbols.highest(decoder.length), tabled) if n is not None)
-        batches = tuple(_tokens(number, item, decoder, longest) for number, item in enumerate(items))
+        batches = tuple(_tokens(number, item, decoder, longest) for number, item in enumerate(given(items)))
         if not batches:
             raise PassError("layer-skip: calibration has no items: give at least one tensor of tokens [B, T]")
         return Calibration(batches)

@@ -24,14 +24,14 @@ from ..options import at_least, between, is_size, is_texts, one_of, option, size
 from ..progress import progress_bar
 from ..verdict import Verdict
 from .apply import Plan, carry_out, problem_of
-from .calibrate import collect_waves
+from .calibrate import collect_waves, copied
 from .choose import choose, lower_bound
 from .concat import rejoin, split_concatenations
 from .examples import Examples
 from .fit import is_static
 from .folds import Fold, find_fold
 from .formats import ACTIVATIONS, AUTO, WEIGHTS, group_of, resolved
-from .layers import Layer, find_layers, matches
+from .layers import Layer, find_layers, idle_lines, matches
 from .plan_store import PlanStore
 from .quality import judge_outputs, smoothing_error
 from .recipe import Recipe
@@ -59,8 +59,9 @@ class AbsorbOutliers(Pass):
     rotate: Hadamard blocks as a candidate. svd: exact, randomized or auto. min_gain: a dearer class must be better by this share.
     budget: the largest error of a site, as a share of its output; auto is 1.5 x what the formats make of normal numbers.
     max_bits: of a weight with scales and branch. min_numel: smaller weights stay. max_rows: input rows kept for a site.
-    max_calib_bytes: of all rows together; more sites than fit go in waves. skip, weight_only: patterns of layers that stay, or that
-    take int4-g64 weights alone. output_budget: the largest error of the program's outputs that verify="numeric" lets pass.
+    max_calib_bytes: of all rows together; more sites than fit go in waves, whose number changes the time and no bit of the result.
+    skip, weight_only: patterns of layers that stay, or that take int4-g64 weights alone. output_budget: the largest error of the
+    program's outputs that verify="numeric" lets pass.
     calibration: example inputs, each a tuple of arguments or (args, kwargs); without them nothing is smoothed and errors are those
     of weights. resume: a folder in which a run that was killed goes on.
 
@@ -115,20 +116,28 @@ class AbsorbOutliers(Pass):
     def run(self, rewriter: Rewriter) -> Outcome:
         halves = split_concatenations(rewriter, self._takes_parts) if self.split_concat else []
         left: list[LeftAlone] = []
-        sites = self._sites(rewriter, left)
+        layers, refused = find_layers(rewriter)
+        left += refused
+        own = {name: [each for each in getattr(self, name) if each not in getattr(type(self), name)] for name in ("skip", "weight_only")}
+        idle = idle_lines((layer.name for layer in layers), **own)
+        sites = self._sites(layers, left)
         if not sites:
-            return Outcome(tuple(left))
+            return Outcome(tuple(left), tuple(idle))
         plans = self._plans(rewriter, sites, left)
+        before, nodes = copied(rewriter)
         rejoin(rewriter, halves, {layer.name for plan in plans for layer in plan.site.layers})
         reports = []
-        hold = partial(self._hold_smoothing, rewriter.program.copy(), rewriter)
-        for plan, result in zip(plans, carry_out(rewriter, plans, partial(self._waves, rewriter), hold), strict=True):
+        taps = {plan.site.name: nodes[plan.site.source] for plan in plans}
+        gather, hold = partial(self._waves, rewriter, before, taps), partial(self._hold_smoothing, before, rewriter)
+        for plan, result in zip(plans, carry_out(rewriter, plans, gather, hold), strict=True):
             if isinstance(result, str):
                 left += [LeftAlone.at(layer.node, f"{layer.name}: {result}") for layer in plan.site.layers]
             else:
                 reports.append(result)
+        order = [site.layers[0].name for site, _ in sites]
+        reports.sort(key=lambda report: order.index(report.layers[0]))
         lines = summary(reports, checked=self.calibration is not None)
-        return Outcome(tuple(left), tuple(lines), {"sites": [report.data for report in reports]})
+        return Outcome(tuple(left), (*lines, *idle), {"sites": [report.data for report in reports]})
 
     def check(self, reference: Reference, after: Program) -> Verdict:
         """Types and strides as they were, and the outputs within `output_budget` where one is declared."""
@@ -153,9 +162,7 @@ class AbsorbOutliers(Pass):
 
     # --- what to work on ---
 
-    def _sites(self, rewriter: Rewriter, left: list[LeftAlone]) -> list[tuple[Site, Recipe]]:
-        layers, refused = find_layers(rewriter)
-        left += refused
+    def _sites(self, layers: list[Layer], left: list[LeftAlone]) -> list[tuple[Site, Recipe]]:
         full = Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
         if self.calibration is None:
             full = replace(full, smooth="none", shift=False)
@@ -229,8 +236,7 @@ class AbsorbOutliers(Pass):
                         left += [LeftAlone.at(layer.node, f"{layer.name}: {plan}") for layer in site.layers]
                     else:
                         plans.append(plan if number == 0 else plan.without_statistics())
-        order = {name: index for index, name in enumerate(by_name)}
-        return sorted(plans, key=lambda plan: order[plan.site.name])
+        return plans
 
     def _plan(self, program: Program, site: Site, recipe: Recipe, statistics: Statistics | None) -> "Plan | str":
         if statistics is not None and statistics.reason_against_judging:

@@ -3,13 +3,13 @@
 Folding scales rows of other layers' weights, so what a site is quantized from is worked out again on the weights as folds left them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ...ir import Node, Program, Rewriter
+from ...ir import Program, Rewriter
 from .choose import Choice
 from .fit import Fit, Problem, fit
 from .folds import Fold
@@ -22,7 +22,7 @@ from .sites import Site
 from .smoothing import Moved, apply_smoothing
 from .statistics import Statistics
 
-Gather = Callable[[Program, Mapping[str, Node]], Iterator[dict[str, Statistics]]]
+Gather = Callable[[], Iterator[dict[str, Statistics]]]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def problem_of(site: Site, recipe: Recipe, statistics: Statistics | None, weight
 def carry_out(rewriter: Rewriter, plans: Sequence[Plan], gather: Gather, smoothed: Callable[[], None]) -> list[SiteReport | str]:
     """Rewrites every planned site, or says why it is left after all; smoothing, branch and codes are rewrites of their own.
 
-    `gather(program, taps)` gives statistics of the smoothed program, wave by wave, for plans that have none left; `smoothed()` is called
-    when the program is smoothed, and nothing else yet.
+    `gather()` gives again, wave by wave, the statistics of plans that have none left: of the program in which they were planned, so that
+    the number of waves changes nothing. `smoothed()` is called when the program is smoothed, and nothing else yet.
     """
     moved = Moved()
     for plan in plans:
@@ -65,18 +65,10 @@ def carry_out(rewriter: Rewriter, plans: Sequence[Plan], gather: Gather, smoothe
     waiting = {plan.site.name: plan for plan in plans if plan.was_calibrated}
     results = {plan.site.name: _quantized(rewriter, moved, plan, _seen(plan)) for plan in plans if not plan.was_calibrated}
     if waiting:
-        copy, taps = _copied(rewriter, {name: moved.now(plan.site.source) for name, plan in waiting.items()})
-        for wave in gather(copy, taps):
+        for wave in gather():
             for name, statistics in wave.items():
-                results[name] = _quantized(rewriter, moved, waiting[name], statistics)
+                results[name] = _quantized(rewriter, moved, waiting[name], _seen(replace(waiting[name], statistics=statistics)))
     return [results[plan.site.name] for plan in plans]
-
-
-def _copied(rewriter: Rewriter, nodes: Mapping[str, Node]) -> tuple[Program, dict[str, Node]]:
-    """A copy of the program, which rewrites leave as it is, and the same nodes in it."""
-    copy = rewriter.program.copy()
-    same = dict(zip(rewriter.graph.nodes, copy.functions[rewriter.function.name].graph.nodes, strict=True))
-    return copy, {name: same[node] for name, node in nodes.items()}
 
 
 def _seen(plan: Plan) -> Statistics | None:

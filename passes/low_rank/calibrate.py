@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ir import Node, Program
+from ...ir import Node, Program, Rewriter
 from ...ir.calls import draws
 from ...ir.errors import GraphwrightError, InputError
 from ...ir.program import Function, content_digest
@@ -57,7 +57,8 @@ def collect_waves(
     resume: Path | None = None,
     tell: Tell | None = None,
 ) -> Iterator[dict[str, Statistics]]:
-    """The statistics of the sites of `taps`, wave by wave: one wave can be used and dropped before the next is gathered.
+    """The statistics of the sites of `taps`, wave by wave: one wave can be used and dropped before the next is gathered. Sites of one
+    value come together, in the order in which `taps` first has it, so that their order does not depend on the waves.
 
     `taps` maps a site's name to the node of `function` whose value [.., K] it reads. `calibration` gives, whenever it is iterated,
     the same items: tuples of positional arguments, or pairs `(args, kwargs)`, as the captured model was called. A site takes
@@ -72,6 +73,7 @@ def collect_waves(
     Raises:
         InputError: a tap is none, `max_bytes` is too little for a site, there are no items, one does not fit the signature or fails
             in the model, items that can be had once only are needed for several waves, or a resumed run has fewer than before.
+        CalibrationError: `calibration` raises as it is iterated.
     """
     if not taps:
         return
@@ -91,7 +93,13 @@ def collect_waves(
     for wave in waves:
         watches = {node: Watch(widths[node], node.meta["val"].dtype, max_rows) for node in wave}
         _Run(program, body, watches, folder).over(examples, progress)
-        yield {name: watches[node].statistics() for name, node in taps.items() if node in watches}
+        yield {name: watch.statistics() for node, watch in watches.items() for name, tap in taps.items() if tap is node}
+
+
+def copied(rewriter: Rewriter) -> tuple[Program, dict[Node, Node]]:
+    """A copy of the program, to gather from while the program is rewritten, and which of its nodes are those of the function."""
+    copy = rewriter.program.copy()
+    return copy, dict(zip(rewriter.graph.nodes, copy.functions[rewriter.function.name].graph.nodes, strict=True))
 
 
 def _width(name: str, node: Node, body: Function) -> int:

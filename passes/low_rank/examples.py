@@ -9,7 +9,10 @@ from torch import Tensor
 from ...ir import Function, Program
 from ...ir.calling import Call
 from ...ir.errors import InputError
+from ..calibration import given
 
+# What loaders give of themselves, by class, and how it becomes what is expected.
+_INSTEAD = {list: "[tuple(item) for item in loader]", Mapping: "[((), dict(item)) for item in loader]"}
 _EXPECTED = "a tuple of the positional arguments, such as (x,), or a pair (args, kwargs)"
 
 
@@ -44,18 +47,19 @@ class Examples:
             return None
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._items)
+        """Raises CalibrationError where the user's own iterable raises."""
+        return given(self._items)
 
     def first(self) -> list[Any]:
         """The inputs of the first item, which an iterator gives again afterwards.
 
         Raises:
             InputError: there is none, or it does not fit.
+            CalibrationError: the user's own iterable raises.
         """
-        items = iter(self._items)
-        for item in items:
+        for item in given(self._items):
             if self.is_one_pass:
-                self._items = chain([item], items)
+                self._items = chain([item], self._items)
             return self.inputs(0, item)
         raise self.none()
 
@@ -66,7 +70,8 @@ class Examples:
             InputError: it does not fit the signature.
         """
         if not isinstance(item, tuple):
-            raise InputError(f"calibration item {number} is a {type(item).__name__}, but must be {_EXPECTED}")
+            instead = next((f": of those that a loader gives make {made}" for kind, made in _INSTEAD.items() if isinstance(item, kind)), "")
+            raise InputError(f"calibration item {number} is a {type(item).__name__}, but must be {_EXPECTED}{instead}")
         is_pair = len(item) == 2 and isinstance(item[0], tuple) and isinstance(item[1], dict) and not self._takes_a_pair
         args, kwargs = item if is_pair else (item, {})
         try:

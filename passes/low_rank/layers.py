@@ -6,7 +6,7 @@ A weight that several calls read, or that is no plain matrix of floats, is no la
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,8 +21,9 @@ from ..base import LeftAlone
 aten, gw = torch.ops.aten, torch.ops.gw
 
 _PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+_TURNS = (aten.permute.default, aten.transpose.int, aten.t.default)
 _SMOOTHED = re.compile(r"\.smoothed(\.(?:weight|bias))?(_\d+)?$")
-_WEIGHT_ENDING = re.compile(r"\.weight$|\.(residual|codes)(_\d+)?$")
+_WEIGHT_ENDING = re.compile(r"\.weight(\.T)?$|\.T$|\.(residual|codes)(_\d+)?$")  # T: turned round as an ONNX file was read
 _PART = re.compile(r"\.part_\d+$")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -71,17 +72,20 @@ class Layer:
 
 def find_layers(rewriter: Rewriter) -> tuple[list[Layer], list[LeftAlone]]:
     """The layers of the function in order, and the products with a constant that are none, with the reason."""
-    layers, left = [], []
+    layers: dict[str, Layer] = {}
+    left = []
     for node in rewriter.nodes():
         if node.target is gw.lowrank_linear.default and named_arguments(node)["weight_format"] != "none":
             left.append(LeftAlone.at(node, f"{layer_name(str(named_arguments(node)['weight_q'].target))}: it is on codes already"))
             continue
         found = layer_of(node, rewriter.program)
-        if isinstance(found, Layer):
-            layers.append(found)
+        if isinstance(found, Layer) and found.name in layers:  # what is recorded of layers goes by their names
+            left.append(LeftAlone.at(node, f"its weight {found.weight.target} would be named {found.name}, as another layer is"))
+        elif isinstance(found, Layer):
+            layers[found.name] = found
         elif found:
             left.append(LeftAlone.at(node, found))
-    return layers, left
+    return list(layers.values()), left
 
 
 def layer_of(node: Node, program: Program) -> "Layer | str":
@@ -99,6 +103,9 @@ def layer_of(node: Node, program: Program) -> "Layer | str":
         x, weight = (arguments[name] for name in (("self", "mat2") if node.target is aten.mm.default else ("self", "other")))
         bias, transposed = None, True
     if not isinstance(weight, Node) or weight.op != "get_attr":
+        turned = _turned(weight)
+        if turned is not None:
+            return f"its weight {turned} is turned round at each call: write torch.nn.functional.linear(x, weight)"
         return "its weight is no constant" if node.target is aten.linear.default else ""
     value = weight.meta["val"]
     if value.dim() != 2 or value.dtype not in _FLOATS or x.meta["val"].dim() < 2:
@@ -118,13 +125,21 @@ def layer_of(node: Node, program: Program) -> "Layer | str":
     return Layer(node, x, weight, bias, transposed, layer_name(str(weight.target)))
 
 
+def _turned(weight: Any) -> str | None:
+    """The name of the matrix whose rows are the columns of `weight`, None where it is none of a constant."""
+    if not isinstance(weight, Node) or weight.target not in _TURNS or weight.meta["val"].dim() != 2:
+        return None
+    (matrix, *_) = weight.all_input_nodes
+    return str(matrix.target) if matrix.op == "get_attr" else None
+
+
 def count_uses(program: Program, weight: str) -> int:
     """How many operands of calls the weight is, over all functions and regions."""
     return sum(len(node.users) for node in program.nodes() if node.op == "get_attr" and str(node.target) == weight)
 
 
 def layer_name(weight: str) -> str:
-    """`blocks.0.attn.qkv.weight` -> `blocks.0.attn.qkv`; the same for what passes make of a weight, however that is called."""
+    """`blocks.0.attn.qkv.weight`, with `.T` too, -> `blocks.0.attn.qkv`; the same for what passes make of a weight."""
     return _WEIGHT_ENDING.sub("", _SMOOTHED.sub(r"\1", weight))
 
 
@@ -139,6 +154,13 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a layer's name fits one of the patterns (`*embed*`, `lm_head`); a part of a layer has that of the whole."""
     whole = _PART.sub("", name)
     return any(fnmatchcase(whole, pattern) for pattern in patterns)
+
+
+def idle_lines(names: Iterable[str], **patterns: Sequence[str]) -> list[str]:
+    """For the report: the patterns, by the option that has them, that fit none of the layers' names, as misspelled ones do."""
+    known = list(names)
+    idle = {option: [each for each in given if not any(matches(name, (each,)) for name in known)] for option, given in patterns.items()}
+    return [f"{option}: no layer that it could take has a name like {', '.join(each)}" for option, each in idle.items() if each]
 
 
 def part_name(name: str, index: int) -> str:

@@ -8,7 +8,7 @@ Rounds to nearest. Without calibration the error of a layer is |W - Q(W)| / |W|,
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,17 @@ from ...ir.low_bit import Quantized, dequantize, fake_quantize, format_of, quant
 from ..base import LeftAlone, Outcome, Pass
 from ..check import Reference
 from ..contract import Contract
-from ..options import at_least, is_texts, one_of, option
+from ..options import at_least, is_size, is_texts, one_of, option, size_in_bytes
 from ..progress import progress_bar
 from ..verdict import Verdict
-from .calibrate import collect
+from .calibrate import collect_waves, copied
 from .fit import is_static, relative_norm, static_scale
 from .formats import ACTIVATIONS, WEIGHTS
 from .held import Original, hold
-from .layers import find_layers, matches
+from .layers import find_layers, idle_lines, matches
 from .quality import judge_outputs
 from .recipe import Recipe, stored_dtype
-from .rewrite import Product, product_of, quantize_product
+from .rewrite import LOWRANK, Product, product_of, quantize_product
 from .statistics import Statistics
 
 
@@ -41,7 +41,8 @@ class Quantize(Pass):
 
     weight, act: formats. budget: the largest error of a layer; auto is 1.5 x what the formats make of normal numbers. output_budget:
     of the whole program under verify="numeric". min_numel, skip: smaller weights, and layers of these names, stay. calibration:
-    example inputs to measure errors on."""
+    example inputs to measure errors on. max_rows: input rows kept for a layer. max_calib_bytes: of all rows together; more layers than
+    fit go in waves, whose number changes the time and no bit of the result."""
 
     name = "quantize"
     contract = Contract.BOUNDED
@@ -53,6 +54,8 @@ class Quantize(Pass):
     budget: Any = option("auto", "auto, or a number of at least 0", lambda v: v == "auto" or at_least(0.0)(v))
     output_budget: Any = option(None, "none, or a number of at least 0", lambda v: v is None or at_least(0.0)(v))
     min_numel: int = option(65536, "an integer of at least 0", at_least(0))
+    max_rows: int = option(4096, "an integer of at least 8", at_least(8))
+    max_calib_bytes: Any = option("2GiB", "a size such as 2GiB", is_size)
     skip: tuple[str, ...] = option((), "a list of patterns", is_texts)
     calibration: Any = option(None, "an iterable of example inputs", lambda v: v is None or isinstance(v, Iterable), spelled=False)
 
@@ -67,8 +70,10 @@ class Quantize(Pass):
         return judge_outputs(reference, after, self.output_budget)
 
     def run(self, rewriter: Rewriter) -> Outcome:
-        _, left = find_layers(rewriter)
-        products = [product for node in rewriter.nodes() if (product := product_of(node, rewriter.program)) is not None]
+        layers, left = find_layers(rewriter)
+        nodes = {layer.node for layer in layers}
+        found = [product_of(node, rewriter.program) for node in rewriter.nodes() if node in nodes or node.target is LOWRANK]
+        products = [product for product in found if product is not None]
         taken = []
         for product in products:
             reason = self._reason_against(product)
@@ -76,18 +81,16 @@ class Quantize(Pass):
                 left.append(LeftAlone.at(product.node, f"{product.name}: {reason}"))
             else:
                 taken.append(product)
-        statistics = self._calibrated(rewriter, taken)
         lines = []
-        for product in taken:
-            result = self._quantized(rewriter, product.node, statistics.get(product.name))
+        for product, statistics in self._calibrated(rewriter, taken):
+            result = self._quantized(rewriter, product.node, statistics)
             if result:
                 left.append(LeftAlone.at(product.node, f"{product.name}: {result}"))
             else:
                 lines.append(product.name)
         head = f"{len(lines)} layers in {self.weight}" + ("" if self.act == "none" else f" x {self.act}")
-        return Outcome(
-            tuple(left), (head,) if self.calibration is not None else (head, "not checked on data: errors are those of the weights")
-        )
+        unchecked = [] if self.calibration is not None else ["not checked on data: errors are those of the weights"]
+        return Outcome(tuple(left), (head, *unchecked, *idle_lines((product.name for product in products), skip=self.skip)))
 
     def _reason_against(self, product: Product) -> str:
         n, k = product.shape
@@ -102,12 +105,24 @@ class Quantize(Pass):
                 return f"K = {k} is no multiple of the blocks of {name}"
         return ""
 
-    def _calibrated(self, rewriter: Rewriter, products: list[Product]) -> dict[str, Statistics]:
+    def _calibrated(self, rewriter: Rewriter, products: list[Product]) -> Iterator[tuple[Product, Statistics | None]]:
+        """The products with what their inputs were, wave by wave; what is rewritten meanwhile changes none of it."""
         if self.calibration is None or not products:
-            return {}
+            yield from ((product, None) for product in products)
+            return
+        program, nodes = copied(rewriter)
+        by_weight = {str(product.matrix.target): product for product in products}
         with progress_bar() as tell:
-            taps = {product.name: product.x for product in products}
-            return collect(rewriter.program, taps, self.calibration, function=rewriter.function.name, tell=tell)
+            waves = collect_waves(
+                program,
+                {weight: nodes[product.x] for weight, product in by_weight.items()},
+                self.calibration,
+                function=rewriter.function.name,
+                max_rows=self.max_rows,
+                max_bytes=size_in_bytes(self.max_calib_bytes),
+                tell=tell,
+            )
+            yield from ((by_weight[weight], statistics) for wave in waves for weight, statistics in wave.items())
 
     def _quantized(self, rewriter: Rewriter, node: Node, statistics: Statistics | None) -> str:
         """Rewrites the layer, or says why not."""

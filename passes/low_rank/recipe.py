@@ -113,5 +113,5 @@ def usable_rank(recipe: Recipe, n: int, k: int) -> tuple[int, str]:
     if recipe.rank == 0 or fits(recipe.rank):
         return recipe.rank, ""
     lower = next((rank for rank in range(recipe.rank // 8 * 8, 0, -8) if rank < recipe.rank and fits(rank)), 0)
-    instead = f"so it has rank {lower}" if lower else "so there is none"
-    return lower, f"a branch of rank {recipe.rank} is too large for [{n}, {k}], {instead}"
+    largest = f"{lower} is the most" if lower else "none is small enough"
+    return lower, f"a branch of rank {recipe.rank} is too large for [{n}, {k}], where {largest}"

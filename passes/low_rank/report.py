@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from ...ir.liveness import format_bytes
 from .choose import Choice
 from .fit import Fit
 from .folds import Fold
@@ -75,10 +76,15 @@ def summary(reports: Sequence[SiteReport], *, checked: bool) -> list[str]:
     before, after = sum(r.bytes_before for r in reports), sum(r.bytes_after for r in reports)
     settings = Counter(r.setting for r in reports).most_common()
     layers = sum(len(r.layers) for r in reports)
-    head = f"{layers} layers at {len(reports)} sites: {before} -> {after} bytes of weights ({after / before:.3f}); "
+    where = f"{_counted(layers, 'layer')} at {_counted(len(reports), 'site')}"
+    head = f"{where}: weights of {format_bytes(before)} -> {format_bytes(after)} ({after / before:.3f}); "
     head += ", ".join(f"{count} x {setting}" for setting, count in settings)
     lines = [head] if checked else [head, "not checked on data: errors are those of the weights"]
     return [*lines, *map(str, reports)]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _nbytes(value: object) -> int:

@@ -14,6 +14,7 @@ from ...ir.infer import same_size
 from ...ir.ops.rat_blocks import rat_attention_by_blocks
 from ...ir.pattern import named_arguments
 from ...ir.run import run
+from ..calibration import given
 from ..kv_cache.decoder import lookup_of
 from .emit import Form
 from .gates import Gates
@@ -165,10 +166,11 @@ def _checked_batches(items: Any, sites: Sites, vocabulary: int) -> tuple[Tensor,
 
     Raises:
         PassError: there are none, or one is no tensor of tokens of the sizes that the program takes.
+        CalibrationError: `items` raises as it is iterated.
     """
     like = sites.tokens.meta["val"]
     batches = []
-    for number, item in enumerate(items):
+    for number, item in enumerate(given(items)):
         value = item[0] if isinstance(item, tuple) and len(item) == 1 else item
         if not isinstance(value, Tensor) or value.dim() != 2 or value.dtype not in (torch.int64, torch.int32) or value.shape[1] < 2:
             raise PassError(f"rat-recurrence: calibration item {number} is no tensor of tokens [B, T] with at least 2 of them in each row")

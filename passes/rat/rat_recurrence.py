@@ -17,6 +17,7 @@ from ...ir import Program, Rewriter
 from ...ir.errors import PassError
 from ...ir.pattern import NoMatch
 from ..base import LeftAlone, Outcome, Pass
+from ..calibration import given
 from ..check import Reference
 from ..contract import Contract
 from ..options import at_least, one_of, option
@@ -78,7 +79,7 @@ class RatRecurrence(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.calibration, Iterator):  # a program is measured more than once
-            object.__setattr__(self, "calibration", tuple(self.calibration))
+            object.__setattr__(self, "calibration", tuple(given(self.calibration)))
         if self.init == "fit" and self.calibration is None:
             raise PassError(f"pass {self.name}: init=fit is fitted to tokens: give calibration=, an iterable of tensors [B, T]")
         if self.init == "chrono" and self.chunk == 1:

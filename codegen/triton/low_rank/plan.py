@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ....ir import Node
-from ....ir.low_bit.formats import FORMATS, Format
+from ....ir.low_bit.formats import FORMATS, Format, longest_sum
 from ..contraction import Contraction
 from ..index import Index, Size, Var
 from ..matmul_plan import AfterTracer, Side, SideTracer, row_and_column_variables
@@ -16,6 +16,7 @@ from ..values import Domain, Store, Value
 from ..views import Indices, shape_of
 from .ops import low_bit_operand, low_bit_product
 
+_MOST_CODES = longest_sum(127, 127)  # whose products are summed in 32 bits before they are scaled
 _ROLES = ("a_scale", "weight", "weight_scale", "weight_scale2", "half", "up")  # of inputs of a product, beside "a" and "bias"
 
 
@@ -209,7 +210,7 @@ def product_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> ProductPlan:
         raise NotFusible("another half of a low-rank layer")
     roles = {role: _number(a[role], inputs) for role in ("a", *_ROLES) if a[role] is not None}
     roles |= {"bias": inputs.index(a["bias"])} if a["bias"] in inputs else {}
-    return ProductPlan(
+    plan = ProductPlan(
         nodes=tuple(nodes),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
@@ -225,6 +226,9 @@ def product_plan(nodes: Sequence[Node], outputs: Sequence[Node]) -> ProductPlan:
         has_codes=a["a_scale"] is not None,
         a_block=0 if a["a_scale"] is None or shape_of(a["a_scale"])[-1] == 1 else k // shape_of(a["a_scale"])[-1],
     )
+    if plan.has_codes and (plan.sum_block or k) > _MOST_CODES:
+        raise NotFusible(f"a sum of the products of {k} codes, which 32 bits may not hold")
+    return plan
 
 
 class _OperandTracer(SideTracer):

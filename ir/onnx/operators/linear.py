@@ -23,7 +23,7 @@ def gemm(call: Call, a: Value, b: Value, c: Value = None) -> Value:
     builder, alpha, beta = call.builder, call.get("alpha", 1.0), call.get("beta", 1.0)
     a = builder.permute(a, [1, 0]) if call.get("transA", 0) else a
     if call.get("transB", 0):
-        weight = b
+        weight = builder.placed(b) if isinstance(b, torch.Tensor) else b
     else:
         weight = builder.turned(b) if isinstance(b, torch.Tensor) else builder.permute(b, [1, 0])
     is_bias = c is not None and builder.rank(c) == 1 and beta == 1.0 and _fits(builder.shape(c)[0], builder.shape(weight)[0])
