@@ -84,9 +84,12 @@ class Layer:
         n, k = self.weight.shape
         down, up, bias = (torch.randn(*shape).to(self.dtype) / 8 for shape in ((RANK, k), (n, RANK), (n,)))
         options = Options(self.weight_format, self.act_format, 1.0, 0.0, 0)
-        layers = [Columns(quantized.codes, quantized.scale, None, each, bias) for each in (up, None)]
-        branched, plain = (partial(_as_compiled, Products(x, None, d, [c], options), (None, d, *c), x) for d, c in zip((down, None), layers))
-        return branched, plain
+
+        def call(down: Tensor | None, up: Tensor | None) -> Call:
+            columns = Columns(quantized.codes, quantized.scale, None, up, bias)
+            return partial(_as_compiled, Products(x, None, down, [columns], options), (None, down, *columns), x)
+
+        return call(down, up), call(None, None)
 
 
 def _as_compiled(products: Products, operands: tuple[Tensor | None, ...], x: Tensor) -> Tensor:

@@ -136,8 +136,8 @@ def _unet_inputs(seed: int) -> tuple[Tensor, ...]:
 
 
 def calibration(bench: Bench) -> None:
-    """Seconds that `absorb-outliers` takes with its own options for a Llama of 100 million parameters in linear layers and 32 samples of 256
-    tokens, planted outliers included; 8 million with `--quick`."""
+    """Seconds that `absorb-outliers` takes with its own options for a Llama of 100 million parameters in linear layers and 32 samples of
+    256 tokens, outliers planted; 6 million with `--quick`."""
     import transformers
 
     torch.manual_seed(0)
@@ -149,8 +149,13 @@ def calibration(bench: Bench) -> None:
     plant(module, _LLAMA)
     generator = torch.Generator().manual_seed(1)
     samples = [(torch.randint(0, 4096, (1, length), generator=generator),) for _ in range(32)]
-    quantized = sum(each.weight.numel() for name, each in module.named_modules() if isinstance(each, nn.Linear) and "lm_head" not in name)
-    for label, formats in {"int4 weights": {}, "int4 x int4": {"act": "int4-g64"}, "int4 x int4, GPTQ": {"act": "int4-g64", "gptq": True}}.items():
+    linears = (each for name, each in module.named_modules() if isinstance(each, nn.Linear) and "lm_head" not in name)
+    quantized = sum(each.weight.numel() for each in linears)
+    for label, formats in {
+        "int4 weights": {},
+        "int4 x int4": {"act": "int4-g64"},
+        "int4 x int4, GPTQ": {"act": "int4-g64", "gptq": True},
+    }.items():
         begin = time.perf_counter()
         ours = compiled(module, samples[0], {**formats, "calibration": samples})
         seconds = time.perf_counter() - begin
@@ -291,7 +296,8 @@ def language(bench: Bench) -> None:
         bench.row(f"text by decoder, {label}", "perplexity", "1", text.perplexity(ours, ids).per_token, peers)
         report = ours.report().passes[-1]
         own, bf16 = (sum(site[key] for site in report.data["sites"]) for key in ("bytes_after", "bytes_before"))
-        bench.note(f"text by decoder, {label}: {len(report.data['sites'])} sites, {len(report.left)} layers left, {own / bf16 * 2:.3f} of bfloat16's bytes")
+        counts = f"{len(report.data['sites'])} sites, {len(report.left)} layers left"
+        bench.note(f"text by decoder, {label}: {counts}, {own / bf16 * 2:.3f} of bfloat16's bytes")
     bench.note(f"text by decoder, float32: perplexity {before:.4f} of {len(ids) - 1} held-out tokens")
 
 

@@ -263,7 +263,7 @@ def onednn_wins(monkeypatch):
     """Every question of a product is answered with oneDNN, however fast it is here."""
     if not is_available():
         pytest.skip("this torch has no oneDNN: install a wheel that has it")
-    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "onednn" if kind == "few rows" else list(ways)[-1])
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "onednn" if kind in ("few rows", "linear") else list(ways)[-1])
 
 
 def test_a_weight_has_one_second_layout_for_all_functions(onednn_wins):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphwright as gw
-from graphwright.codegen import cpu_kernels
 from graphwright.codegen.low_rank import linear
 from graphwright.codegen.low_rank.library import library
 from graphwright.codegen.native import library as native_library
@@ -272,11 +271,13 @@ def calls(monkeypatch):
     """The rows of each call of the kernel."""
     seen = []
 
-    def counted(x, *operands, **options):
-        seen.append(x.numel() // x.size(-1))
-        return linear.lowrank_linear(x, *operands, **options)
+    call = linear.Products.__call__
 
-    monkeypatch.setitem(cpu_kernels.KERNELS, op, counted)
+    def counted(self, x):
+        seen.append(x.numel() // x.size(-1))
+        return call(self, x)
+
+    monkeypatch.setattr(linear.Products, "__call__", counted)
     monkeypatch.setattr(linear, "_body", None)
     return seen
 
@@ -376,15 +377,29 @@ class Attention(nn.Module):
 @pytest.fixture
 def sites(monkeypatch):
     """How many layers the kernel ran in each call."""
-    seen, real = [], linear.products
+    seen, call = [], linear.Products.__call__
 
-    def counted(x, smooth, down, layers, *options):
-        seen.append(len(layers))
-        return real(x, smooth, down, layers, *options)
+    def counted(self, x):
+        results = call(self, x)
+        seen.append(len(results))
+        return results
 
-    monkeypatch.setattr(linear, "products", counted)
-    monkeypatch.setattr("graphwright.codegen.low_rank.sites.products", counted)
+    monkeypatch.setattr(linear.Products, "__call__", counted)
     return seen
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_call_follows_weights_that_are_replaced_or_written_to(backend):
+    """What the kernel is told of a layer is put together once; `.data` of a parameter may become another tensor."""
+    layer = Layer("int8-channel", options={"act_format": "int8-token"})
+    net, x = Net(layer), layer.x(3)
+    model = compiled(net, x, backend)
+    assert_same(layer, net, model, x)
+    layer.b.data = layer.b + 1
+    assert_same(layer, net, model, x)
+    layer.b.mul_(2)
+    assert_same(layer, net, model, x)
 
 
 @needs_compiler

@@ -23,7 +23,7 @@ needs_onednn = pytest.mark.skipif(not is_available(), reason="this torch has no 
 @pytest.fixture
 def onednn_wins(monkeypatch):
     """Every question of a product or a convolution is answered with oneDNN, however fast it is here."""
-    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "onednn" if kind == "few rows" else list(ways)[-1])
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: "onednn" if kind in ("few rows", "linear") else list(ways)[-1])
 
 
 class Linear(nn.Module):
