@@ -8,6 +8,7 @@ call after that, each over what it had without the model: libraries, weights (th
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -17,9 +18,11 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,11 @@ from harness import Bench, relative_spread
 from timm_networks import timm_network, torchvision_stand_in
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 import graphwright as gw
 from graphwright import models
+from graphwright.codegen.cpu_packed import Pack, PackedLinear
 from graphwright.ir.float64 import Widening, widened
 from graphwright.ir.run import run
 from graphwright.runtime.backend import has_cpp_compiler
@@ -244,8 +249,7 @@ def contestant(name: str, network: Network, folder: Path, threads: int, backend:
         compiled = torch.compile(model, options=options)
         return lambda: compiled(*inputs)
     if name == "ours":
-        ours = gw.compile(model, backend=backend, example_inputs=inputs)
-        return lambda: ours(*inputs)
+        return partial(gw.compile(model, backend=backend, example_inputs=inputs), *inputs)
     path = onnx_file(folder)
     if not path.exists():
         torch.onnx.export(model, inputs, path, dynamo=True, verbose=False, external_data=False)
@@ -290,6 +294,7 @@ def measure(bench: Bench, case: Case) -> None:
         spread = max(relative_spread(values) for values in samples.values())
         add(bench, case, "time", "s", medians, spread)
         add(bench, case, "error", "1", error)
+        bench.note(f"{case.name}: {where_time_goes(network, calls['ours'], medians['ours'], bench.threads)}")
         by_torch = [name for name in calls if name not in FROM_FILE]
         add(bench, case, "peak_bytes", "B", {name: float(measure_peak(calls[name]).peak_bytes) for name in by_torch})
     names = list(calls)
@@ -322,6 +327,38 @@ def contestants(bench: Bench, case: Case, network: Network, folder: Path) -> dic
             continue
         print(f"  {case.name}: {name} ready in {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
     return calls
+
+
+_KINDS = {"linear": "products", "product": "products", "convolution": "convolutions", "attention": "attention", "region": "regions"}
+
+
+def where_time_goes(network: Network, ours: Any, seconds: float, threads: int) -> str:
+    """The share of each kind of kernel in a call of ours, and the rate of all products against that of a large one by oneDNN."""
+    model, inputs = network
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    flops, most = counter.get_total_flops(), large_product_rate(threads)
+    spent: Counter[str] = Counter()
+    for kernel in ours.func.profile(*inputs).kernels:
+        kind = next((kind for word, kind in _KINDS.items() if word in kernel.name), "other library kernels")
+        spent["compiled loops" if kernel.kind == "compiled" else kind] += kernel.seconds or 0.0
+    shares = ", ".join(f"{each / spent.total():.0%} {kind}" for kind, each in spent.most_common() if each >= 0.005 * spent.total())
+    rate = f"{flops / 1e9:.2f} Gflop at {flops / seconds / 1e9:.0f} Gflop/s, {flops / seconds / most:.0%} of the rate of one large product"
+    return f"{shares}; {rate}"
+
+
+@functools.cache
+def large_product_rate(threads: int) -> float:
+    """Flop/s of oneDNN on a packed weight, matrices of 2048 x 2048: what the machine's arithmetic gives away from all else."""
+    x, weight = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    call = PackedLinear(2048, transposed=False)
+    call.pack = Pack(weight, call.lay_out)
+    samples = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        call(x, weight)
+        samples.append(time.perf_counter() - begin)
+    return 2 * 2048**3 / min(samples)
 
 
 def add(bench: Bench, case: Case, metric: str, unit: str, values: dict[str, float], spread: float | None = None) -> None:
