@@ -31,7 +31,7 @@ from harness import Bench, relative_spread
 from timm_networks import timm_network, torchvision_stand_in
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import graphwright as gw
 from graphwright import models
@@ -335,7 +335,9 @@ _KINDS = {"linear": "products", "product": "products", "convolution": "convoluti
 def where_time_goes(network: Network, ours: Any, seconds: float, threads: int) -> str:
     """The share of each kind of kernel in a call of ours, and the rate of all products against that of a large one by oneDNN."""
     model, inputs = network
-    with FlopCounterMode(display=False) as counter:
+    # What torch counts of attention on a GPU only.
+    of_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=of_attention) as counter:
         model(*inputs)
     flops, most = counter.get_total_flops(), large_product_rate(threads)
     spent: Counter[str] = Counter()
