@@ -32,16 +32,13 @@ constexpr int64_t kAlone = 1 << 18;      // products up to which a second thread
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Which vectors of each word of the next panel a block of rows has fetched, so that all blocks together fetch all: memory is read while
-// the panel at hand is multiplied.
+// Which vectors of each word of the next panel a block of rows has fetched: memory is read while the panel at hand is multiplied. A block
+// alone has all fetched, each of several one, as long as there are any.
 struct Lines {
   int first, count;
   static Lines of(int64_t block, int64_t blocks) {
     if (blocks == 1) return {0, kVectors};
-    if (block >= kVectors || blocks == 2 && block >= 2) return {0, 0};
-    if (kVectors == 2 || blocks >= 4) return {int(block), 1};
-    if (blocks == 2) return {int(block) * 2, 2};
-    return block == 0 ? Lines{0, 2} : Lines{int(block) + 1, 1};
+    return block < kVectors ? Lines{int(block), 1} : Lines{0, 0};
   }
 };
 
@@ -76,7 +73,7 @@ void finish(const Call& c, int64_t row, int64_t n, int vectors, const Floats* re
   const Element* bias = reinterpret_cast<const Element*>(c.bias);
   const Element* other = reinterpret_cast<const Element*>(c.other);
   Element* y = reinterpret_cast<Element*>(c.y);
-  for (int v = 0; v < vectors; ++v, n += kLanes) {
+  for (int v = 0; v < vectors && n < c.width; ++v, n += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, c.width - n), at = row * c.width + n;
     Floats value = bias == nullptr ? result[v] : result[v] + some_numbers(bias + n, count);
     value = activated(c.activation, value);
@@ -116,10 +113,9 @@ void by_panel(const Call& c, int64_t begin, int64_t end, int64_t n) {
         const auto multiplied = [&](auto fetched) {
           block<Kind, rows, decltype(fetched)::value>(x + row * c.x_stride + k * 4, c.x_stride, at, words, k == 0, next, result);
         };
-        if (vectors < kVectors || lines.count == 0) multiplied(std::integral_constant<int, 0>());
-        else if (lines.count == 1) multiplied(std::integral_constant<int, 1>());
-        else if (lines.count == 2) multiplied(std::integral_constant<int, 2>());
-        else multiplied(std::integral_constant<int, kVectors>());
+        if (lines.count == 0 || vectors < kVectors) multiplied(std::integral_constant<int, 0>());
+        else if (lines.count == 1) multiplied(std::integral_constant<int, vectors < kVectors ? 0 : 1>());
+        else multiplied(std::integral_constant<int, vectors < kVectors ? 0 : kVectors>());
         if (!is_last) std::memcpy(held, result, sizeof result);
         else
           for (int i = 0; i < rows; ++i) finish<Element>(c, row + i, n, vectors, result[i]);
@@ -131,14 +127,8 @@ void by_panel(const Call& c, int64_t begin, int64_t end, int64_t n) {
 
 template <class Kind, class Element>
 void tile(const Call& c, int64_t begin, int64_t end, int64_t n) {
-  switch (std::min<int64_t>(kVectors, (c.width - n + kLanes - 1) / kLanes)) {
-    case 1: return by_panel<Kind, Element, 1>(c, begin, end, n);
-    case 2: return by_panel<Kind, Element, 2>(c, begin, end, n);
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-    case 3: return by_panel<Kind, Element, 3>(c, begin, end, n);
-    case 4: return by_panel<Kind, Element, 4>(c, begin, end, n);
-#endif
-  }
+  if (c.width - n > kCols / 2) by_panel<Kind, Element, kVectors>(c, begin, end, n);
+  else by_panel<Kind, Element, kVectors / 2>(c, begin, end, n);
 }
 
 }  // namespace
@@ -150,7 +140,7 @@ int64_t takes_pairs() { return kHasBFloat16; }
 
 // Columns of a panel, and the step to which the width of the last one is rounded up.
 int64_t panel_width() { return kCols; }
-int64_t panel_step() { return kLanes; }
+int64_t panel_step() { return kCols / 2; }
 
 void panel_linear(const Call* given) {
   const Call& c = *given;

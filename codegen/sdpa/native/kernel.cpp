@@ -57,14 +57,14 @@ inline Plan plan_of(const Call& c) {
   return p;
 }
 
-// Where the queries of a tile come from, and where a thread puts what it makes of them; `lanes` is `count` in whole vectors.
+// Where the queries of a tile come from, and where a thread puts what it makes of them; `lanes` is `count` in 1, 2 or 4 vectors.
 struct Tile {
   int64_t batch, kv_head, first, count, lanes;
   float *q, *scores, *mask, *out, *keys, *values;
 
   Tile(const Call& c, const Plan& p, int64_t unit, float* own)
       : batch(unit / (c.kv_heads * p.tiles)), kv_head(unit / p.tiles % c.kv_heads), first(unit % p.tiles * p.step),
-        count(std::min(p.step, p.rows - first)), lanes(round_up(count, kLanes)), q(own), scores(own + p.scores), mask(own + p.mask),
+        count(std::min(p.step, p.rows - first)), lanes(count > 2 * kLanes ? kCols : round_up(count, kLanes)), q(own), scores(own + p.scores), mask(own + p.mask),
         out(own + p.out), keys(own + p.keys), values(own + p.values) {}
 
   int64_t head(const Call& c, int64_t i) const { return kv_head * (c.heads / c.kv_heads) + (first + i) / c.queries; }
@@ -287,7 +287,6 @@ void attention(const Call& c) {
         case 1: attend<Element, 1>(c, t); break;
         case 2: attend<Element, 2>(c, t); break;
 #if defined(__AVX512F__) && defined(__AVX512BW__)
-        case 3: attend<Element, 3>(c, t); break;
         case 4: attend<Element, 4>(c, t); break;
 #endif
       }
