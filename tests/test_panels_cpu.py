@@ -45,13 +45,13 @@ def called(x, weight, bias=None, follows="none", other=None, transposed=False):
 
 
 def assert_close(y, x, weight, bias=None, follows="none", other=None):
-    """One rounding of the result; of sums of K float32 terms at most min(K, 512) + K / 512 + 2 roundings, each of the sum of sizes at most;
+    """One rounding of the result; of sums of K float32 terms at most min(K, 256) + K / 128 + 2 roundings, each of the sum of sizes at most;
     and 8 of an activation, whose slope is at most 1.13, or one of what follows."""
     product = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     sizes = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
     exact = FOLLOWS[follows](product, None if other is None else other.double())
     unit, depth = torch.finfo(torch.float32).eps / 2, x.size(-1)
-    of_sums = (min(depth, 512) + depth / 512 + 2) * unit * sizes * 1.13
+    of_sums = (min(depth, 256) + depth / 128 + 2) * unit * sizes * 1.13
     of_sums = of_sums * other.double().abs() if follows == "mul" else of_sums
     bound = (torch.finfo(y.dtype).eps / 2 + 8 * unit) * (exact.abs() + (product.abs() if follows != "mul" else 0)) + of_sums
     assert y.shape == exact.shape and y.dtype == x.dtype
@@ -158,7 +158,7 @@ def test_of_nothing_comes_what_comes_of_atens():
 
 @given(st.integers(1, 70), st.integers(1, 5), st.sampled_from(DTYPES), st.sampled_from([32, 64]))
 def test_a_panel_has_word_after_word_of_its_rows(count, depth, dtype, width):
-    weight, step, per_word = normal(count, depth, dtype=dtype), width // 4, 4 // dtype.itemsize
+    weight, step, per_word = normal(count, depth, dtype=dtype), width // 2, 4 // dtype.itemsize
     laid_out, words = panels(weight, width, step), -(-depth // per_word)
     for n in range(count):
         first = n // width * width

@@ -24,7 +24,7 @@ struct Call {
   int64_t activation, binary, threads;
 };
 
-constexpr int64_t kSum = 512;            // words after which a sum is put aside: long ones would lose digits
+constexpr int64_t kSum = 128;            // words after which a sum is put aside: longer ones lose digits
 constexpr int64_t kDeep = 2048;          // words of a panel that the second cache holds
 constexpr int64_t kMostRows = 192;       // that meet a deep panel part by part: their results wait on the stack
 constexpr int64_t kLeastRows = 48;       // that are worth a tile of their own
