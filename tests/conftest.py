@@ -3,6 +3,7 @@
 import gc
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -48,8 +49,23 @@ def same_threads():
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    """Each test has an empty cache: one that patches a pass would otherwise find results of the pass that it patched."""
-    monkeypatch.setenv("GRAPHWRIGHT_CACHE_DIR", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
+    """Each test has a cache of its own: one that patches a pass would otherwise find results of the pass that it patched. Compiled kernels
+    alone, which depend on nothing but their source, go from one to the next, in all processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    cache, shared = base / f"cache-{uuid.uuid4().hex}", (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    monkeypatch.setenv("GRAPHWRIGHT_CACHE_DIR", str(cache))
+    monkeypatch.setenv("GRAPHWRIGHT_TEST_KERNELS", str(shared))
+    link_kernels(shared, cache / "native")
+    yield
+    link_kernels(cache / "native", shared)
+
+
+def link_kernels(source: Path, to: Path) -> None:
+    """Entries of `source` that `to` has not."""
+    for entry in source.glob("[0-9a-f]*"):
+        to.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.link(entry, to / entry.name)
 
 
 @pytest.fixture

@@ -160,7 +160,8 @@ def test_code_for_dynamic_sizes_is_not_kept_and_serves_them(cache):
 
 
 @needs_compiler
-def test_without_a_cache_nothing_is_written(compilations):
+def test_without_a_cache_nothing_is_written(compilations, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRAPHWRIGHT_CACHE_DIR", str(tmp_path / "cache"))
     compiled(False)
     assert compilations and default_cache().entries() == [] and not default_cache().folder.exists()
 
