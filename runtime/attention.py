@@ -1,6 +1,6 @@
 """Attention by the kernel that has a query a lane, each call where the probe finds that it wins over ATen's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,38 +28,35 @@ class Attentions:
     def put(self, nodes: Iterable[Node]) -> None:
         """Makes calls of the kernel of those among `nodes` for which it wins."""
         for node in [node for node in nodes if node.target is _ATTENTION]:
-            call = self._call_of(node)
-            if call is not None and self._wins(node, call):
-                arguments = named_arguments(node)
+            arguments = named_arguments(node)
+            call = self._call_of(arguments, node.meta["val"])
+            if call is not None and self._wins(call, _types(arguments)):
                 node.target, node.args, node.kwargs = call, tuple(arguments[name] for name in _OPERANDS), {}
 
-    def _call_of(self, node: Node) -> AttentionCall | None:
+    def _call_of(self, arguments: Mapping[str, Any], result: torch.Tensor) -> AttentionCall | None:
         """The kernel's call; None where it has no form for the operands or the layout of the result."""
-        arguments = named_arguments(node)
-        q, k, v, mask = (None if arguments[name] is None else arguments[name].meta["val"] for name in _OPERANDS)
-        settings = arguments["is_causal"], arguments["enable_gqa"]
-        if arguments["dropout_p"] != 0 or not is_fit(q, k, v, mask, *settings) or any(x.stride(-1) != 1 for x in (q, k, v)):
+        q, k, v, mask = _types(arguments)
+        is_causal, enable_gqa = arguments["is_causal"], arguments["enable_gqa"]
+        if arguments["dropout_p"] != 0 or not is_fit(q, k, v, mask, is_causal, enable_gqa) or any(x.stride(-1) != 1 for x in (q, k, v)):
             return None
-        result = node.meta["val"]
-        if load_native(library, self._cache) is None:
+        heads_inside = not is_dense(result)
+        if heads_inside and not is_dense(result.transpose(-2, -3)):
             return None
-        for heads_inside in (False, True):
-            laid_out = result.transpose(-2, -3) if heads_inside else result
-            if is_dense(laid_out):
-                return AttentionCall(arguments["is_causal"], arguments["scale"], arguments["enable_gqa"], heads_inside)
-        return None
+        is_there = load_native(library, self._cache) is not None
+        return AttentionCall(is_causal, arguments["scale"], enable_gqa, heads_inside) if is_there else None
 
-    def _wins(self, node: Node, call: AttentionCall) -> bool:
-        arguments = named_arguments(node)
-        types = [None if arguments[name] is None else arguments[name].meta["val"] for name in _OPERANDS]
-        shapes = [None if value is None else (value.dtype, *hinted(value)) for value in types]
-        question = f"{call.settings} {shapes}"
+    def _wins(self, call: AttentionCall, types: Sequence[torch.Tensor | None]) -> bool:
+        question = f"{call.settings} {[None if value is None else (value.dtype, *hinted(value)) for value in types]}"
         verdict = self._probe.known("attention", question)
         if verdict is None:
             values: list[Any] = [None if value is None else random_like(value) for value in types]
-            plain = (*values, 0.0, call.is_causal)
             options = {"scale": call.scale, "enable_gqa": call.enable_gqa}
-            ways = {"aten": lambda: _ATTENTION(*plain, **options), "lanes": lambda: call(*values)}
+            ways = {"aten": lambda: _ATTENTION(*values, 0.0, call.is_causal, **options), "lanes": lambda: call(*values)}
             with torch.no_grad(), torch._C._DisableAutocast():
                 verdict = self._probe.fastest("attention", question, ways)
         return verdict == "lanes"
+
+
+def _types(arguments: Mapping[str, Any]) -> list[Any]:
+    """The types of q, k, v and mask, None where there is none."""
+    return [None if arguments[name] is None else arguments[name].meta["val"] for name in _OPERANDS]
