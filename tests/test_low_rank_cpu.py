@@ -1,6 +1,6 @@
 """`gw.lowrank_linear` on CPUs: the kernel in C++ against the operator's body in float64, and its place in every backend."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -400,6 +400,50 @@ def test_a_call_follows_weights_that_are_replaced_or_written_to(backend):
     assert_same(layer, net, model, x)
     layer.b.mul_(2)
     assert_same(layer, net, model, x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["codes", "scale", "down", "up", "b", "a"])
+def test_a_call_follows_weights_that_lie_otherwise_than_the_kernel_reads(name):
+    """The kernel reads a copy of these."""
+    layer = Layer("int8-channel", smooth=True)
+    net, x = Net(layer), layer.x(3)
+    value = getattr(net, name)
+    apart = torch.stack([value, value], -1)[..., 0]  # every other number of a larger tensor
+    if name in ("codes", "scale"):
+        layer.weight = replace(layer.weight, **{name: apart})
+    else:
+        setattr(layer, name, apart)
+    setattr(net, name, apart)
+    model = compiled(net, x, "aten")
+    assert_same(layer, net, model, x)
+    apart.copy_(apart.flip(0) if name == "codes" else apart * 2)
+    assert_same(layer, net, model, x)
+
+
+class Adapted(nn.Module):
+    """A low-rank linear whose branch is computed at each call, and lies across."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, up):
+        layer = self.layer
+        codes, scale = layer.weight.codes, layer.weight.scale
+        return op(x, codes, scale, layer.down, (up * 2).t(), layer.b, weight_format=layer.weight_format)
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", ["aten", "tuned"])
+def test_a_branch_may_be_computed_at_each_call(backend):
+    """The allocator gives it the memory that it had in the call before."""
+    layer = Layer("int8-channel")
+    net, x = Adapted(layer), layer.x(3)
+    ups = torch.randn(8, *reversed(layer.up.shape), generator=torch.Generator().manual_seed(0))
+    model = gw.compile(net.eval(), example_inputs=(x, ups[0]), backend=backend)
+    for up in ups:
+        torch.testing.assert_close(model(x, up), net(x, up), rtol=1e-4, atol=1e-3)  # sums of 128 and more terms of some units each
 
 
 @needs_compiler

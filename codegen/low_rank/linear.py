@@ -109,10 +109,12 @@ def products(x: Tensor, smooth: Tensor | None, down: Tensor | None, layers: Sequ
 class Products:
     """`products` of rows that are typed like x, for other rows: what the kernel is told of all else is put together once.
 
-    It holds for the tensors as they lie now: `lie_as` says whether others are these."""
+    It holds for the tensors as they lie now: `lie_as` says whether others are these. Of those that lie otherwise than the kernel reads
+    there are copies, which are of one call."""
 
     def __init__(self, x: Tensor, smooth: Tensor | None, down: Tensor | None, layers: Sequence[Columns], options: Options):
-        self._lie = _places((smooth, down, *(each for layer in layers for each in layer)))
+        operands = (smooth, down, *(each for layer in layers for each in layer))
+        self._lie = _places(operands) if all(each is None or each.is_contiguous() for each in operands) else None
         self._widths = [layer.codes.size(0) for layer in layers]
         form = _WEIGHTS[options.weight_format]
         codes = _ACTIVATIONS.get(options.act_format) if form.element == "int" and form.scale in ("f32", "model") else None

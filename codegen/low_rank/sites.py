@@ -61,15 +61,25 @@ def _is_view(node: Node) -> bool:
     return all(storage_key(tensor) in known for tensor in tensors_of(node.meta["val"]))
 
 
+def _is_lasting(operand: Node) -> bool:
+    """Whether an operand is there before a call, and of one size for all calls."""
+    return operand.op != "call_function" and all(isinstance(size, int) for size in operand.meta["val"].shape)
+
+
 class SiteCall:
     """The calls of a site as one: `call(x, smooth, down, *columns of the first, *columns of the second, ..)` gives all results, or the
-    result of a site of one."""
+    result of a site of one.
+
+    What was put together for one call serves the next where all operands but x are of sizes that do not change, and none is computed at
+    each call: it would be held from one to the next."""
 
     def __init__(self, site: Sequence[Node]):
         self.first = site[0]
         self._is_alone = len(site) == 1
         arguments = named_arguments(self.first)
         self._options = Options(*(arguments[name] for name in Options._fields))
+        beside_x = [named_arguments(node)[name] for node in site for name in ("smooth", "down", *_COLUMNS)]
+        self._is_lasting = all(_is_lasting(operand) for operand in beside_x if operand is not None)
         self._products: Products | None = None
 
     def __call__(self, x: Tensor, *operands: Any) -> Any:
@@ -77,7 +87,9 @@ class SiteCall:
         if known is None or not known.lie_as(operands):
             smooth, down, *columns = operands
             layers = [Columns(*columns[n : n + len(_COLUMNS)]) for n in range(0, len(columns), len(_COLUMNS))]
-            self._products = known = Products(x, smooth, down, layers, self._options)
+            known = Products(x, smooth, down, layers, self._options)
+            if self._is_lasting:
+                self._products = known
         results = known(x)
         return results[0] if self._is_alone else results
 
