@@ -132,7 +132,11 @@ class Packing:
         for name, way in ways.items():
             if verdict in (None, name):
                 way.call.pack = self._packs.get((id(weight), *way.call.layout())) or Pack(weight, way.call.lay_out)
-        return ways.get(verdict or self._asked(group, ways, weight, question))
+        winner = ways.get(verdict or self._asked(group, ways, weight, question))
+        for way in ways.values():
+            if way is not winner and "pack" in vars(way.call):
+                del way.call.pack  # as large as the weight, and `group` stays until all others were asked about
+        return winner
 
     def _asked(self, group: Group, ways: Mapping[str, Group], weight: torch.Tensor, question: str) -> str:
         inputs = list(dict.fromkeys(group.reads))

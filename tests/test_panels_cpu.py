@@ -1,6 +1,7 @@
 """Products on weights in panels by the kernel in C++, against the product in float64; and which products of a model it runs."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -217,6 +218,23 @@ def test_products_of_a_model_run_on_panels_where_these_win(ways, element, any_ro
         assert torch.linalg.vector_norm(model(x).double() - exact) <= 8 * torch.finfo(element).eps * torch.linalg.vector_norm(exact), scale
         with torch.no_grad():
             net.up.weight.mul_(2)  # the copy follows
+
+
+def test_copies_for_ways_that_did_not_win_are_gone_before_the_next_product_is_asked_about(monkeypatch):
+    """All of them at once would take the weights' bytes once more."""
+    held = []
+
+    def fastest(self, kind, question, ways):
+        if kind == "linear":
+            held.append(sum(isinstance(each, Pack) for each in gc.get_objects()) - (len(ways) - 1))
+        return list(ways)[-1]
+
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+    monkeypatch.setattr(Probe, "fastest", fastest)
+    gc.collect()
+    before = sum(isinstance(each, Pack) for each in gc.get_objects())
+    gw.compile(Gated(), example_inputs=(torch.randn(17, 24),), backend="tuned", cache=False)
+    assert [count - before for count in held] == [0, 1, 2]  # the winners so far
 
 
 def test_panels_are_not_taken_where_they_do_not_win(monkeypatch):
