@@ -147,6 +147,9 @@ def test_other_operands_are_left_to_aten():
     assert torch.equal(attention(q, k, v, None, False, None, False), F.scaled_dot_product_attention(q, k, v))
     with pytest.raises(RuntimeError):
         attention(q[0], k[0, :, :, :, :4], v[0], None, False, None, False)
+    for mask in (torch.ones(3, 1, 5, 6), torch.ones(5, 7), torch.ones(6)):
+        with pytest.raises((RuntimeError, IndexError)):
+            attention(q[0], k[0], v[0], mask, False, None, False)
 
 
 @given(

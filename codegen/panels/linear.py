@@ -54,6 +54,7 @@ class PanelLinear(PackedCall):
         y = torch.empty(*x.shape[:-1], width, dtype=x.dtype)
         if y.numel() == 0:
             return y
+        assert depth > 0, "a product over nothing has no panels"
         rows = x.reshape(-1, depth)
         is_bfloat16 = x.dtype == torch.bfloat16
         if is_bfloat16 and depth % 2:

@@ -25,7 +25,8 @@ def attention(
     q [(B,) H, L, E]; k [(B,) Hk, S, E]; v [(B,) Hk, S, Ev]; mask broadcast to [(B,) H, L, S], bool (True is seen) or what is added ->
     [(B,) H, L, Ev], dense, or with `heads_inside` laid out as [B, L, H, Ev]. `scale` None is 1/sqrt(E); with `enable_gqa` query head h
     reads key head h // (H/Hk). Sums are float32. The result of a query depends neither on the queries beside it nor on the number of
-    threads.
+    threads, as long as keys and values are finite: where some query of a tile sees a value that is not, all of the tile may become NaN,
+    those too to which it is masked, as ATen's kernel has it. A `scale` of 0 gives means, also where that of ATen gives NaN.
     """
     native = library() if is_fit(q, k, v, mask, is_causal, enable_gqa) else None
     if native is None:
@@ -64,12 +65,16 @@ def is_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
         return False
     if not (k.dim() == v.dim() == q.dim() and q.is_cpu and k.is_cpu and v.is_cpu and q.size(-1) == k.size(-1)):
         return False
-    heads = q.size(-3)
+    heads, scores = q.size(-3), (*q.shape[:-1], k.size(-2))
     if k.shape[:-1] != v.shape[:-1] or k.shape[:-3] != q.shape[:-3] or k.size(-3) == 0:
         return False
     if heads != k.size(-3) and not (enable_gqa and heads % k.size(-3) == 0):
         return False
-    return mask is None or (not is_causal and mask.is_cpu and mask.dtype in (torch.bool, torch.float32, q.dtype) and mask.dim() <= q.dim())
+    if mask is None:
+        return True
+    if is_causal or not mask.is_cpu or mask.dtype not in (torch.bool, torch.float32, q.dtype) or not 2 <= mask.dim() <= q.dim():
+        return False
+    return all(size in (1, whole) for size, whole in zip(mask.shape, scores[-mask.dim() :], strict=True))
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 //
 // A tile of up to kCols queries, of all heads that share keys, lies transposed. A block of keys meets it as rows meet a panel: scores come
 // out with the queries in the lanes, so that largest scores, exponentials and sums need nothing across lanes, and depths that are no
-// multiple of a vector waste nothing. Values follow in the same form, out^T = v^T p^T, as in FlashAttention (arXiv 2205.14135, algorithm 1).
-// Sums are float32, in the order of the keys. Results depend neither on the number of threads nor on what other queries there are.
+// multiple of a vector waste nothing. Values follow in the same form, out^T = v^T p^T, as in FlashAttention (arXiv 2205.14135,
+// algorithm 1).
+// Sums are float32, in the order of the keys. Finite results depend neither on the number of threads nor on what other queries there are.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -64,8 +65,8 @@ struct Tile {
 
   Tile(const Call& c, const Plan& p, int64_t unit, float* own)
       : batch(unit / (c.kv_heads * p.tiles)), kv_head(unit / p.tiles % c.kv_heads), first(unit % p.tiles * p.step),
-        count(std::min(p.step, p.rows - first)), lanes(count > 2 * kLanes ? kCols : round_up(count, kLanes)), q(own), scores(own + p.scores), mask(own + p.mask),
-        out(own + p.out), keys(own + p.keys), values(own + p.values) {}
+        count(std::min(p.step, p.rows - first)), lanes(count > 2 * kLanes ? kCols : round_up(count, kLanes)), q(own),
+        scores(own + p.scores), mask(own + p.mask), out(own + p.out), keys(own + p.keys), values(own + p.values) {}
 
   int64_t head(const Call& c, int64_t i) const { return kv_head * (c.heads / c.kv_heads) + (first + i) / c.queries; }
   int64_t query(const Call& c, int64_t i) const { return (first + i) % c.queries; }
