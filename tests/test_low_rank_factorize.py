@@ -79,7 +79,7 @@ def test_the_range_finder_repeats_by_seed_and_leaves_the_global_generator():
 
 @pytest.mark.parametrize("method", ["exact", "randomized", "auto"])
 def test_a_matrix_of_zeros_or_of_low_rank_leaves_nothing(method):
-    for w in (torch.zeros(30, 20), normal(30, 3) @ normal(3, 20)):
+    for w in (torch.zeros(30, 20), torch.zeros(20, 30), normal(30, 3) @ normal(3, 20)):
         up, down = best_factors(w, 5, method)
         assert up.isfinite().all() and down.isfinite().all()
         assert residual_norm(w, up, down) <= 1e-5 * float(w.norm())

@@ -636,6 +636,20 @@ def test_options_that_cannot_be_are_refused(options, message):
         gw.AbsorbOutliers(**options)
 
 
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64)])
+@pytest.mark.parametrize(
+    "each", [absorb(act="int8-token"), gw.SplitLowRank(rank=2, min_numel=0)], ids=["absorb-outliers", "split-low-rank"]
+)
+def test_a_layer_of_zeros_goes_on_giving_its_bias(each, shape):
+    """As modulations begin in diffusion transformers."""
+    n, k = shape
+    layer, x = torch.nn.Linear(k, n), torch.randn(16, k)
+    torch.nn.init.zeros_(layer.weight)
+    passes = [each([(x,), (x,)]) if callable(each) else each]
+    model = gw.compile(layer, passes, example_inputs=(x,), backend="aten", cache=False)
+    assert ops(model.program) and torch.equal(model(x), layer.bias.detach().expand(16, n))
+
+
 def test_no_samples_and_nan_samples_are_refused_or_left_alone():
     module, example, calibration = nets.made(nets.AfterLinear)
     with pytest.raises(gw.InputError):

@@ -61,7 +61,7 @@ def _exact(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     with one_thread():
         basis = torch.linalg.eigh(gram)[1].flip(1)[:, :rank]
     image = tall @ basis  # its columns are orthogonal, S_i long
-    if (tall - image @ basis.T).norm() < _GRAM_RESIDUAL * wide.norm():
+    if (tall - image @ basis.T).norm() <= _GRAM_RESIDUAL * wide.norm():  # of zeros too
         with one_thread():
             left, lengths, right = torch.linalg.svd(wide, full_matrices=False)
         return left[:, :rank] * lengths[:rank], right[:rank]
