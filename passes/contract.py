@@ -36,7 +36,7 @@ class Contract(enum.Enum):
 _STRENGTH = {contract: -rank for rank, contract in enumerate(Contract)}
 _PROMISES = {
     Contract.EXACT: "The same function in real arithmetic; sums may be reassociated, which moves the last bits.",
-    Contract.BOUNDED: "An approximation; its pass measures the error, at each site and end to end, and keeps it within a declared budget.",
+    Contract.BOUNDED: "An approximation; its pass measures the error, and keeps it within a budget at each site and, if given, of outputs.",
     Contract.SUBSTITUTION: "Another function, equal to the original only at stated limit points: this changes the model.",
     Contract.POLICY: "The same graph under another sampling or decoding loop, equal to the base loop at degenerate settings.",
 }

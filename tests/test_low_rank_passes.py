@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import graphwright as gw
 from graphwright.ir.float64 import to_float64
@@ -477,6 +478,22 @@ def test_a_concatenated_input_is_two_sites():
     assert "proj" in {layer for site in report_of(whole).data["sites"] for layer in site["layers"]}
 
 
+def test_quantize_says_the_errors_of_layers_and_their_budget():
+    model, _, _ = compiled(nets.Attention, [gw.Quantize(weight="int8-channel", min_numel=0)])
+    report = report_of(model)
+    assert {"q", "v"} <= set(report.data["errors"])
+    assert all(0 < error < 0.02 for error in report.data["errors"].values())
+    worst = max(report.data["errors"], key=report.data["errors"].__getitem__)
+    assert any(line.startswith("errors ") and f"({worst})" in line for line in report.lines)
+
+
+def test_convolutions_are_left_with_a_reason():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)).eval()
+    for each in (gw.Quantize(min_numel=0), gw.Smooth(calibration=[(torch.randn(1, 3, 8, 8),)])):
+        model = gw.compile(network, [each], example_inputs=(torch.randn(1, 3, 8, 8),), backend="aten", cache=False)
+        assert [left.reason for left in report_of(model).left] == ["it is a convolution, and linear layers alone are taken"] * 2
+
+
 @pytest.mark.parametrize("make", [gw.AbsorbOutliers, gw.Smooth, gw.Quantize])
 @pytest.mark.parametrize(("numel", "skip"), [(0, ("q", "blocks.*", "lm_hed")), (10**6, ("q", "blocks.*", "lm_hed"))])
 def test_patterns_that_fit_no_layer_are_said(make, numel, skip):
@@ -761,6 +778,7 @@ ADAPTED = [
     (nets.Modulated, "modulation"),
     (nets.AfterLinear, "first"),
     (nets.AfterSpelledNorm, "fc"),
+    (nets.Joined, "proj"),  # which absorb-outliers makes two of
 ]
 
 

@@ -21,6 +21,7 @@ from ..base import LeftAlone
 aten, gw = torch.ops.aten, torch.ops.gw
 
 _PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _TURNS = (aten.permute.default, aten.transpose.int, aten.t.default)
 _SMOOTHED = re.compile(r"\.smoothed(\.(?:weight|bias))?(_\d+)?$")
 _WEIGHT_ENDING = re.compile(r"\.weight(\.T)?$|\.T$|\.(residual|codes)(_\d+)?$")  # T: turned round as an ONNX file was read
@@ -71,7 +72,7 @@ class Layer:
 
 
 def find_layers(rewriter: Rewriter) -> tuple[list[Layer], list[LeftAlone]]:
-    """The layers of the function in order, and the products with a constant that are none, with the reason."""
+    """The layers of the function in order, and the products with a constant and convolutions that are none, with the reason."""
     layers: dict[str, Layer] = {}
     left = []
     for node in rewriter.nodes():
@@ -85,6 +86,8 @@ def find_layers(rewriter: Rewriter) -> tuple[list[Layer], list[LeftAlone]]:
             layers[found.name] = found
         elif found:
             left.append(LeftAlone.at(node, found))
+        elif node.target in _CONVOLUTIONS:
+            left.append(LeftAlone.at(node, "it is a convolution, and linear layers alone are taken"))
     return list(layers.values()), left
 
 

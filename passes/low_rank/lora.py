@@ -3,12 +3,14 @@
     down' = [down; A],  up' = [up, s B]        y' = y + s (x A.T) B.T
 
 The rank is padded with zeros to a multiple of 16, as kernels take it. Where the layer's input carries folded factors a, A is divided by
-them. Other layers on the same down-projection get columns of zeros. Source: SVDQuant (arXiv 2411.05007), section 4.3.
+them. A layer of a concatenation that was split takes it in parts. Other layers on the same down-projection get columns of zeros.
+Source: SVDQuant (arXiv 2411.05007), section 4.3.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from ..base import Outcome, Pass
 from ..contract import Contract
 from ..options import option
 from .folds import folded_factors_name, folded_rows_name
-from .layers import Layer, computed, find_layers, layer_name, layer_of
+from .layers import Layer, computed, find_layers, layer_name, layer_of, part_name
 from .recipe import stored_dtype
 from .rewrite import LOWRANK, forget_factors, product_of
 
@@ -50,17 +52,19 @@ class AppendLoRA(Pass):
         if any(weight.tensor is None for weight in rewriter.program.weights.values()):
             raise PassError(f"pass {self.name}: the program was read from text and its weights have no values: give parse() a weight table")
         layers = _layers(rewriter)
-        unknown = sorted(set(adapters) - set(layers))
+        parts = {name: _parts(name, layers) for name in adapters}
+        unknown = sorted(name for name in adapters if not parts[name])
         if unknown:
             raise PassError(f"pass {self.name}: no layer is called {unknown[0]}; there are {', '.join(sorted(layers)) or 'none'}")
         for name, pair in adapters.items():
-            a, b = self._checked(name, pair, layers[name], rewriter.program)
+            widths = [_input(layers[part], rewriter.program).meta["val"].shape[-1] for part in parts[name]]
+            a, b = self._checked(name, pair, layers[parts[name][0]].meta["val"].shape[-1], sum(widths))
             with rewriter.step("append-lora"):
-                self._append(rewriter, layers, name, a, b)
+                for part, columns in zip(parts[name], a.split(widths, 1), strict=True):
+                    self._append(rewriter, layers, part, columns, b)
         return Outcome(lines=(f"{len(adapters)} adapters",))
 
-    def _checked(self, name: str, pair: Any, node: Node, program: Program) -> tuple[torch.Tensor, torch.Tensor]:
-        n, k = node.meta["val"].shape[-1], _input(node, program).meta["val"].shape[-1]
+    def _checked(self, name: str, pair: Any, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(each, torch.Tensor) for each in pair)):
             raise PassError(f"pass {self.name}: the adapter of {name} is no pair of tensors (A, B)")
         if any(each.is_complex() for each in pair):
@@ -113,6 +117,13 @@ def _layers(rewriter: Rewriter) -> dict[str, Node]:
         if node.target is LOWRANK:
             found[layer_name(str(named_arguments(node)["weight_q"].target))] = node
     return found
+
+
+def _parts(name: str, layers: Mapping[str, Node]) -> list[str]:
+    """The layer of that name, or those that it became where it reads a concatenation, each by its own columns of A; [] for none."""
+    if name in layers:
+        return [name]
+    return list(takewhile(layers.__contains__, (part_name(name, i) for i in count())))
 
 
 def _input(node: Node, program: Program) -> Node:

@@ -81,16 +81,25 @@ class Quantize(Pass):
                 left.append(LeftAlone.at(product.node, f"{product.name}: {reason}"))
             else:
                 taken.append(product)
-        lines = []
+        errors: dict[str, float] = {}
         for product, statistics in self._calibrated(rewriter, taken):
             result = self._quantized(rewriter, product.node, statistics)
-            if result:
+            if isinstance(result, str):
                 left.append(LeftAlone.at(product.node, f"{product.name}: {result}"))
             else:
-                lines.append(product.name)
-        head = f"{len(lines)} layers in {self.weight}" + ("" if self.act == "none" else f" x {self.act}")
-        unchecked = [] if self.calibration is not None else ["not checked on data: errors are those of the weights"]
-        return Outcome(tuple(left), (head, *unchecked, *idle_lines((product.name for product in products), skip=self.skip)))
+                errors[product.name] = result
+        lines = [f"{len(errors)} layers in {self.weight}" + ("" if self.act == "none" else f" x {self.act}")]
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            lines.append(f"errors {min(errors.values()):.3g} to {errors[worst]:.3g} ({worst}), of at most {self._limit:.3g}")
+        if self.calibration is None:
+            lines.append("not checked on data: errors are those of the weights")
+        lines += idle_lines((product.name for product in products), skip=self.skip)
+        return Outcome(tuple(left), tuple(lines), {"errors": errors})
+
+    @property
+    def _limit(self) -> float:
+        return Recipe(weight=self.weight, act=self.act, budget=self.budget).limit
 
     def _reason_against(self, product: Product) -> str:
         n, k = product.shape
@@ -124,8 +133,8 @@ class Quantize(Pass):
             )
             yield from ((by_weight[weight], statistics) for wave in waves for weight, statistics in wave.items())
 
-    def _quantized(self, rewriter: Rewriter, node: Node, statistics: Statistics | None) -> str:
-        """Rewrites the layer, or says why not."""
+    def _quantized(self, rewriter: Rewriter, node: Node, statistics: Statistics | None) -> str | float:
+        """Rewrites the layer and gives its error, or says why not."""
         if statistics is not None and statistics.reason_against_judging:
             return statistics.reason_against_judging
         product = product_of(node, rewriter.program)  # anew: what it reads may have been rewritten
@@ -135,15 +144,14 @@ class Quantize(Pass):
             return "its weight holds NaN or infinity"
         quantized = quantize(matrix, self.weight, stored_dtype(product.dtype))
         measured = _Measured(rewriter.program, product, matrix, quantized, self, statistics)
-        limit = Recipe(weight=self.weight, act=self.act, budget=self.budget).limit
-        if not measured.error <= limit:
-            return f"its error of {measured.error:.3g} is over the budget of {limit:.3g}"
+        if not measured.error <= self._limit:
+            return f"its error of {measured.error:.3g} is over the budget of {self._limit:.3g}"
         original = Original.of(measured.original, product.bias, rewriter.program)
         with rewriter.step("quantize"):
             new = quantize_product(rewriter, product, quantized, self.weight, measured.activations, 0)
         rows = None if statistics is None else statistics.selection
         hold(rewriter, product.x, [(new, original)], rows, measured.error, self.act)
-        return ""
+        return measured.error
 
 
 class _Measured:
@@ -166,7 +174,8 @@ class _Measured:
             rows = seen.rows.to(torch.float32)
             scale2 = static_scale(rows if smooth is None else rows * smooth, options.act)
             self.activations["act_scale2"] = scale2
-        coded = fake_quantize(scaled, options.act, torch.float32, scale2)
+        of_model = product.dtype if product.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        coded = fake_quantize(scaled, options.act, of_model, scale2)
         self.error = relative_norm(scaled @ matrix.T - coded @ values.T, scaled @ whole.T)
 
     def _value(self, node: Node | None) -> torch.Tensor | None:
