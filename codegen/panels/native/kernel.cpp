@@ -32,25 +32,12 @@ constexpr int64_t kAlone = 1 << 18;      // products up to which a second thread
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Which vectors of each word of the next panel a block of rows has fetched: memory is read while the panel at hand is multiplied. A block
-// alone has all fetched, each of several one, as long as there are any.
-struct Lines {
-  int first, count;
-  static Lines of(int64_t block, int64_t blocks) {
-    if (blocks == 1) return {0, kVectors};
-    return block < kVectors ? Lines{int(block), 1} : Lines{0, 0};
-  }
-};
-
-// result [rows, vectors] (+)= rows from `x` on by `words` of a panel, partial sums of kSum words added up; `lines` of each word from `next`
-// on are fetched.
-template <class Kind, int rows, int lines, int vectors>
-INLINE void block(const char* x, int64_t stride, const char* panel, int64_t words, bool is_first, const char* next,
-                  Floats (&result)[rows][vectors]) {
+// result [rows, vectors] (+)= rows from `x` on by `words` of a panel, partial sums of kSum words added up.
+template <class Kind, int rows, int vectors>
+INLINE void block(const char* x, int64_t stride, const char* panel, int64_t words, bool is_first, Floats (&result)[rows][vectors]) {
   for (int64_t k = 0; k < words; k += kSum) {
-    const int64_t at = k * vectors * sizeof(Floats);
     Floats sum[rows][vectors] = {};
-    multiply<Kind, rows, lines>(x + k * 4, stride, panel + at, std::min(kSum, words - k), sum, next + at);
+    multiply<Kind, rows>(x + k * 4, stride, panel + k * vectors * sizeof(Floats), std::min(kSum, words - k), sum);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
@@ -107,15 +94,7 @@ void by_panel(const Call& c, int64_t begin, int64_t end, int64_t n) {
         Floats result[rows][vectors];
         Floats* held = waiting + (is_deep ? row - begin : 0) * vectors;
         if (k != 0) std::memcpy(result, held, sizeof result);
-        const char* at = panel + k * vectors * sizeof(Floats);
-        const Lines lines = Lines::of(index, blocks);
-        const char* next = at + words * vectors * sizeof(Floats) + lines.first * sizeof(Floats);
-        const auto multiplied = [&](auto fetched) {
-          block<Kind, rows, decltype(fetched)::value>(x + row * c.x_stride + k * 4, c.x_stride, at, words, k == 0, next, result);
-        };
-        if (lines.count == 0 || vectors < kVectors) multiplied(std::integral_constant<int, 0>());
-        else if (lines.count == 1) multiplied(std::integral_constant<int, vectors < kVectors ? 0 : 1>());
-        else multiplied(std::integral_constant<int, vectors < kVectors ? 0 : kVectors>());
+        block<Kind, rows>(x + row * c.x_stride + k * 4, c.x_stride, panel + k * vectors * sizeof(Floats), words, k == 0, result);
         if (!is_last) std::memcpy(held, result, sizeof result);
         else
           for (int i = 0; i < rows; ++i) finish<Element>(c, row + i, n, vectors, result[i]);

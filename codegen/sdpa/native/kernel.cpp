@@ -213,7 +213,7 @@ void gather(const Call& c, const Tile& t, const float* values, int64_t stride, i
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[i][v] = load_floats(out + i * step + v * kLanes) * factor[v];
-    multiply<Singles, rows>(reinterpret_cast<const char*>(values + e), 4, reinterpret_cast<const char*>(t.scores), count, sum, nullptr,
+    multiply<Singles, rows>(reinterpret_cast<const char*>(values + e), 4, reinterpret_cast<const char*>(t.scores), count, sum,
                             stride * 4);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
