@@ -76,6 +76,17 @@ def cache(tmp_path):
     return Cache(tmp_path / "cache")
 
 
+@pytest.fixture
+def ways(monkeypatch):
+    """The questions that are asked of the probe, by kind: the ways of each. The last way wins."""
+    from graphwright.runtime.probe import Probe
+
+    asked = []
+    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
+    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: asked.append((kind, list(ways))) or list(ways)[-1])
+    return asked
+
+
 @pytest.fixture(scope="session")
 def exported_decoder(tmp_path_factory):
     """A decoder of one layer with its functions `prefill` and `decode` as ONNX models."""

@@ -117,15 +117,6 @@ def test_the_kernel_is_the_product_for_any_sizes(rows, width, depth, dtype, bias
     assert_close(few_rows_linear(x, weight, b), x, weight, b)
 
 
-@pytest.fixture
-def ways(monkeypatch):
-    """The questions that are asked of the probe, by kind: the ways of each. The last way wins."""
-    asked = []
-    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
-    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: asked.append((kind, list(ways))) or list(ways)[-1])
-    return asked
-
-
 def calls_of_kernel(model):
     return [node for node in model._present.executor._lowered.nodes if isinstance(node.target, FewRowsLinear)]
 

@@ -174,15 +174,6 @@ def test_only_types_that_the_kernel_reads_are_taken(monkeypatch):
     assert on_panels(PackedLinear(4, False), torch.float32) is None
 
 
-@pytest.fixture
-def ways(monkeypatch):
-    """The questions that are asked of the probe, by kind: the ways of each. The last way wins."""
-    asked = []
-    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
-    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: asked.append((kind, list(ways))) or list(ways)[-1])
-    return asked
-
-
 class Gated(nn.Module):
     """Products whose results others follow, one of them with a bias."""
 

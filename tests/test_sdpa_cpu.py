@@ -167,15 +167,6 @@ def test_the_kernel_is_attention_for_any_sizes(batch, heads, queries, keys, dept
     assert_close(y, q, k, v, mask, kind == "causal")
 
 
-@pytest.fixture
-def ways(monkeypatch):
-    """The questions that are asked of the probe, by kind: the ways of each. The last way wins."""
-    asked = []
-    monkeypatch.setattr("graphwright.runtime.probe._verdicts", {})
-    monkeypatch.setattr(Probe, "fastest", lambda self, kind, question, ways: asked.append((kind, list(ways))) or list(ways)[-1])
-    return asked
-
-
 class SelfAttention(nn.Module):
     def __init__(self, **options):
         super().__init__()

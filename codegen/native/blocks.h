@@ -54,4 +54,16 @@ INLINE void with_rows(int64_t rows, Body body) {
   }
 }
 
+// f(from, number as a constant) for 0 .. count - 1, kRows or less at a time and about as many each: a low block takes nearly as long as a
+// high one.
+template <class F>
+INLINE void in_blocks(int64_t count, F f) {
+  const int64_t blocks = (count + kRows - 1) / kRows;
+  for (int64_t at = 0, index = 0; at < count; ++index) {
+    const int64_t left = blocks - index, height = (count - at + left - 1) / left;
+    with_rows(height, [&](auto rows) { f(at, rows); });
+    at += height;
+  }
+}
+
 }  // namespace

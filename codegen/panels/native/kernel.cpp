@@ -86,21 +86,17 @@ void by_panel(const Call& c, int64_t begin, int64_t end, int64_t n) {
   for (int64_t k = 0; k < c.words; k += kDeep) {
     const int64_t words = std::min(kDeep, c.words - k);
     const bool is_last = k + kDeep >= c.words;
-    const int64_t blocks = (end - begin + kRows - 1) / kRows;
-    for (int64_t row = begin, index = 0; row < end; ++index) {
-      const int64_t left = blocks - index, height = (end - row + left - 1) / left;  // like heights: a low one takes nearly as long
-      with_rows(height, [&](auto count) {
-        constexpr int rows = decltype(count)::value;
-        Floats result[rows][vectors];
-        Floats* held = waiting + (is_deep ? row - begin : 0) * vectors;
-        if (k != 0) std::memcpy(result, held, sizeof result);
-        block<Kind, rows>(x + row * c.x_stride + k * 4, c.x_stride, panel + k * vectors * sizeof(Floats), words, k == 0, result);
-        if (!is_last) std::memcpy(held, result, sizeof result);
-        else
-          for (int i = 0; i < rows; ++i) finish<Element>(c, row + i, n, vectors, result[i]);
-      });
-      row += height;
-    }
+    in_blocks(end - begin, [&](int64_t at, auto count) {
+      constexpr int rows = decltype(count)::value;
+      const int64_t row = begin + at;
+      Floats result[rows][vectors];
+      Floats* held = waiting + (is_deep ? at : 0) * vectors;
+      if (k != 0) std::memcpy(result, held, sizeof result);
+      block<Kind, rows>(x + row * c.x_stride + k * 4, c.x_stride, panel + k * vectors * sizeof(Floats), words, k == 0, result);
+      if (!is_last) std::memcpy(held, result, sizeof result);
+      else
+        for (int i = 0; i < rows; ++i) finish<Element>(c, row + i, n, vectors, result[i]);
+    });
   }
 }
 

@@ -146,17 +146,6 @@ struct Seen {
   Ints last[vectors];  // the last key that it sees, where that is causal
 };
 
-// f(from, number as a constant) for 0 .. count - 1, kRows or less at a time and about as many each.
-template <class F>
-INLINE void in_blocks(int64_t count, F f) {
-  const int64_t blocks = (count + kRows - 1) / kRows;
-  for (int64_t at = 0, index = 0; at < count; ++index) {
-    const int64_t left = blocks - index, height = (count - at + left - 1) / left;
-    with_rows(height, [&](auto rows) { f(at, rows); });
-    at += height;
-  }
-}
-
 // Scores of keys first .. first + count - 1, scaled and masked; `most` becomes the largest of each query.
 template <int vectors>
 void score(const Call& c, const Tile& t, const float* keys, int64_t stride, int64_t first, int64_t count, bool is_cut,
